@@ -1,0 +1,23 @@
+"""papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
+
+from .diff import graph_diff
+from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
+from .module import keep_masks, set_keep_ratio, significance
+from .report import Report, report
+from .transform import transform
+
+__all__ = [
+    "ArgumentError",
+    "NoSiteError",
+    "PaprError",
+    "ProposalError",
+    "Report",
+    "TraceError",
+    "VerifyError",
+    "graph_diff",
+    "keep_masks",
+    "report",
+    "set_keep_ratio",
+    "significance",
+    "transform",
+]

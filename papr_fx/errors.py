@@ -1,0 +1,35 @@
+"""What papr-fx raises: one family, so that callers can catch `PaprError` and read why a model was refused."""
+
+from __future__ import annotations
+
+
+class PaprError(ValueError):
+    """A model, proposal or argument was refused; the message says what was sought, what was found, and the fix."""
+
+
+class ArgumentError(PaprError):
+    """An argument is out of range or of the wrong kind."""
+
+
+class ProposalError(PaprError):
+    """No significance map can be had from the proposal network."""
+
+
+class TraceError(PaprError):
+    """The model's Python code cannot be recorded as a graph.
+
+    Attributes:
+        module: Qualified name of the innermost opened module whose code failed ("" is the model itself).
+    """
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
+
+
+class NoSiteError(PaprError):
+    """The traced model has no place where pruning is sound."""
+
+
+class VerifyError(PaprError):
+    """The rewritten model failed its proof, so it was not returned."""

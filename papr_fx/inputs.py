@@ -1,0 +1,104 @@
+"""What `transform` is given, checked before anything is built: models, image shapes and option words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError
+from .module import PrunedModule
+
+MODES = ("auto", "tokens")
+BACKGROUNDS = ("auto", "keep", "zero")
+
+
+def checked_model(model: object) -> nn.Module:
+    """Returns `model` if it can be traced and copied safely, else raises `ArgumentError` with the fix."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, not {type(model).__name__}; for a timm name call timm.create_model first")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model is a ScriptModule, whose Python code is gone: pass the module that was scripted")
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        raise ArgumentError("model was already given to torch.compile: transform the plain module first, then torch.compile(gm)")
+    for name, module in model.named_modules():
+        if isinstance(module, PrunedModule):
+            what = f"its submodule `{name}`" if name else "it"
+            raise ArgumentError(f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ArgumentError("model has forward hooks, which a graph of its forward would not run: remove them, or wrap the model")
+    devices = sorted({str(t.device) for t in _tensors(model)})
+    if len(devices) > 1:
+        raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
+    return model
+
+
+def example_images(model: nn.Module, given: object) -> Tensor:
+    """Images of the shape to trace with, in the model's dtype and on its device; their content does not matter.
+
+    Args:
+        model: The model.
+        given: A batch (B, C, H, W), or None to read the shape from the model's own attributes or its timm configuration.
+
+    Raises:
+        ArgumentError: `given` is no such batch, or None and the model states no size.
+    """
+    parameter = next((t for t in _tensors(model) if t.is_floating_point()), torch.empty(0))
+    if given is None:
+        shape = (1, _channels(model), *_image_size(model))
+    elif not isinstance(given, Tensor):
+        raise ArgumentError(f"example_input must be a tensor (B, C, H, W), not {type(given).__name__}")
+    elif given.ndim != 4 or 0 in given.shape:
+        raise ArgumentError(f"example_input must be a batch of images (B, C, H, W), not {tuple(given.shape)}")
+    else:
+        shape = tuple(given.shape)
+    return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def checked_word(name: str, value: object, words: Iterable[str]) -> str:
+    """Returns `value` if it is one of `words`, else raises `ArgumentError`."""
+    known = tuple(words)
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
+    return value
+
+
+def checked_size(size: object) -> int | tuple[int, int] | None:
+    """Returns `proposal_size` if it is None, a positive number of pixels or a pair of them, else raises `ArgumentError`."""
+    if size is None:
+        return None
+    sides = list(cast("tuple[object, ...]", size)) if isinstance(size, tuple | list) else [size]
+    valid = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    if not valid or len(sides) not in ((2,) if isinstance(size, tuple | list) else (1,)):
+        raise ArgumentError(f"proposal_size must be a shorter side in pixels, or (rows, columns), each above 0; not {size!r}")
+    return cast(int, size) if len(sides) == 1 else (cast(int, sides[0]), cast(int, sides[1]))
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    for module in (model, *model.children()):
+        for attribute in ("img_size", "image_size"):
+            size = getattr(module, attribute, None)
+            if isinstance(size, int):
+                return size, size
+            if isinstance(size, tuple | list) and len(cast("tuple[int, ...]", size)) == 2:
+                return cast("tuple[int, int]", tuple(cast("tuple[int, ...]", size)))
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        return cast("tuple[int, int]", tuple(cast(Any, config)["input_size"][1:]))
+    raise ArgumentError(
+        f"{type(model).__name__} states no image size (img_size, image_size or a timm configuration): "
+        "pass example_input=torch.zeros(1, 3, 224, 224)"
+    )
+
+
+def _channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 3

@@ -1,0 +1,219 @@
+"""What `transform` returns: a GraphModule that can be re-targeted, and the questions that can be asked of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import ArgumentError, NoSiteError
+from .passes import prune_tokens, splice_proposal
+from .proposal import SignificanceNet
+from .trace import clone, cut, propagate
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a rewritten graph follows from, so that another keep ratio is one more rewrite of the dense graph.
+
+    Attributes:
+        name: Class name of the model.
+        dense: The traced graph for each value of `training`; a text is the reason why there is none.
+        blocks: Qualified names of the trunk's repeated blocks.
+        opened: Qualified names of the modules that were traced through.
+        dynamic: Whether the model takes several image sizes, so that the grid is read at run time.
+        shape: Shape of the images that the graph was traced with, (B, C, H, W).
+        z: Keep ratio in (0, 1].
+    """
+
+    name: str
+    dense: Mapping[bool, fx.Graph | str]
+    blocks: tuple[str, ...]
+    opened: frozenset[str]
+    dynamic: bool
+    shape: tuple[int, ...]
+    z: float
+
+    def dense_graph(self, training: bool) -> fx.Graph:
+        """A copy of the traced graph."""
+        graph = self.dense[training]
+        if isinstance(graph, str):
+            raise NoSiteError(f"{self.name} cannot be pruned in {'training' if training else 'eval'} mode: {graph}")
+        return copy.deepcopy(graph)
+
+    def rewrite(self, training: bool) -> fx.Graph:
+        """The graph for keep ratio `z`: the dense one at 1, where nothing is left to choose."""
+        graph = self.dense_graph(training)
+        if self.z == 1:
+            return graph
+        site = prune_tokens.find_site(graph, self.blocks)
+        before = site.stream.next
+        grid = prune_tokens.runtime_grid(graph, site, before) if self.dynamic else site.grid
+        keep = splice_proposal.rewrite(graph, splice_proposal.find_site(graph), before, grid, self.z, site.prefix)
+        prune_tokens.rewrite(graph, site, keep)
+        graph.lint()
+        return graph
+
+
+class PrunedModule(fx.GraphModule):
+    """A rewritten model: its own modules and tensors, the proposal under `papr_proposal`, and the `plan` it follows.
+
+    Tensors are shared with the model it came from, module objects are not: `train()` and `eval()` here change nothing
+    there, while an optimiser step or `.to()` acts on both.
+    """
+
+    plan: Plan
+    papr_proposal: SignificanceNet
+
+    def __init__(self, root: nn.Module, plan: Plan) -> None:
+        """Builds the graph that `plan` describes over the modules of `root`, which holds `papr_proposal`."""
+        super().__init__(root, plan.rewrite(root.training), plan.name)
+        for name, child in root.named_children():
+            self._modules[name] = child  # whole, where GraphModule copies only what its graph calls
+        self._parameters.update(root._parameters)
+        self._buffers.update(root._buffers)
+        self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+        self.plan = plan
+        self._annotate()
+
+    def example(self) -> Tensor:
+        """Uninitialised images of the traced shape (B, C, H, W), in the model's dtype and on its device."""
+        return _images_like(self, self.plan.shape)
+
+    def retarget(self, z: float) -> None:
+        """Rewrites the graph for keep ratio `z`, in place."""
+        self._follow(replace(self.plan, z=z), self.training)
+
+    def train(self, mode: bool = True) -> PrunedModule:
+        """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode."""
+        if mode != self.training and self.plan.dense[mode] is not self.plan.dense[not mode]:
+            self._follow(self.plan, mode)
+        return cast(PrunedModule, super().train(mode))
+
+    def _follow(self, plan: Plan, training: bool) -> None:
+        self.graph = plan.rewrite(training)
+        self.plan = plan
+        self._annotate()
+
+    def _annotate(self) -> None:
+        root = clone(shell(self))
+        images = self.example()
+        if images.is_meta:  # the proposal keeps its weights; for shapes alone it follows the model
+            root.papr_proposal = copy.deepcopy(self.papr_proposal).to("meta")
+        propagate(root, self.graph, images)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+        copied = PrunedModule(copy.deepcopy(shell(self), memo), self.plan)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PrunedModule, (shell(self), self.plan)
+
+
+def shell(gm: PrunedModule) -> nn.Module:
+    """A plain module with the children and tensors of `gm`, from which another one can be built."""
+    root = nn.Module()
+    root.training = gm.training
+    root._modules.update(gm._modules)
+    root._parameters.update(gm._parameters)
+    root._buffers.update(gm._buffers)
+    root._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
+    return root
+
+
+def _images_like(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    tensors = (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    tensor = next(tensors, torch.empty(0))
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def checked_z(z: object) -> float:
+    """Returns keep ratio `z` as a float, or raises `ArgumentError` unless it is a real number in (0, 1]."""
+    if isinstance(z, bool) or not isinstance(z, Real):
+        raise ArgumentError(f"z (the share of tokens kept) must be a number in (0, 1], not {z!r} ({type(z).__name__})")
+    if not math.isfinite(z) or not 0 < z <= 1:
+        raise ArgumentError(f"z (the share of tokens kept) must lie in (0, 1], not {z!r}; z=0.5 keeps half of the tokens")
+    return float(z)
+
+
+def checked_module(gm: object) -> PrunedModule:
+    """Returns `gm`, or raises `ArgumentError` if it is no transformed module."""
+    if isinstance(gm, PrunedModule):
+        return gm
+    hint = "; pass the module that was given to torch.compile" if hasattr(gm, "_orig_mod") else ""
+    raise ArgumentError(f"sought a module returned by papr_fx.transform(), found {type(gm).__name__}{hint}")
+
+
+def _checked_images(gm: PrunedModule, images: object) -> Tensor:
+    shape = gm.plan.shape
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != shape[1]:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError(f"images must be a tensor (B, {shape[1]}, H, W) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
+    return images
+
+
+@torch.no_grad()
+def significance(gm: fx.GraphModule, images: Tensor) -> Tensor:
+    """The proposal's significance maps, before they are resized to the token grid (PaPr, Eq. 2).
+
+    Args:
+        gm: A module returned by `transform`.
+        images: (B, C, H, W), normalised as the model expects them.
+
+    Returns:
+        (B, h, w), float32 or wider.
+
+    Raises:
+        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
+    """
+    module = checked_module(gm)
+    return module.papr_proposal(_checked_images(module, images))
+
+
+@torch.no_grad()
+def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
+    """Which positions are kept, for each grid in use (PaPr, Eq. 3).
+
+    Args:
+        gm: A module returned by `transform`.
+        images: (B, C, H, W), normalised as the model expects them.
+
+    Returns:
+        For each grid (h, w) a boolean mask (B, h, w), True where kept; all True at z=1.
+
+    Raises:
+        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
+    """
+    module = checked_module(gm)
+    plan = module.plan if module.plan.z < 1 else replace(module.plan, z=0.5)
+    graph = plan.rewrite(module.training)
+    nodes = {node.name: node for node in graph.nodes}
+    psm, keep = cut(module, graph, nodes["papr_psm"], nodes["papr_keep"])(_checked_images(module, images))
+    prefix = cast(int, nodes["papr_keep"].args[2])
+    kept = keep[:, prefix:] - prefix  # (B, k)
+    mask = torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter_(1, kept, True)  # (B, h * w)
+    return {tuple(psm.shape[1:]): mask.view_as(psm) if module.plan.z < 1 else torch.ones_like(psm, dtype=torch.bool)}
+
+
+def set_keep_ratio(gm: fx.GraphModule, z: float) -> None:
+    """Re-targets a transformed module in place, to and from 1.0 (where its graph is the dense model's).
+
+    A module already given to `torch.compile` is compiled again at its next call.
+
+    Args:
+        gm: A module returned by `transform`.
+        z: Share of the tokens to keep, in (0, 1].
+
+    Raises:
+        ArgumentError: `gm` was not transformed, or `z` is out of range.
+    """
+    checked_module(gm).retarget(checked_z(z))

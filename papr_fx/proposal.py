@@ -1,0 +1,331 @@
+"""Any ConvNet classifier as a significance network: cut before its global pooling, frozen, fused, channels-last.
+
+Where to cut is read from the dataflow, not from a model's name: the features are the last value that still has the
+images' two spatial axes (PaPr, Sec. 3.1: the last convolutional layer, after its activation). The classifier behind the
+pooling is dropped, which is the paper's replacement of its class weights by uniform ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils.model import reparameterize_model
+from torch import Tensor, fx, nn
+
+from .errors import ArgumentError, ProposalError, TraceError, VerifyError
+from .fold import fold_batch_norms
+from .macs import count_macs
+from .numerics import exact_float32, relative_error
+from .trace import TRACED_BATCH, clone, cut, fake_like, faking, shape_of, trace
+
+Statistics = tuple[Sequence[float], Sequence[float]]
+InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
+
+
+class SignificanceNet(nn.Module):
+    """Images (B, C, H, W) to significance maps (B, h, w): the mean over a ConvNet's last feature maps (PaPr, Eq. 2).
+
+    Frozen: its parameters take no gradient and it stays in eval mode whatever `train` is asked for.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        channel_axis: int | None,
+        size: int | tuple[int, int] | None = None,
+        renormalise: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Wraps a trunk.
+
+        Args:
+            trunk: Images to features.
+            channel_axis: Axis of the features to average over; None where the trunk returns (B, h, w) maps.
+            size: Shorter side, or (rows, columns), to which images are resized first, in pixels.
+            renormalise: Scale and shift per channel, (C, 1, 1), from the target's normalisation to the proposal's.
+        """
+        super().__init__()
+        self.trunk = trunk
+        self.channel_axis = channel_axis
+        self.size = size
+        scale, shift = renormalise or (None, None)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> SignificanceNet:
+        """Stays in eval mode: the proposal is frozen (`mode` is ignored)."""
+        return cast(SignificanceNet, super().train(False))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        if self.size is not None:
+            images = F.interpolate(images, size=resized(images.shape[-2:], self.size), mode="bilinear", align_corners=False)
+        features: Tensor = self.trunk(images.contiguous(memory_format=torch.channels_last))
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return features.to(wide) if self.channel_axis is None else features.mean(self.channel_axis, dtype=wide)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The features of a traced proposal, and the axis that holds their channels (None: a map without channels)."""
+
+    features: fx.Node
+    channel_axis: int | None
+
+
+def build_proposal(
+    proposal: object,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    size: int | tuple[int, int] | None,
+    input_stats: InputStats,
+    verify: bool,
+) -> SignificanceNet:
+    """Makes a significance network of `proposal` for the images that `model` takes. `proposal` itself is not changed.
+
+    Args:
+        proposal: A ConvNet classifier, a module that returns a feature map (B, K, h, w) or a map (B, h, w), or the name of
+            a timm model, whose pretrained weights are then loaded.
+        model: The target, for its normalisation statistics, dtype and device.
+        images: A batch such as the target takes, (B, C, H, W).
+        size: See `SignificanceNet`.
+        input_stats: "auto", "shared" or ((mean, std) of the target, (mean, std) of the proposal).
+        verify: Whether to check the fused network against the one given.
+
+    Raises:
+        ProposalError: `proposal` yields no significance map; the message says why.
+    """
+    source = _load(proposal)
+    network = _copied(source)
+    statistics = _renormalisation(model, source, images.shape[1], input_stats)
+    parameter = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), None)
+    rows, columns = resized(images.shape[-2:], size) if size is not None else images.shape[-2:]
+    device = images.device if parameter is None else parameter.device
+    dtype = images.dtype if parameter is None else parameter.dtype
+    sample = torch.empty((1, images.shape[1], rows, columns), dtype=dtype, device=device)
+    trunk, axis = _trunk(network, source, sample, verify=verify)
+    if images.device.type != "meta":
+        trunk = trunk.to(device=images.device, dtype=images.dtype)
+    if statistics is not None:
+        where = None if images.device.type == "meta" else images.device
+        scale, shift = (t.to(where, images.dtype).view(-1, 1, 1) for t in statistics)
+        statistics = scale, shift
+    trunk = trunk.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return SignificanceNet(trunk, channel_axis=axis, size=size, renormalise=statistics)
+
+
+def resized(shape: Sequence[int], size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns after resizing (H, W) to `size`: one number sets the shorter side and keeps the aspect."""
+    if isinstance(size, tuple):
+        return size
+    rows, columns = shape
+    shorter = min(rows, columns)
+    return round(rows * size / shorter), round(columns * size / shorter)
+
+
+def _load(proposal: object) -> nn.Module:
+    if isinstance(proposal, str):
+        if not timm.is_model(proposal):
+            near = timm.list_models(f"*{proposal.split('.')[0]}*")[:5]
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ProposalError(f"proposal: timm knows no model named {proposal!r}{hint}")
+        try:
+            return timm.create_model(proposal, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ProposalError(
+                f"proposal: the pretrained weights of {proposal!r} could not be loaded ({type(error).__name__}: {error}). "
+                f"Load them where there is a network, or pass a module, such as "
+                f"timm.create_model({proposal!r}, checkpoint_path=...)"
+            ) from error
+    if not isinstance(proposal, nn.Module):
+        raise ProposalError(
+            f"proposal must be a ConvNet (torch.nn.Module) or the name of a timm model, not {type(proposal).__name__}"
+        )
+    if isinstance(proposal, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
+        raise ProposalError(f"proposal is a {type(proposal).__name__}: pass the plain module that it was made from")
+    tensors = [*proposal.parameters(), *proposal.buffers()]
+    if any(t.is_meta for t in tensors):
+        raise ProposalError("proposal has no weights (meta device): load them before transform()")
+    if len({t.device for t in tensors}) > 1:
+        raise ProposalError(f"proposal lies on several devices ({', '.join(sorted({str(t.device) for t in tensors}))})")
+    return proposal
+
+
+def _copied(source: nn.Module) -> nn.Module:
+    """An eval-mode copy that owns its weights, its multi-branch blocks merged into single convolutions."""
+    with torch.inference_mode(False), torch.no_grad():
+        return reparameterize_model(copy.deepcopy(source).eval(), inplace=True)
+
+
+def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> tuple[nn.Module, int | None]:
+    try:
+        traced = trace(network, sample, _is_layered)
+    except TraceError as error:
+        return _whole(network, sample, error)
+    gm = fx.GraphModule(traced.root(network), traced.graph)
+    found = _find_cut(gm, sample)
+    with torch.no_grad():
+        fold_batch_norms(gm)
+    if verify:
+        _check_fusion(gm, source, sample)
+    return cut(gm, gm.graph, found.features), found.channel_axis
+
+
+def _check_fusion(gm: fx.GraphModule, source: nn.Module, sample: Tensor) -> None:
+    """Proves the merged and folded network equal to the one given, on one random image, in float32 at least."""
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    images = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample.device, wide)
+    with torch.no_grad(), exact_float32():
+        expected = copy.deepcopy(source).eval().to(wide)(images)
+        error = relative_error(copy.deepcopy(gm).to(wide)(images), expected)
+    if not error < 1e-3:
+        raise VerifyError(
+            f"proposal ({type(source).__name__}): folding its batch norms and merging its branches changed its output by "
+            f"{error:.1e} (relative; below 1e-3 was needed)"
+        )
+
+
+def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Module, int | None]:
+    """A network whose code cannot be traced serves as it is, if what it returns is a map."""
+    mode, fake = fake_like(sample, TRACED_BATCH)
+    sandbox = clone(network)
+    try:
+        with faking(mode):
+            out: object = sandbox(fake)
+    except Exception as refusal:
+        raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
+    if isinstance(out, Tensor) and out.ndim in (3, 4) and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
+        return network, None if out.ndim == 3 else 1
+    raise ProposalError(f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}")
+
+
+def _is_layered(module: nn.Module, name: str) -> bool:
+    """Everything but torch.nn's own layers is opened: the proposal is frozen, so nothing in it depends on the mode."""
+    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
+    output = gm.graph.output_node().args[0]
+    shape = shape_of(output) if isinstance(output, fx.Node) else None
+    if not isinstance(output, fx.Node) or shape is None:
+        raise ProposalError(
+            f"proposal returns a {type(output).__name__}, not one tensor: pass a classifier, or a module that returns its "
+            "last feature map (B, K, h, w)"
+        )
+    if len(shape) == 3 and _covers(shape, sample):
+        return _Cut(output, None)
+    spatial = [n for n in _spatial_nodes(gm.graph) if len(shape_of(n) or ()) == 4]
+    last = output if len(shape) == 4 and _covers(shape, sample) else spatial[-1]
+    if last.op == "placeholder":
+        raise ProposalError(
+            "proposal has no spatial map: sought a value (B, K, h, w) with h * w > 1 computed from images "
+            f"{tuple(sample.shape)}, found none. Pass a ConvNet, or give it larger images (proposal_size)"
+        )
+    _refuse_tokens(gm, last, sample)
+    return _Cut(last, _channel_axis(last))
+
+
+def _covers(shape: tuple[int, ...], sample: Tensor) -> bool:
+    """Whether the last two axes have the aspect of the images and more than one position."""
+    rows, columns = shape[-2:]
+    height, width = sample.shape[-2:]
+    return rows * columns > 1 and abs(rows * width / height - columns) < 1
+
+
+def _spatial_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Values that keep two spatial axes all the way from the images; one that was flattened on the way does not count."""
+    found = {graph.find_nodes(op="placeholder")[0]: True}
+    for node in graph.nodes:
+        shapes = node.meta.get("parts", (shape_of(node),))
+        if any(source in found for source in node.all_input_nodes) and all(_is_spatial(shape) for shape in shapes):
+            found[node] = True
+    return list(found)
+
+
+def _is_spatial(shape: tuple[int, ...] | None) -> bool:
+    if shape is None or len(shape) < 4 or shape[0] != TRACED_BATCH:
+        return False
+    return max(shape[-2:]) > 1 and max(shape[1:3]) > 1  # neither (B, K, 1, 1) nor (B, 1, 1, K): those are pooled
+
+
+def _channel_axis(features: fx.Node) -> int:
+    """Where the channels are: the axis that the pooling behind the features leaves."""
+    shape = cast("tuple[int, ...]", shape_of(features))
+    for user in features.users:
+        pooled = tuple(size for size in (shape_of(user) or ()) if size != 1)[1:]
+        if pooled == shape[3:] and pooled != shape[1:2]:
+            return 3
+    return 1
+
+
+def _refuse_tokens(gm: fx.GraphModule, features: fx.Node, sample: Tensor) -> None:
+    """Refuses a network that goes on to mix the features as tokens: its map is where its work begins, not its result."""
+    shape = cast("tuple[int, ...]", shape_of(features))
+    reached = {features}
+    tokens: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+            found = shape_of(node) or ()
+            if len(found) == 3 and min(found[1:]) > 1:
+                tokens.append(node)
+    if not tokens:
+        return
+    share = count_macs(cut(gm, gm.graph, features), sample) / max(1, count_macs(gm, sample))
+    if share < 0.5:
+        raise ProposalError(
+            f"proposal turns its features `{features.name}` {shape} into tokens `{tokens[0].name}` {shape_of(tokens[0])} and "
+            f"does {1 - share:.0%} of its work on them: a patch embedding is no significance map. Pass a ConvNet classifier"
+        )
+
+
+def _renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given: InputStats) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift, (C,) each, that turn images normalised for `model` into images normalised for `proposal`."""
+    if given == "shared":
+        return None
+    if given == "auto":
+        known = _statistics(model), _statistics(proposal)
+        if known[0] is None or known[1] is None or any(len(part) != channels for pair in known for part in pair or ()):
+            return None
+        (mean, std), (own_mean, own_std) = cast("tuple[Statistics, Statistics]", known)
+    else:
+        (mean, std), (own_mean, own_std) = _checked_statistics(given, channels)
+    if tuple(mean) == tuple(own_mean) and tuple(std) == tuple(own_std):
+        return None
+    m, s, own_m, own_s = (torch.tensor(tuple(v), dtype=torch.float64) for v in (mean, std, own_mean, own_std))
+    return s / own_s, (m - own_m) / own_s
+
+
+def _statistics(module: nn.Module) -> Statistics | None:
+    """Mean and std from timm's metadata; torchvision's modules carry none."""
+    config = getattr(module, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
+        return tuple(cast(Any, config)["mean"]), tuple(cast(Any, config)["std"])
+    return None
+
+
+def _checked_statistics(given: object, channels: int) -> tuple[Statistics, Statistics]:
+    try:
+        (mean, std), (own_mean, own_std) = cast(Any, given)
+        lists = [[float(v) for v in part] for part in (mean, std, own_mean, own_std)]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f'input_stats must be "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal), not {given!r}'
+        ) from error
+    if any(len(part) != channels for part in lists) or min(lists[1] + lists[3]) <= 0:
+        raise ArgumentError(f"input_stats: each mean and std needs {channels} numbers, each std above 0; got {given!r}")
+    return (lists[0], lists[1]), (lists[2], lists[3])

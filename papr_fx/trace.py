@@ -1,0 +1,422 @@
+"""Records a model as a torch.fx graph: values are known while tracing, and modules stay whole unless opened.
+
+Each proxy carries a fake tensor. Questions about a value (`.dtype`, `.ndim`, whether a size is divisible) are answered
+from it, while sizes themselves stay nodes of the graph, so that no batch size is frozen into the result. Only the modules
+named in `opened` are traced through; every other one is a single `call_module` node, which keeps dropout, drop-path and
+batch norm in the hands of the modules that own them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.layers import get_notrace_functions  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import TraceError
+
+# Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
+TRACED_BATCH = 2
+
+# Facts of a tensor that tracing never changes: answered at once, never recorded.
+_FIXED_ATTRIBUTES = frozenset(
+    {"dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "is_meta"}
+)
+
+# These take sizes and no tensor, so a proxy among their arguments would not be noticed by itself.
+_FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace, torch.rand, torch.randn)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and the tensors that the model's code made while it was traced (`_tensor_constant0`, ...)."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+    def root(self, model: nn.Module) -> nn.Module:
+        """A clone of `model` in which every target of the graph is found."""
+        root = clone(model)
+        for name, constant in self.constants.items():
+            root.register_buffer(name, constant, persistent=False)
+        return root
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Runs what follows on fake tensors, without gradients. A refused shape is an answer here, so torch does not log it."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before = log.disabled
+    log.disabled = True
+    try:
+        with torch.no_grad(), mode:
+            yield
+    finally:
+        log.disabled = before
+
+
+def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
+    """A fake mode that accepts real parameters, and a fake image batch of `batch` samples shaped like `images`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape recorded for a node whose value is one tensor, else None."""
+    return cast("tuple[int, ...] | None", node.meta.get("shape"))
+
+
+def ancestors(node: fx.Node) -> dict[fx.Node, None]:
+    """`node` and all that it is computed from, latest first."""
+    found = {node: None}
+    for candidate in reversed(node.graph.nodes):
+        if candidate in found:
+            found.pop(candidate)
+            found[candidate] = None
+            found.update(dict.fromkeys(n for n in candidate.all_input_nodes if n not in found))
+    return found
+
+
+def annotate(node: fx.Node, value: object) -> None:
+    """Records shape and dtype of a node's value: plain data, which survives copies of the graph."""
+    for key in ("shape", "dtype", "value", "parts"):
+        node.meta.pop(key, None)
+    if isinstance(value, Tensor):
+        node.meta["shape"] = tuple(int(size) for size in value.shape)
+        node.meta["dtype"] = value.dtype
+    elif isinstance(value, bool | int | float):
+        node.meta["value"] = value
+    elif isinstance(value, tuple | list) and value and all(isinstance(part, Tensor) for part in cast("list[Any]", value)):
+        node.meta["parts"] = tuple(tuple(part.shape) for part in cast("list[Tensor]", value))
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its fake value, kept by the tracer under its node."""
+
+    tracer: ValueTracer
+
+    @property
+    def known(self) -> Any:
+        return self.tracer.values[self.node]
+
+    def __getattr__(self, k: str) -> Any:
+        if k in _FIXED_ATTRIBUTES and isinstance(self.known, Tensor):
+            return getattr(self.known, k)
+        return ValueAttribute(self, k)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self.known)))  # pyright: ignore[reportIndexIssue]
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.known
+
+    def __index__(self) -> int:
+        return int(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    def _number(self) -> float:
+        if isinstance(self.known, Tensor):
+            raise TraceError(f"`{self.node.name}` is read as a Python number: its value depends on the image")
+        return self.known
+
+
+class ValueAttribute(ValueProxy):
+    """`proxy.name`: a node only once it is used as a value; called, it is one method node."""
+
+    def __init__(self, owner: ValueProxy, name: str) -> None:
+        self.tracer = owner.tracer
+        self._owner = owner
+        self._name = name
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self._node is None:
+            self._node = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
+
+
+class _RecordJoins(TorchDispatchMode):
+    """Notes where adjacent axes of an activation become one: there a grid of positions becomes a token axis."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.grids: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.im2col.default:
+            self.grids.append(_unfolded_grid(*args))
+        elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
+            self.grids.extend(_joined(tuple(args[0].shape), tuple(out.shape), self.batch))
+        return out
+
+
+def _unfolded_grid(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> tuple[int, ...]:
+    axes = zip(image.shape[-2:], kernel, dilation, padding, stride, strict=True)
+    return tuple((size + 2 * pad - dil * (ker - 1) - 1) // step + 1 for size, ker, dil, pad, step in axes)
+
+
+def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[tuple[int, ...]]:
+    """The groups of adjacent axes that a reshape merged, or none if it is no such reshape of a batch."""
+    if len(after) >= len(before) or before[:1] != (batch,) or after[:1] != (batch,):
+        return []
+    groups: list[tuple[int, ...]] = []
+    start = 1
+    for size in after[1:]:
+        stop, product = start, 1
+        while stop < len(before) and (stop == start or product < size):
+            product *= before[stop]
+            stop += 1
+        if product != size:
+            return []
+        groups.append(before[start:stop])
+        start = stop
+    return [group for group in groups if len(group) > 1] if start == len(before) else []
+
+
+class ValueTracer(fx.Tracer):
+    """An `fx.Tracer` that evaluates each node on fake tensors as it records it.
+
+    Args:
+        opened: Decides from a submodule and its qualified name whether to trace through it.
+        sandbox: A second copy of the model on which nodes are evaluated, as forward code may cache what it computes.
+        images: The fake images, (B, C, H, W).
+        mode: The fake mode that `images` belongs to.
+    """
+
+    def __init__(
+        self, opened: Callable[[nn.Module, str], bool], sandbox: nn.Module, images: Tensor, mode: FakeTensorMode
+    ) -> None:
+        super().__init__(autowrap_functions=(*get_notrace_functions(), *_FACTORIES))
+        self._autowrap_search.append(torch)
+        self.values: dict[fx.Node, Any] = {}
+        self._opened = opened
+        self._sandbox = sandbox
+        self._images = images
+        self._mode = mode
+        self._evaluating = False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not self._opened(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        known = cast(ValueProxy, obj).known
+        if isinstance(known, Tensor):
+            raise TraceError(f"a branch depends on the content of the image: `if {obj.node.name}` (a tensor)")
+        return bool(known)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return list(cast(ValueProxy, obj).known.keys())
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder for the images; every other argument of `forward` keeps its default."""
+        name = _image_parameter(root_fn)
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except TraceError:
+            raise
+        except Exception as error:
+            name = self.path_of_module(m)
+            raise TraceError(f"`{name}` ({type(m).__name__}) cannot be traced: {_first_line(error)}", name) from error
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        node = proxy.node
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_evaluating", self._evaluating)
+            self._evaluating = True
+            joins = _RecordJoins(self._images.shape[0])
+            for context in (faking(self._mode), joins):
+                stack.enter_context(context)
+            self.values[node] = value = self._evaluate(node)
+        annotate(node, value)
+        if joins.grids:
+            node.meta["joins"] = joins.grids
+        return proxy
+
+    def _value_of(self, node: fx.Node) -> Any:
+        if node not in self.values:  # a buffer: recorded as an argument, with no proxy of its own
+            self.values[node] = self._evaluate(node)
+            annotate(node, self.values[node])
+        return self.values[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._images
+        if node.op == "get_attr":
+            value = _attribute(cast(nn.Module, self.root), cast(str, node.target))
+            return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value_of)
+        if node.op == "call_function":
+            return cast(Callable[..., Any], node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
+        target = cast(str, node.target)
+        try:
+            return self._sandbox.get_submodule(target)(*args, **kwargs)
+        except Exception as error:
+            raise TraceError(f"`{target}` refused its input {_shapes(args)}: {_first_line(error)}", target) from error
+
+
+def trace(
+    model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False
+) -> Traced:
+    """Traces `model`, opening the submodules that `opened` picks and whose code can be traced.
+
+    Where the Python code of a picked module cannot be recorded, modules of its class stay whole. Only the model's own `forward` must be traceable.
+
+    Args:
+        model: Any module whose first argument is an image batch. It is not changed.
+        images: A batch (B, C, H, W) of which only shape, dtype and device matter.
+        opened: Called with each submodule and its qualified name.
+        training: The mode in which the model is traced.
+
+    Returns:
+        The graph, whose nodes carry `shape`, `dtype` and `joins` in `meta`, and its constants.
+
+    Raises:
+        TraceError: The model's own forward cannot be recorded, or refuses these images.
+    """
+    closed: set[type[nn.Module]] = set()
+    while True:
+        picked: set[str] = set()
+
+        def pick(module: nn.Module, name: str, picked: set[str] = picked) -> bool:
+            chosen = type(module) not in closed and opened(module, name)
+            if chosen:
+                picked.add(name)
+            return chosen
+
+        root = clone(model).train(training)
+        mode, fake = fake_like(images, TRACED_BATCH)
+        tracer = ValueTracer(pick, clone(root), fake, mode)
+        try:
+            graph = tracer.trace(root)
+        except TraceError as error:
+            if error.module not in picked:
+                raise
+            closed.add(type(root.get_submodule(error.module)))
+            continue
+        except Exception as error:
+            raise TraceError(f"{type(model).__name__}.forward cannot be traced: {_first_line(error)}") from error
+        constants = {name: _attribute(root, name) for name in _own_constants(graph, model)}
+        graph = fx.GraphModule(root, graph).graph  # dead code is told from live by a graph's module
+        graph.eliminate_dead_code()
+        graph.lint()
+        graph._tracer_cls = None  # else a pickled graph asks for a tracer built without arguments
+        return Traced(graph, constants)
+
+
+def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = TRACED_BATCH) -> None:
+    """Runs `graph` over the modules of `root` on fake images and records every node's shape.
+
+    `root` should be a clone: a module that caches what it computes would keep fake tensors.
+
+    Raises:
+        TraceError: A node refuses its inputs.
+    """
+    mode, fake = fake_like(images, batch)
+    with faking(mode):
+        _Annotate(root, graph=graph).run(fake)
+
+
+def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
+    """A graph module over the modules of `root` that computes `outputs` alone: one value, or a tuple of several."""
+    needed: dict[fx.Node, None] = {}
+    for node in outputs:
+        needed.update(ancestors(node))
+    part = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copied[node] = part.node_copy(node, lambda n: copied[n])
+    part.output(copied[outputs[0]] if len(outputs) == 1 else tuple(copied[node] for node in outputs))
+    return fx.GraphModule(root, part)
+
+
+class _Annotate(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            inputs = ", ".join(f"{m.name} {shape_of(m)}" for m in n.all_input_nodes)
+            raise TraceError(f"`{n.target}` refused {inputs}: {_first_line(error)}", str(n.target)) from error
+        annotate(n, value)
+        return value
+
+
+def _own_constants(graph: fx.Graph, model: nn.Module) -> set[str]:
+    names = {cast(str, node.target) for node in graph.find_nodes(op="get_attr")}
+    return {name for name in names if "." not in name and not hasattr(model, name)}
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(root.get_submodule(path), leaf)
+
+
+def _image_parameter(forward: Callable[..., Any]) -> str:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise TraceError("the model's forward takes no positional argument for the images")
+    needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise TraceError(f"the model's forward needs more than the images: {', '.join(needed)}; wrap it in a module that gives them")
+    return parameters[0].name
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _shapes(args: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
