@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .errors import ArgumentError
-from .module import checked_module
+from .module import PrunedModule, checked_module
 from .trace import TRACED_BATCH, ancestors, shape_of, trace
 
 
@@ -38,6 +38,15 @@ def graph_diff(model: nn.Module, gm: fx.GraphModule) -> str:
     if type(model).__name__ != module.plan.name:
         raise ArgumentError(f"graph_diff: gm was made of a {module.plan.name}, not of a {type(model).__name__}")
     before = trace(model, module.example(), lambda _, name: name in module.plan.opened, training=module.training).graph
+    return _unified(before, module)
+
+
+def graph_changes(module: PrunedModule) -> str:
+    """The same diff from the dense graph that the module keeps."""
+    return _unified(module.plan.dense_graph(module.training), module)
+
+
+def _unified(before: fx.Graph, module: PrunedModule) -> str:
     old, new = (graph_text(graph).splitlines(keepends=True) for graph in (before, module.graph))
     return "".join(difflib.unified_diff(old, new, "dense", f"papr z={module.plan.z:g}", n=2))
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -180,7 +181,8 @@ class _RecordJoins(TorchDispatchMode):
         if func is torch.ops.aten.im2col.default:
             self.grids.append(_unfolded_grid(*args))
         elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
-            self.grids.extend(_joined(tuple(args[0].shape), tuple(out.shape), self.batch))
+            groups = _joined(tuple(args[0].shape), tuple(out.shape), self.batch)
+            self.grids.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
         return out
 
 
@@ -190,21 +192,20 @@ def _unfolded_grid(image: Tensor, kernel: list[int], dilation: list[int], paddin
 
 
 def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[tuple[int, ...]]:
-    """The groups of adjacent axes that a reshape merged, or none if it is no such reshape of a batch."""
-    if len(after) >= len(before) or before[:1] != (batch,) or after[:1] != (batch,):
+    """The groups of adjacent axes that a reshape merged, or none if it is no such reshape of a batch. Axes of size 1 are nothing."""
+    if before[:1] != (batch,) or after[:1] != (batch,):
         return []
+    sizes = [size for size in before[1:] if size != 1]
     groups: list[tuple[int, ...]] = []
-    start = 1
     for size in after[1:]:
-        stop, product = start, 1
-        while stop < len(before) and (stop == start or product < size):
-            product *= before[stop]
-            stop += 1
-        if product != size:
+        count = 0 if size == 1 else 1
+        while count < len(sizes) and prod(sizes[:count]) < size:
+            count += 1
+        if prod(sizes[:count]) != size:
             return []
-        groups.append(before[start:stop])
-        start = stop
-    return [group for group in groups if len(group) > 1] if start == len(before) else []
+        groups.append(tuple(sizes[:count]))
+        del sizes[:count]
+    return [] if sizes else [group for group in groups if len(group) > 1]
 
 
 class ValueTracer(fx.Tracer):

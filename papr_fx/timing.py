@@ -1,0 +1,38 @@
+"""Paired timing: the variants take turns, so that a noisy machine disturbs all of them alike, and medians are compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def median_times(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1) -> dict[str, float]:
+    """Median wall-clock time of each variant, interleaved.
+
+    Args:
+        variants: Functions to time, by name. They are called without gradients.
+        rounds: Timed calls of each.
+        warmup: Calls of each beforehand.
+
+    Returns:
+        Milliseconds, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.inference_mode():
+        for turn in range(warmup + rounds):
+            for name, call in variants.items():
+                start = _now()
+                call()
+                if turn >= warmup:
+                    times[name].append((_now() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,35 @@
+"""Settings of the suite: one thread a worker, repeatable hypothesis runs, `--accept` for golden files."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("papr")
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="rewrite the golden files")
+    parser.addoption("--all", action="store_true", help="run slow sweeps too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--accept"):
+        os.environ["PAPR_FX_ACCEPT"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
