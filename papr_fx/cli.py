@@ -58,14 +58,18 @@ def _parser() -> argparse.ArgumentParser:
         many = command is not diff
         if many:
             command.add_argument("--model", default=_DEFAULT_MODEL, help="name of a timm model (default: %(default)s)")
-            command.add_argument("--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)")
+            command.add_argument(
+                "--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)"
+            )
         command.add_argument(
             "--proposal",
             default=LITE0,
             help=f"name of a timm ConvNet, or {LITE0}: EfficientNet-Lite0 with ImageNet weights from its package (default)",
         )
         command.add_argument("--z", type=float, nargs="+" if many else None, default=ratios if many else 0.5, help="keep ratio")
-        command.add_argument("--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)")
+        command.add_argument(
+            "--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)"
+        )
         command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
     return parser
 
@@ -86,10 +90,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     prepared = _prepared(arguments, fromarray(coffee()))
     model, gm, images = prepared.model, prepared.gm, prepared.images
-    weights = "pretrained weights" if arguments.pretrained or arguments.checkpoint else "random weights (--pretrained loads real ones)"
-    print(f"photograph: a cup of espresso, from scikit-image\nmodel: {arguments.model}, {weights}\nproposal: {arguments.proposal}\n")
+    weights = (
+        "pretrained weights"
+        if arguments.pretrained or arguments.checkpoint
+        else "random weights (--pretrained loads real ones)"
+    )
+    print(
+        f"photograph: a cup of espresso, from scikit-image\nmodel: {arguments.model}, {weights}\nproposal: {arguments.proposal}\n"
+    )
     batch = images.repeat(8, 1, 1, 1)
-    print(f"8 images, {torch.get_num_threads()} threads, eager, proposal included; each pruned run takes turns with a dense one")
+    print(
+        f"8 images, {torch.get_num_threads()} threads, eager, proposal included; each pruned run takes turns with a dense one"
+    )
     rows: list[tuple[Any, ...]] = []
     for z in arguments.z:
         set_keep_ratio(gm, z)
@@ -164,7 +176,9 @@ def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Modul
 
 def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
     if not timm.is_model(name):
-        raise ArgumentError(f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them")
+        raise ArgumentError(
+            f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
     except (OSError, RuntimeError) as error:

@@ -106,7 +106,9 @@ def _line(node: fx.Node, batched: dict[fx.Node, None]) -> str:
 def _argument(value: Any) -> str:
     if isinstance(value, tuple | list):
         inner = ", ".join(_argument(item) for item in cast("list[Any]", value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(cast('tuple[Any, ...]', value)) == 1 else ''})"
+        return (
+            f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(cast('tuple[Any, ...]', value)) == 1 else ''})"
+        )
     if isinstance(value, slice):
         return ":".join("" if part is None else _argument(part) for part in (value.start, value.stop))
     return repr(value)

@@ -53,6 +53,13 @@ def fold_batch_norms(gm: fx.GraphModule) -> int:
     return folded
 
 
+def is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node convolves, as a module or as a function."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(cast(str, node.target)), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return node.op == "call_function" and node.target in _CONVOLUTIONS
+
+
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     if node.op == "call_module":
         module = gm.get_submodule(cast(str, node.target))

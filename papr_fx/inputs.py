@@ -18,17 +18,25 @@ BACKGROUNDS = ("auto", "keep", "zero")
 def checked_model(model: object) -> nn.Module:
     """Returns `model` if it can be traced and copied safely, else raises `ArgumentError` with the fix."""
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, not {type(model).__name__}; for a timm name call timm.create_model first")
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; for a timm name call timm.create_model first"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError("model is a ScriptModule, whose Python code is gone: pass the module that was scripted")
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
-        raise ArgumentError("model was already given to torch.compile: transform the plain module first, then torch.compile(gm)")
+        raise ArgumentError(
+            "model was already given to torch.compile: transform the plain module first, then torch.compile(gm)"
+        )
     for name, module in model.named_modules():
         if isinstance(module, PrunedModule):
             what = f"its submodule `{name}`" if name else "it"
-            raise ArgumentError(f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z")
+            raise ArgumentError(
+                f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z"
+            )
     if model._forward_hooks or model._forward_pre_hooks:
-        raise ArgumentError("model has forward hooks, which a graph of its forward would not run: remove them, or wrap the model")
+        raise ArgumentError(
+            "model has forward hooks, which a graph of its forward would not run: remove them, or wrap the model"
+        )
     devices = sorted({str(t.device) for t in _tensors(model)})
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")

@@ -157,7 +157,9 @@ def _checked_images(gm: PrunedModule, images: object) -> Tensor:
     shape = gm.plan.shape
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != shape[1]:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError(f"images must be a tensor (B, {shape[1]}, H, W) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
+        raise ArgumentError(
+            f"images must be a tensor (B, {shape[1]}, H, W) such as (1, {', '.join(map(str, shape[1:]))}), not {found}"
+        )
     return images
 
 

@@ -19,7 +19,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 
 from .errors import ArgumentError, ProposalError, TraceError, VerifyError
-from .fold import fold_batch_norms
+from .fold import fold_batch_norms, is_convolution
 from .macs import count_macs
 from .numerics import exact_float32, relative_error
 from .trace import TRACED_BATCH, clone, cut, fake_like, faking, shape_of, trace
@@ -210,7 +210,9 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
     if isinstance(out, Tensor) and out.ndim in (3, 4) and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
         return network, None if out.ndim == 3 else 1
-    raise ProposalError(f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}")
+    raise ProposalError(
+        f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}"
+    )
 
 
 def _is_layered(module: nn.Module, name: str) -> bool:
@@ -230,7 +232,8 @@ def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
         return _Cut(output, None)
     spatial = [n for n in _spatial_nodes(gm.graph) if len(shape_of(n) or ()) == 4]
     last = output if len(shape) == 4 and _covers(shape, sample) else spatial[-1]
-    if last.op == "placeholder":
+    shrunk = [user for user in last.users if is_convolution(gm, user) and not _is_spatial(shape_of(user))]
+    if last.op == "placeholder" or shrunk:
         raise ProposalError(
             "proposal has no spatial map: sought a value (B, K, h, w) with h * w > 1 computed from images "
             f"{tuple(sample.shape)}, found none. Pass a ConvNet, or give it larger images (proposal_size)"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tabulate import tabulate
 from torch import fx
 
 from .macs import count_macs
-from .module import PrunedModule, checked_module, shell
+from .module import checked_module, shell
 from .ops import keep_count
 from .passes import prune_tokens
 
@@ -64,7 +64,9 @@ class Report:
         sites = tabulate(rows, headers=["site", "grid", "prefix", "tokens dense", "tokens kept"], tablefmt="github")
         counts = [self.dense_macs, self.pruned_macs, self.proposal_macs, self.total_macs]
         row = [f"{count / 1e9:.2f}" for count in counts] + [f"{self.dense_macs / max(1, self.total_macs):.2f}"]
-        macs = tabulate([row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True)
+        macs = tabulate(
+            [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
+        )
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}"
 
 

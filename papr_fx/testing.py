@@ -1,8 +1,8 @@
 """For your own test suite: every oracle that applies to your model, and its graph diff kept under review.
 
-    def test_pruned():
-        papr_fx.testing.check(MyViT(), proposal, z=0.5)
-        papr_fx.testing.assert_golden(papr_fx.transform(MyViT(), proposal, 0.5), "tests/my_vit.diff")
+def test_pruned():
+papr_fx.testing.check(MyViT(), proposal, z=0.5)
+papr_fx.testing.assert_golden(papr_fx.transform(MyViT(), proposal, 0.5), "tests/my_vit.diff")
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class HiddenKeys(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         count = self.hidden.shape[1]
         if func is F.scaled_dot_product_attention and args[1].shape[-2] == count:
-            kwargs["attn_mask"] = self._bias(args[0]) + self._given(args[3] if len(args) > 3 else kwargs.get("attn_mask"), args[0])
+            kwargs["attn_mask"] = self._bias(args[0]) + self._given(
+                args[3] if len(args) > 3 else kwargs.get("attn_mask"), args[0]
+            )
             args = args[:3] + args[4:] if len(args) > 3 else args
             self.seen += 1
         elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
@@ -116,9 +118,13 @@ def check(
     set_keep_ratio(gm, z)
     found = _hidden_keys(wide, gm, images)
     if not found.hidden_keys <= _TOLERANCE:
-        raise VerifyError(f"hidden keys: kept tokens are off by {found.hidden_keys:.1e} (relative; {_TOLERANCE:.0e} is allowed)")
+        raise VerifyError(
+            f"hidden keys: kept tokens are off by {found.hidden_keys:.1e} (relative; {_TOLERANCE:.0e} is allowed)"
+        )
     if not found.corrupted > 1e3 * _TOLERANCE:
-        raise VerifyError(f"hidden keys: one wrong token moves the result by {found.corrupted:.1e} only, so nothing was checked")
+        raise VerifyError(
+            f"hidden keys: one wrong token moves the result by {found.corrupted:.1e} only, so nothing was checked"
+        )
     return found
 
 

@@ -34,7 +34,17 @@ _FIXED_ATTRIBUTES = frozenset(
 )
 
 # These take sizes and no tensor, so a proxy among their arguments would not be noticed by itself.
-_FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace, torch.rand, torch.randn)
+_FACTORIES = (
+    torch.arange,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.empty,
+    torch.eye,
+    torch.linspace,
+    torch.rand,
+    torch.randn,
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,8 @@ class ValueProxy(fx.Proxy):
         return float(self._number())
 
     def __format__(self, spec: str) -> str:
-        return str(self)
+        """For messages: one of an assertion that stays in the graph must not claim a value as the one it sees later."""
+        return self.node.name if isinstance(self.known, Tensor) else f"{self.node.name} ({self.known} when traced)"
 
     def _number(self) -> float:
         if isinstance(self.known, Tensor):
@@ -186,7 +197,9 @@ class _RecordJoins(TorchDispatchMode):
         return out
 
 
-def _unfolded_grid(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> tuple[int, ...]:
+def _unfolded_grid(
+    image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
+) -> tuple[int, ...]:
     axes = zip(image.shape[-2:], kernel, dilation, padding, stride, strict=True)
     return tuple((size + 2 * pad - dil * (ker - 1) - 1) // step + 1 for size, ker, dil, pad, step in axes)
 
@@ -252,9 +265,7 @@ class ValueTracer(fx.Tracer):
         name = _image_parameter(root_fn)
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
         try:
@@ -307,9 +318,7 @@ class ValueTracer(fx.Tracer):
             raise TraceError(f"`{target}` refused its input {_shapes(args)}: {_first_line(error)}", target) from error
 
 
-def trace(
-    model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False
-) -> Traced:
+def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False) -> Traced:
     """Traces `model`, opening the submodules that `opened` picks and whose code can be traced.
 
     Where the Python code of a picked module cannot be recorded, modules of its class stay whole. Only the model's own `forward` must be traceable.
@@ -353,7 +362,7 @@ def trace(
         graph.eliminate_dead_code()
         graph.lint()
         graph._tracer_cls = None  # else a pickled graph asks for a tracer built without arguments
-        return Traced(graph, constants)
+        return Traced(copy.deepcopy(graph), constants)  # a copy: the graph itself would keep its module, and be pickled with it
 
 
 def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = TRACED_BATCH) -> None:
@@ -410,7 +419,9 @@ def _image_parameter(forward: Callable[..., Any]) -> str:
         raise TraceError("the model's forward takes no positional argument for the images")
     needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if needed:
-        raise TraceError(f"the model's forward needs more than the images: {', '.join(needed)}; wrap it in a module that gives them")
+        raise TraceError(
+            f"the model's forward needs more than the images: {', '.join(needed)}; wrap it in a module that gives them"
+        )
     return parameters[0].name
 
 

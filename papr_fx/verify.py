@@ -172,9 +172,7 @@ def _control(
     return relative_error(_run(free, values, images, _indices(wrong, site.prefix)), expected)
 
 
-def _order_error(
-    free: nn.Module, values: dict[str, Tensor], images: Tensor, cells: Tensor, site: prune_tokens.Site
-) -> float:
+def _order_error(free: nn.Module, values: dict[str, Tensor], images: Tensor, cells: Tensor, site: prune_tokens.Site) -> float:
     some = cells[:, : max(1, 2 * cells.shape[1] // 3)]
     outputs = [_run(free, values, images, _indices(kept, site.prefix)) for kept in (some, some.flip(1))]
     return relative_error(outputs[1], outputs[0])
@@ -197,7 +195,9 @@ def _check_geometry(
     tokens = cast(Tensor, _run(cut(root, graph, stream), values, probes))  # (1 + cells, N, C)
     moved = (tokens[1:] - tokens[:1]).abs().sum(-1)  # (cells, N)
     if site.prefix and bool((moved[:, : site.prefix] != 0).any()):
-        raise VerifyError(f"geometry: the first {site.prefix} of `{site.stream.name}` were taken for prefix tokens, but a patch moves them")
+        raise VerifyError(
+            f"geometry: the first {site.prefix} of `{site.stream.name}` were taken for prefix tokens, but a patch moves them"
+        )
     for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
         if token != site.prefix + cell:
             raise VerifyError(

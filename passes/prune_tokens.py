@@ -115,4 +115,3 @@ def _axes(node: fx.Node, grid: tuple[int, ...]) -> tuple[int, ...] | None:
     shape = node.meta.get("shape") or ()
     starts = [i for i in range(1, len(shape) - len(grid) + 1) if tuple(shape[i : i + len(grid)]) == grid]
     return tuple(range(starts[-1], starts[-1] + len(grid))) if starts else None
-

@@ -40,7 +40,9 @@ def find_site(graph: fx.Graph) -> Site:
     """Finds the image placeholder of a traced model."""
     found = graph.find_nodes(op="placeholder")
     if len(found) != 1:
-        raise NoSiteError(f"the graph takes {len(found)} inputs ({', '.join(n.name for n in found)}); one image batch is needed")
+        raise NoSiteError(
+            f"the graph takes {len(found)} inputs ({', '.join(n.name for n in found)}); one image batch is needed"
+        )
     return Site(found[0])
 
 

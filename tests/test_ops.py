@@ -12,7 +12,15 @@ from papr_fx.ops import gather_tokens, keep_count, resize_map, top_positions
 
 @pytest.mark.parametrize(
     ("positions", "z", "prefix", "kept"),
-    [(196, 0.5, 1, 98), (196, 0.45, 1, 88), (196, 0.001, 1, 1), (196, 0.999, 1, 196), (4, 0.99, 5, 4), (3136, 0.65, 0, 2038), (1, 0.1, 0, 1)],
+    [
+        (196, 0.5, 1, 98),
+        (196, 0.45, 1, 88),
+        (196, 0.001, 1, 1),
+        (196, 0.999, 1, 196),
+        (4, 0.99, 5, 4),
+        (3136, 0.65, 0, 2038),
+        (1, 0.1, 0, 1),
+    ],
 )
 def test_keep_count(positions, z, prefix, kept):
     assert keep_count(positions, z, prefix) == kept

@@ -1,0 +1,62 @@
+"""Graph diffs of real models, kept for review in golden/: `pytest --accept` rewrites them."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torchvision
+
+import papr_fx
+from papr_fx.testing import assert_golden
+
+from .models import Shape, ToyViT, toy_proposal
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = {
+    "vit_small_patch16_224": lambda: timm.create_model("vit_small_patch16_224"),
+    "vit_base_patch16_mae": lambda: timm.create_model("vit_base_patch16_224", global_pool="avg"),
+    "vit_base_patch16_siglip_224": lambda: timm.create_model("vit_base_patch16_siglip_224"),
+    "vit_small_patch14_reg4_dinov2": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224),
+    "deit_tiny_distilled_patch16_224": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+    "vit_tiny_dynamic": lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True),
+    "torchvision_vit_b_32": lambda: torchvision.models.vit_b_32(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_diff(name):
+    gm = papr_fx.transform(MODELS[name]().eval(), toy_proposal(), 0.5, verify=False)
+    assert_golden(gm, GOLDEN / f"{name}.diff")
+
+
+def test_no_golden_is_orphaned():
+    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in MODELS}
+
+
+def test_diff_is_stable_and_traces_the_model_afresh():
+    model = ToyViT(Shape()).eval()
+    texts = {papr_fx.graph_diff(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False)) for _ in range(3)}
+    assert len(texts) == 1
+    assert "0x" not in texts.pop()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0)
+    assert papr_fx.graph_diff(model, gm) == ""
+
+    class Other(ToyViT):
+        pass
+
+    with pytest.raises(papr_fx.ArgumentError, match="made of a ToyViT, not of a Other"):
+        papr_fx.graph_diff(Other(Shape()), gm)
+
+
+def test_a_changed_or_missing_golden_fails(tmp_path, monkeypatch):
+    gm = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, verify=False)
+    monkeypatch.delenv("PAPR_FX_ACCEPT", raising=False)
+    with pytest.raises(AssertionError, match="is missing"):
+        assert_golden(gm, tmp_path / "a.diff")
+    monkeypatch.setenv("PAPR_FX_ACCEPT", "1")
+    assert_golden(gm, tmp_path / "a.diff")
+    monkeypatch.delenv("PAPR_FX_ACCEPT")
+    assert_golden(gm, tmp_path / "a.diff")
+    papr_fx.set_keep_ratio(gm, 0.25)
+    with pytest.raises(AssertionError, match="no longer that of"):
+        assert_golden(gm, tmp_path / "a.diff")

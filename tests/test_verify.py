@@ -1,0 +1,186 @@
+"""The proof: it passes what is right, and each part of it catches the fault that it is there for."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import papr_fx
+from papr_fx import ops
+from papr_fx.passes import prune_tokens
+from papr_fx.verify import prove, redraw
+
+from .models import Attention, Shape, ToyViT, toy_proposal
+
+
+class BiasedAttention(Attention):
+    """A relative-position bias of zeros, as BEiT starts with, hidden behind a module that takes any length."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(8, 2, fused=False)
+        self.table = nn.Parameter(torch.zeros(2, count, count))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        n = q.shape[-2]
+        return super().scores(q, k) + self.table[:, :n, :n]
+
+
+class RebuiltPositions(Attention):
+    """Positions rebuilt from the number of tokens, as ConViT does."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(q, k) + torch.linspace(0, 2, k.shape[-2], dtype=q.dtype)
+
+
+class LengthAware(Attention):
+    """Right with all 17 tokens; with fewer, it looks at their order."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        drift = torch.linspace(0, 2, k.shape[-2], dtype=q.dtype) if k.shape[-2] < 17 else 0.0
+        return super().scores(q, k) + drift
+
+
+def with_attention(make) -> ToyViT:
+    model = ToyViT(Shape()).eval()
+    for block in model.blocks:
+        block.attn = make()
+    return model
+
+
+class PicksAToken(ToyViT):
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x[:, 3]))
+
+
+class ColumnMajor(ToyViT):
+    def patches(self, x: Tensor) -> Tensor:
+        return self.proj(x).transpose(2, 3).flatten(2).transpose(1, 2)
+
+
+class FrozenBatch(ToyViT):
+    def tokens(self, x: Tensor) -> Tensor:
+        batch = int(x.shape[0])
+        first = self.first.expand(batch, -1, -1).contiguous()
+        return torch.cat([first, self.patches(x)[:batch]], dim=1) + self.pos if batch == 2 else super().tokens(x) * 2
+
+
+class Windowed(ToyViT):
+    """Attention in windows of neighbours: any even number of tokens is accepted in silence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        b, n, c = x.shape
+        for block in self.blocks:
+            x = block(x)
+        pairs = x[:, : n // 2 * 2].reshape(b, n // 2, 2, c).amax(2)
+        return self.head(self.norm(pairs).mean(1))
+
+
+class Deaf(ToyViT):
+    """Ignores its tokens."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 0] * 0 + self.query[:, 0])
+
+
+CAUGHT = {
+    "zero bias table": (lambda: with_attention(lambda: BiasedAttention(17)), "permutation: .*norm|permutation"),
+    "positions from the length": (lambda: with_attention(lambda: RebuiltPositions(8, 2, False)), "permutation"),
+    "order matters when shorter": (lambda: with_attention(lambda: LengthAware(8, 2, False)), "lengths"),
+    "head by index": (lambda: PicksAToken(Shape()), "permutation"),
+    "column-major tokens": (lambda: ColumnMajor(Shape()), "geometry: changing patch"),
+    "frozen batch size": (lambda: FrozenBatch(Shape()), "tracing"),
+    "windows": (lambda: Windowed(Shape()), "permutation"),
+    "no effect": (lambda: Deaf(Shape()), "negative control"),
+}
+
+
+@pytest.mark.parametrize("case", CAUGHT)
+def test_faults_are_caught(case):
+    make, message = CAUGHT[case]
+    with pytest.raises(papr_fx.VerifyError, match=message):
+        papr_fx.transform(make(), toy_proposal(), 0.5)
+
+
+def test_the_proof_of_a_sound_rewrite():
+    model = ToyViT(Shape()).double().eval()
+    found = prove(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    assert max(found.permutation, found.order) < 1e-12
+    assert found.control > 1e-3
+
+
+def next_sample(tokens: Tensor, keep: Tensor) -> Tensor:
+    """Reads the rows of the next image, as flat indices with a wrong offset do."""
+    return ops.gather_tokens(tokens.roll(1, 0), keep)
+
+
+def off_by_one(tokens: Tensor, keep: Tensor) -> Tensor:
+    return ops.gather_tokens(tokens, (keep + 1).clamp(max=tokens.shape[1] - 1))
+
+
+@pytest.mark.parametrize("wrong", [next_sample, off_by_one])
+def test_a_wrong_gather_is_caught(wrong, monkeypatch):
+    monkeypatch.setattr(prune_tokens, "gather_tokens", wrong)
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):
+        papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5)
+
+
+def test_a_wrong_grid_is_caught(monkeypatch):
+    find_site = prune_tokens.find_site
+
+    def transposed(graph, blocks):
+        site = find_site(graph, blocks)
+        return prune_tokens.Site(site.stream, site.block, site.join, site.grid[::-1], site.prefix)
+
+    monkeypatch.setattr(prune_tokens, "find_site", transposed)
+    with pytest.raises(papr_fx.VerifyError, match="geometry"):
+        papr_fx.transform(ToyViT(Shape(image=(8, 18))), toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_wrong_prefix_is_caught(shift, monkeypatch):
+    find_site = prune_tokens.find_site
+
+    def shifted(graph, blocks):
+        site = find_site(graph, blocks)
+        return prune_tokens.Site(site.stream, site.block, site.join, site.grid, site.prefix + shift)
+
+    monkeypatch.setattr(prune_tokens, "find_site", shifted)
+    with pytest.raises((papr_fx.VerifyError, IndexError, RuntimeError)):
+        papr_fx.transform(ToyViT(Shape(prefix=3, pool="cls")), toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["convit_tiny", "beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_relpos_small_patch16_224", "xcit_nano_12_p16_224"],
+)
+def test_positions_beyond_the_embedding_are_refused(name):
+    model = timm.create_model(name, depth=2).eval()
+    with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding.*blocks.0"):
+        papr_fx.transform(model, toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "samvit_base_patch16"])
+def test_spatial_trunks_are_refused(name):
+    model = timm.create_model(name).eval()
+    with pytest.raises(papr_fx.NoSiteError, match="spatial layout"):
+        papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:]))
+
+
+def test_half_precision_is_proved_in_float32():
+    model = ToyViT(Shape()).half().eval()
+    found = prove(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    assert found.tolerance == 1e-4
+    assert found.permutation < 1e-5
+    with pytest.raises(papr_fx.VerifyError):
+        papr_fx.transform(PicksAToken(Shape()).half(), toy_proposal(), 0.5)
+
+
+def test_redrawn_parameters_hide_nothing():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, init_values=1e-6)
+    values = redraw(model, torch.Generator().manual_seed(0), torch.float32)
+    for name in ("blocks.0.ls1.gamma", "pos_embed", "cls_token", "blocks.0.attn.qkv.bias"):
+        assert 0.5 < values[name].std() < 2
+    features = F.linear(torch.randn(64, 192), values["blocks.0.mlp.fc1.weight"])
+    assert 0.5 < features.std() < 2
