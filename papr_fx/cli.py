@@ -95,9 +95,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         if arguments.pretrained or arguments.checkpoint
         else "random weights (--pretrained loads real ones)"
     )
-    print(
-        f"photograph: a cup of espresso, from scikit-image\nmodel: {arguments.model}, {weights}\nproposal: {arguments.proposal}\n"
-    )
+    print(f"photograph: an espresso, from scikit-image\nmodel: {arguments.model}, {weights}\nproposal: {arguments.proposal}\n")
     batch = images.repeat(8, 1, 1, 1)
     print(
         f"8 images, {torch.get_num_threads()} threads, eager, proposal included; each pruned run takes turns with a dense one"

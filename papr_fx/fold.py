@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
@@ -80,8 +80,9 @@ def _weights(gm: fx.GraphModule, conv: fx.Node) -> tuple[Tensor, Tensor | None] 
     if conv.op == "call_module":
         module = gm.get_submodule(cast(str, conv.target))
         calls = len(gm.graph.find_nodes(op="call_module", target=conv.target))
-        known = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and calls == 1
-        return (module.weight, module.bias) if known else None
+        if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or calls != 1:
+            return None
+        return cast(Tensor, module.weight), cast("Tensor | None", module.bias)
     if conv.op == "call_function" and conv.target in _CONVOLUTIONS and not conv.kwargs and len(conv.args) >= 2:
         kernel = _constant(gm, conv.args[1])
         bias = conv.args[2] if len(conv.args) > 2 else None

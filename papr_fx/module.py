@@ -140,9 +140,10 @@ def checked_z(z: object) -> float:
     """Returns keep ratio `z` as a float, or raises `ArgumentError` unless it is a real number in (0, 1]."""
     if isinstance(z, bool) or not isinstance(z, Real):
         raise ArgumentError(f"z (the share of tokens kept) must be a number in (0, 1], not {z!r} ({type(z).__name__})")
-    if not math.isfinite(z) or not 0 < z <= 1:
+    ratio = float(z)
+    if not math.isfinite(ratio) or not 0 < ratio <= 1:
         raise ArgumentError(f"z (the share of tokens kept) must lie in (0, 1], not {z!r}; z=0.5 keeps half of the tokens")
-    return float(z)
+    return ratio
 
 
 def checked_module(gm: object) -> PrunedModule:

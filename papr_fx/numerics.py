@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32() -> Generator[None]:
     """Full float32 products on CUDA: TF32's 10 bits of mantissa would drown the differences sought."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

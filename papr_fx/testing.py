@@ -56,7 +56,7 @@ class HiddenKeys(TorchFunctionMode):
         self.seen = 0
         self._weights_follow = False
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         count = self.hidden.shape[1]
         if func is F.scaled_dot_product_attention and args[1].shape[-2] == count:
@@ -177,7 +177,7 @@ def _hidden_keys(model: nn.Module, gm: PrunedModule, images: Tensor) -> Checked:
 
 def _output_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(cast(Tensor, output)))
     try:
         model(images)
     finally:

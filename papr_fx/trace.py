@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
 import torch
-from timm.layers import get_notrace_functions  # pyright: ignore[reportUnknownVariableType]
+from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,7 +70,7 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def faking(mode: FakeTensorMode) -> Iterator[None]:
+def faking(mode: FakeTensorMode) -> Generator[None]:
     """Runs what follows on fake tensors, without gradients. A refused shape is an answer here, so torch does not log it."""
     log = logging.getLogger(FakeTensorMode.__module__)
     before = log.disabled
@@ -205,7 +205,7 @@ def _unfolded_grid(
 
 
 def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[tuple[int, ...]]:
-    """The groups of adjacent axes that a reshape merged, or none if it is no such reshape of a batch. Axes of size 1 are nothing."""
+    """The groups of adjacent axes that a reshape of a batch merged, axes of size 1 left out; none if it is no such reshape."""
     if before[:1] != (batch,) or after[:1] != (batch,):
         return []
     sizes = [size for size in before[1:] if size != 1]
@@ -304,7 +304,7 @@ class ValueTracer(fx.Tracer):
         if node.op == "placeholder":
             return self._images
         if node.op == "get_attr":
-            value = _attribute(cast(nn.Module, self.root), cast(str, node.target))
+            value = _attribute(self.root, cast(str, node.target))
             return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value_of)
         if node.op == "call_function":
@@ -321,7 +321,8 @@ class ValueTracer(fx.Tracer):
 def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False) -> Traced:
     """Traces `model`, opening the submodules that `opened` picks and whose code can be traced.
 
-    Where the Python code of a picked module cannot be recorded, modules of its class stay whole. Only the model's own `forward` must be traceable.
+    Where the Python code of a picked module cannot be recorded, modules of its class stay whole. Only
+    the model's own `forward` must be traceable.
 
     Args:
         model: Any module whose first argument is an image batch. It is not changed.

@@ -116,7 +116,7 @@ def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph
         shape, other = shape_of(node), sizes.get(node.name)
         if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
             return (
-                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout), so the map "
+                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
                 "would no longer say which token is which. Set its rate to 0"
             )
         if node is site.stream:
@@ -139,6 +139,6 @@ def _built(root: nn.Module, plan: Plan) -> PrunedModule:
         return PrunedModule(root, plan)
     except TraceError as error:
         raise NoSiteError(
-            f"the blocks of {plan.name} do not run on fewer tokens, so they use positions beyond the embedding (a rotary table, "
+            f"the blocks of {plan.name} do not run on fewer tokens: they use positions beyond the embedding (a rotary table, "
             f"a relative-position bias, a mask, a reshape to the grid): {str(error).splitlines()[0]}"
         ) from error

@@ -73,13 +73,13 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         if not permutation <= tolerance:
             raise VerifyError(
                 f"permutation: with all tokens kept {where}, in random order, the output is off by {permutation:.1e} "
-                f"(relative; {tolerance:.0e} is allowed). The blocks use a token's place, beyond its embedding: a rotary table, "
+                f"(relative; {tolerance:.0e} is allowed). The blocks use a token's place beyond its embedding: a rotary table, "
                 "a relative-position bias, a window, a mask, or a head that picks tokens by index"
             )
         control = _control(free, values, images[:1], cells[:1], site, pytree.tree_map_only(Tensor, lambda t: t[:1], expected))
         if not control > max(tolerance / 10, 10 * permutation):
             raise VerifyError(
-                f"negative control: with a token replaced by another {where}, the output moves by {control:.1e} only, beside an "
+                f"negative control: with one token replaced {where}, the output moves by {control:.1e} only, beside an "
                 f"error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model is right to "
                 "ignore single tokens"
             )
@@ -181,7 +181,7 @@ def _order_error(free: nn.Module, values: dict[str, Tensor], images: Tensor, cel
 def _check_geometry(
     root: nn.Module, graph: fx.Graph, site: prune_tokens.Site, values: dict[str, Tensor], image: Tensor, random: torch.Generator
 ) -> None:
-    """Changes single patches of one image; the token at the patch's row-major place must move most, prefix tokens not at all."""
+    """Changes single patches of an image: the token at the patch's row-major place must move most, prefix tokens not at all."""
     rows, columns = site.grid
     height, width = image.shape[-2:]
     cells = _probed_cells(rows * columns, random)
@@ -201,8 +201,8 @@ def _check_geometry(
     for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
         if token != site.prefix + cell:
             raise VerifyError(
-                f"geometry: changing patch (row {cell // columns}, column {cell % columns}) of grid {site.grid} moves token {token} "
-                f"of `{site.stream.name}` most, not token {site.prefix + cell}: the tokens are not in row-major order of this grid"
+                f"geometry: changing patch (row {cell // columns}, column {cell % columns}) of {site.grid} moves token {token} of "
+                f"`{site.stream.name}` most, not token {site.prefix + cell}: tokens are not in row-major order of this grid"
             )
 
 

@@ -74,7 +74,7 @@ CLASSIFIERS = {
     "resnet50 (torchvision)": (torchvision_model, "avgpool"),
     "resnet101 (torchvision)": (torchvision_model, "avgpool"),
     "resnet152 (torchvision)": (torchvision_model, "avgpool"),
-    "mobilenet_v2 (torchvision)": (torchvision_model, "classifier"),
+    "mobilenet_v2 (torchvision)": (torchvision_model, "function"),
     "mobilenet_v3_small (torchvision)": (torchvision_model, "avgpool"),
     "efficientnet_b0 (torchvision)": (torchvision_model, "avgpool"),
     "regnet_y_400mf (torchvision)": (torchvision_model, "avgpool"),
@@ -90,10 +90,7 @@ def test_map_is_the_mean_of_the_features_before_pooling(name):
     net = built(network)
     x = torch.randn(2, 3, 96, 128)
     with torch.no_grad():
-        if name == "mobilenet_v2 (torchvision)":  # it pools with a function; its features are one module
-            features = network.features(x)
-        else:
-            features = before_pooling(network, pool)(x)
+        features = before_pooling(network, pool)(x) if pool != "function" else network.features(x)
         assert relative_error(net(x), features.mean(1)) < 1e-4
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in kept.items())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
