@@ -200,8 +200,9 @@ def _check_geometry(
         )
     for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
         if token != site.prefix + cell:
+            row, column = divmod(cell, columns)
             raise VerifyError(
-                f"geometry: changing patch (row {cell // columns}, column {cell % columns}) of {site.grid} moves token {token} of "
+                f"geometry: changing patch (row {row}, column {column}) of {site.grid} moves token {token} of "
                 f"`{site.stream.name}` most, not token {site.prefix + cell}: tokens are not in row-major order of this grid"
             )
 
