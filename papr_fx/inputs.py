@@ -33,14 +33,23 @@ def checked_model(model: object) -> nn.Module:
             raise ArgumentError(
                 f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z"
             )
-    if model._forward_hooks or model._forward_pre_hooks:
+    if "forward" in vars(model):
         raise ArgumentError(
-            "model has forward hooks, which a graph of its forward would not run: remove them, or wrap the model"
+            "model.forward was replaced on the instance: define it in a class, for instance one that wraps the model"
         )
+    check_no_hooks(model, "model")
     devices = sorted({str(t.device) for t in _tensors(model)})
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
     return model
+
+
+def check_no_hooks(module: nn.Module, name: str) -> None:
+    """Raises `ArgumentError` if a module that is to be traced through has forward hooks."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ArgumentError(
+            f"{name} has forward hooks, which a graph of its forward would not run: remove them before transform()"
+        )
 
 
 def example_images(model: nn.Module, given: object) -> Tensor:

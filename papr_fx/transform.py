@@ -93,6 +93,8 @@ def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan]:
     if not blocks:
         raise NoSiteError(f"{type(model).__name__} has no repeated blocks: sought a list of alike composite modules")
     opened = ancestors_of(blocks)
+    for name in opened:
+        inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
     traced = trace(model, images, lambda _, name: name in opened)
     site = prune_tokens.find_site(traced.graph, blocks)
     dynamic = _takes_other_sizes(cut(traced.root(model).eval(), traced.graph, site.stream), images)

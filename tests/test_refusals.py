@@ -64,7 +64,21 @@ class NoSize(ToyViT):
         del self.image_size
 
 
+def hooked_inside():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)
+    model.blocks.register_forward_hook(lambda _m, _i, out: out * 2)
+    return model
+
+
+def replaced_forward():
+    model = ToyViT(Shape())
+    model.forward = model.tokens
+    return model
+
+
 MODELS = {
+    "hooks on the list of blocks": (hooked_inside, papr_fx.ArgumentError, r"model.blocks has forward hooks"),
+    "forward replaced": (replaced_forward, papr_fx.ArgumentError, "replaced on the instance"),
     "no module": (lambda: "vit_tiny_patch16_224", papr_fx.ArgumentError, "not str; for a timm name call timm.create_model"),
     "compiled": (lambda: torch.compile(ToyViT(Shape())), papr_fx.ArgumentError, "transform the plain module first"),
     "scripted": (lambda: torch.jit.ScriptModule(), papr_fx.ArgumentError, "ScriptModule"),
