@@ -1,5 +1,6 @@
 """papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
 
+from . import testing
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
 from .module import keep_masks, set_keep_ratio, significance
@@ -19,5 +20,6 @@ __all__ = [
     "report",
     "set_keep_ratio",
     "significance",
+    "testing",
     "transform",
 ]

@@ -6,32 +6,42 @@ from collections import defaultdict
 
 from torch import nn
 
-Signature = tuple[type[nn.Module], tuple[tuple[int, ...], ...]]
+Family = tuple[str, type[nn.Module]]
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Qualified names of the trunk's blocks, in order: the largest family of alike composite modules under one parent.
+    """Qualified names of the trunk's blocks, in order: the largest family of composite modules of one class under one parent.
 
-    Modules are alike if class and parameter shapes agree. A list container with one member is a family as well.
+    In a list, composite modules of other classes belong to the family as well; so do families of as many members beside it
+    (attentions and MLPs in lists of their own). Where nothing is repeated, the model's composite children are its blocks.
     """
-    families: dict[tuple[str, Signature], list[str]] = defaultdict(list)
-    sizes: dict[tuple[str, Signature], int] = defaultdict(int)
-    lone: set[tuple[str, Signature]] = set()
+    families: dict[Family, list[str]] = defaultdict(list)
+    sizes: dict[Family, int] = defaultdict(int)
+    lists: dict[str, list[str]] = defaultdict(list)
     for name, parent in model.named_modules():
-        for child_name, child in parent.named_children():
-            shapes = tuple(tuple(p.shape) for p in child.parameters())
-            if not shapes or not any(True for _ in child.children()):
+        for child_name, child in parent._modules.items():  # named_children() leaves out what is listed twice
+            if child is None or not any(True for _ in child.children()):
                 continue
-            key = name, (type(child), shapes)
-            families[key].append(f"{name}.{child_name}" if name else child_name)
-            sizes[key] += sum(p.numel() for p in child.parameters())
-            if isinstance(parent, nn.ModuleList | nn.Sequential) and len(parent) == 1:
-                lone.add(key)
-    repeated = [key for key, names in families.items() if len(names) > 1 or key in lone]
-    return families[max(repeated, key=lambda key: sizes[key])] if repeated else []
+            member = f"{name}.{child_name}" if name else child_name
+            families[name, type(child)].append(member)
+            sizes[name, type(child)] += sum(p.numel() for p in child.parameters())
+            if isinstance(parent, nn.ModuleList | nn.Sequential):
+                lists[name].append(member)
+    repeated = [key for key, names in families.items() if len(names) > 1 or len(lists.get(key[0], ())) == 1]
+    if not repeated:
+        return [name for name, child in model.named_children() if any(True for _ in child.children())]
+    winner = max(repeated, key=lambda key: sizes[key])
+    chosen = lists.get(winner[0], families[winner])
+    beside = [key for key in repeated if len(families[key]) == len(chosen) > 1 and not _inside(key[0], chosen)]
+    members = {*chosen, *(name for key in beside for name in families[key])}
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name in members]
 
 
 def ancestors_of(names: list[str]) -> set[str]:
     """Qualified names of every module that contains one of `names`, the model itself left out."""
     parts = [name.split(".") for name in names]
     return {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
+
+
+def _inside(name: str, blocks: list[str]) -> bool:
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,11 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for refused input."""
     arguments = _parser().parse_args(argv)
     try:
+        _check_out(getattr(arguments, "out", None))
         arguments.run(arguments)
     except PaprError as error:
         print(f"papr-fx: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuses a picture that could not be written, before the work is done."""
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if out.suffix != ".png" or out.is_dir() or not writable:
+        raise ArgumentError(f"--out must be a .png file that can be written, not {out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,19 +131,21 @@ def _demo(arguments: argparse.Namespace) -> None:
                 times["dense"] / times["pruned"],
             )
         )
-    headers = ["z", "tokens", "GMACs dense", "GMACs pruned", "ms dense", "ms pruned", "speed-up"]
+    headers = ["z", "tokens", "GMACs dense", "GMACs with proposal", "ms dense", "ms pruned", "speed-up"]
     print(tabulate(rows, headers=headers, floatfmt=("g", "", ".2f", ".2f", ".0f", ".0f", ".2f"), tablefmt="github"))
     _draw(arguments, prepared)
     print(f"\nwhat changed in the graph at z={arguments.z[-1]:g}:\n{graph_diff(model, gm)}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from PIL.Image import DecompressionBombError
     from PIL.Image import open as open_image
 
     try:
         image = open_image(arguments.image).convert("RGB")
-    except OSError as error:  # also what PIL raises for a file that holds no image
+    except (OSError, DecompressionBombError) as error:  # the former also for a file that holds no image
         raise ArgumentError(f"cannot read an image from {arguments.image}: {error}") from error
+    print(f"model: {arguments.model}\nproposal: {arguments.proposal}")
     _draw(arguments, _prepared(arguments, image))
 
 
@@ -157,7 +174,7 @@ def _draw(arguments: argparse.Namespace, prepared: _Prepared) -> None:
         for grid, mask in keep_masks(prepared.gm, prepared.images).items():
             kept[f"z={z:g}: {int(mask.sum())} of {grid[0]} x {grid[1]}"] = mask[0]
     draw(arguments.out, prepared.photograph, significance(prepared.gm, prepared.images)[0], kept)
-    print(f"\npicture: {arguments.out}")
+    print(f"picture: {arguments.out}")
 
 
 def _model(arguments: argparse.Namespace) -> nn.Module:
@@ -179,8 +196,11 @@ def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
-    except (OSError, RuntimeError) as error:
-        raise ArgumentError(f"the weights of {name!r} could not be loaded: {error}") from error
+    except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
+        source = checkpoint or "timm's hub"
+        raise ArgumentError(
+            f"the weights of {name!r} could not be loaded from {source}: {type(error).__name__} {error}"
+        ) from error
 
 
 def lite0() -> nn.Module:

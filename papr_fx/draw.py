@@ -38,5 +38,4 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Mapping[str
         panel.set_title(title)
     for panel in panels:
         panel.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -37,7 +37,7 @@ def fold_batch_norms(gm: fx.GraphModule) -> int:
     folded = 0
     for node in list(gm.graph.nodes):
         norm = _norm(gm, node)
-        conv = node.args[0] if norm else None
+        conv = node.args[0] if norm and node.args else None
         if norm is None or not isinstance(conv, fx.Node) or len(conv.users) != 1:
             continue
         weights = _weights(gm, conv)
@@ -53,11 +53,15 @@ def fold_batch_norms(gm: fx.GraphModule) -> int:
     return folded
 
 
-def is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node convolves, as a module or as a function."""
+def kernel_size(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...] | None:
+    """The kernel's extent if a node convolves, as a module or as a function."""
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(cast(str, node.target)), nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return node.op == "call_function" and node.target in _CONVOLUTIONS
+        module = gm.get_submodule(cast(str, node.target))
+        return tuple(module.weight.shape[2:]) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+    if node.op == "call_function" and node.target in _CONVOLUTIONS and len(node.args) > 1:
+        kernel = _constant(gm, node.args[1])
+        return None if kernel is None else tuple(kernel.shape[2:])
+    return None
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:

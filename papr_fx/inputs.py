@@ -7,11 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import ArgumentError
 from .module import PrunedModule
+from .passes import splice_proposal
 
 MODES = ("auto", "tokens")
+_RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
 BACKGROUNDS = ("auto", "keep", "zero")
 
 
@@ -23,7 +26,7 @@ def checked_model(model: object) -> nn.Module:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError("model is a ScriptModule, whose Python code is gone: pass the module that was scripted")
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+    if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules()):
         raise ArgumentError(
             "model was already given to torch.compile: transform the plain module first, then torch.compile(gm)"
         )
@@ -33,6 +36,13 @@ def checked_model(model: object) -> nn.Module:
             raise ArgumentError(
                 f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z"
             )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(f"model is wrapped in {type(model).__name__}: transform model.module, then wrap the result")
+    if any(isinstance(t, UninitializedParameter | UninitializedBuffer) for t in _tensors(model)):
+        raise ArgumentError("model has lazy parameters without a shape: run it once first")
+    members = {*model._modules, *model._parameters, *model._buffers}
+    if taken := sorted(name for name in members if hasattr(PrunedModule, name) or name in _RESERVED):
+        raise ArgumentError(f"model has members named {', '.join(taken)}, which a GraphModule needs for itself: rename them")
     if "forward" in vars(model):
         raise ArgumentError(
             "model.forward was replaced on the instance: define it in a class, for instance one that wraps the model"

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from .errors import ArgumentError, NoSiteError
 from .passes import prune_tokens, splice_proposal
 from .proposal import SignificanceNet
-from .trace import clone, cut, propagate
+from .trace import cut, propagate, sandbox
 
 Grid = tuple[int, ...]
 
@@ -52,8 +52,10 @@ class Plan:
     def rewrite(self, training: bool) -> fx.Graph:
         """The graph for keep ratio `z`: the dense one at 1, where nothing is left to choose."""
         graph = self.dense_graph(training)
-        if self.z == 1:
-            return graph
+        return graph if self.z == 1 else self.prune(graph)
+
+    def prune(self, graph: fx.Graph) -> fx.Graph:
+        """Rewrites a traced graph of the model, in place, and returns it."""
         site = prune_tokens.find_site(graph, self.blocks)
         before = site.stream.next
         grid = prune_tokens.runtime_grid(graph, site, before) if self.dynamic else site.grid
@@ -104,11 +106,14 @@ class PrunedModule(fx.GraphModule):
         self._annotate()
 
     def _annotate(self) -> None:
-        root = clone(shell(self))
-        images = self.example()
-        if images.is_meta:  # the proposal keeps its weights; for shapes alone it follows the model
+        propagate(self.for_shapes(), self.graph, self.example())
+
+    def for_shapes(self) -> nn.Module:
+        """A copy of the modules to run on fake tensors."""
+        root = sandbox(shell(self))
+        if self.example().is_meta:  # the proposal keeps its weights; for shapes alone it follows the model
             root.papr_proposal = copy.deepcopy(self.papr_proposal).to("meta")
-        propagate(root, self.graph, images)
+        return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         copied = PrunedModule(copy.deepcopy(shell(self), memo), self.plan)

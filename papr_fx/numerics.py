@@ -12,14 +12,17 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def exact_float32() -> Generator[None]:
-    """Full float32 products on CUDA: TF32's 10 bits of mantissa would drown the differences sought."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Full float32 products: TF32's 10 bits of mantissa, or bfloat16's 7 on a CPU, would drown the differences sought."""
+    backends: Any = torch.backends  # its settings are made at run time
+    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def tensors_of(output: object) -> list[torch.Tensor]:

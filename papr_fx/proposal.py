@@ -8,6 +8,7 @@ pooling is dropped, which is the paper's replacement of its class weights by uni
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,10 +20,10 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 
 from .errors import ArgumentError, ProposalError, TraceError, VerifyError
-from .fold import fold_batch_norms, is_convolution
+from .fold import fold_batch_norms, kernel_size
 from .macs import count_macs
 from .numerics import exact_float32, relative_error
-from .trace import TRACED_BATCH, clone, cut, fake_like, faking, shape_of, trace
+from .trace import TRACED_BATCH, cut, fake_like, faking, sandbox, shape_of, trace
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
@@ -167,8 +168,11 @@ def _load(proposal: object) -> nn.Module:
 
 def _copied(source: nn.Module) -> nn.Module:
     """An eval-mode copy that owns its weights, its multi-branch blocks merged into single convolutions."""
-    with torch.inference_mode(False), torch.no_grad():
-        return reparameterize_model(copy.deepcopy(source).eval(), inplace=True)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return reparameterize_model(copy.deepcopy(source).eval(), inplace=True)
+    except (TypeError, RuntimeError) as error:
+        raise ProposalError(f"proposal ({type(source).__name__}) holds something that cannot be copied: {error}") from error
 
 
 def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> tuple[nn.Module, int | None]:
@@ -202,10 +206,10 @@ def _check_fusion(gm: fx.GraphModule, source: nn.Module, sample: Tensor) -> None
 def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Module, int | None]:
     """A network whose code cannot be traced serves as it is, if what it returns is a map."""
     mode, fake = fake_like(sample, TRACED_BATCH)
-    sandbox = clone(network)
+    copied = sandbox(network)
     try:
         with faking(mode):
-            out: object = sandbox(fake)
+            out: object = copied(fake)
     except Exception as refusal:
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
     if isinstance(out, Tensor) and out.ndim in (3, 4) and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
@@ -232,7 +236,9 @@ def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
         return _Cut(output, None)
     spatial = [n for n in _spatial_nodes(gm.graph) if len(shape_of(n) or ()) == 4]
     last = output if len(shape) == 4 and _covers(shape, sample) else spatial[-1]
-    shrunk = [user for user in last.users if is_convolution(gm, user) and not _is_spatial(shape_of(user))]
+    # A convolution that leaves one position only pools if its kernel covers the map, as in VGG; else the images are too small.
+    whole = (None, (shape_of(last) or ())[2:])
+    shrunk = [user for user in last.users if not _is_spatial(shape_of(user)) and kernel_size(gm, user) not in whole]
     if last.op == "placeholder" or shrunk:
         raise ProposalError(
             "proposal has no spatial map: sought a value (B, K, h, w) with h * w > 1 computed from images "
@@ -329,6 +335,6 @@ def _checked_statistics(given: object, channels: int) -> tuple[Statistics, Stati
         raise ArgumentError(
             f'input_stats must be "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal), not {given!r}'
         ) from error
-    if any(len(part) != channels for part in lists) or min(lists[1] + lists[3]) <= 0:
+    if any(len(part) != channels for part in lists) or not all(0 < v < math.inf for v in lists[1] + lists[3]):
         raise ArgumentError(f"input_stats: each mean and std needs {channels} numbers, each std above 0; got {given!r}")
     return (lists[0], lists[1]), (lists[2], lists[3])

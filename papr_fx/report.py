@@ -8,9 +8,10 @@ from tabulate import tabulate
 from torch import fx
 
 from .macs import count_macs
-from .module import checked_module, shell
+from .module import checked_module
 from .ops import keep_count
 from .passes import prune_tokens
+from .passes.splice_proposal import PROPOSAL
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ def report(gm: fx.GraphModule) -> Report:
     n = site.grid[0] * site.grid[1]
     kept = site.prefix + (keep_count(n, plan.z, site.prefix) if plan.z < 1 else n)
     sites = (SiteReport(f"{site.stream.name} -> {site.block.target}", site.grid, site.prefix, site.prefix + n, kept),)
-    dense = count_macs(fx.GraphModule(shell(module), plan.dense_graph(module.training)), images)
+    root = module.for_shapes()
+    dense = count_macs(fx.GraphModule(root, plan.dense_graph(module.training)), images)
     if plan.z == 1:
         return Report(plan.name, "tokens", plan.z, sites, dense, dense, 0)
-    proposal = count_macs(module.papr_proposal, images)
-    return Report(plan.name, "tokens", plan.z, sites, dense, count_macs(module, images) - proposal, proposal)
+    proposal = count_macs(root.get_submodule(PROPOSAL), images)
+    pruned = count_macs(fx.GraphModule(root, plan.rewrite(module.training)), images)
+    return Report(plan.name, "tokens", plan.z, sites, dense, pruned - proposal, proposal)

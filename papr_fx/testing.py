@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .diff import graph_changes
-from .errors import VerifyError
-from .inputs import example_images
-from .module import PrunedModule, checked_module, keep_masks, set_keep_ratio
+from .errors import ArgumentError, VerifyError
+from .inputs import checked_model, example_images
+from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio
 from .numerics import relative_error, tensors_of
-from .trace import cut
+from .trace import cut, shape_of
 from .transform import transform
 from .verify import redraw
 
@@ -30,7 +30,7 @@ _TOLERANCE = 1e-9
 
 
 class Checked(NamedTuple):
-    """What `check` found.
+    """What `check` found: it returns only if the model passed.
 
     Attributes:
         hidden_keys: Relative error against the unpruned model with dropped tokens hidden from every attention, in float64.
@@ -106,8 +106,10 @@ def check(
     Raises:
         PaprError: The model is refused, or an oracle fails (`VerifyError`).
     """
+    if checked_z(z) == 1:
+        raise ArgumentError("check: z must be below 1, where something is pruned; bit-equality at z=1 is checked besides")
     random = torch.Generator().manual_seed(0)
-    wide = copy.deepcopy(model).cpu().eval().double()
+    wide = copy.deepcopy(checked_model(model)).cpu().eval().double()
     wide.load_state_dict(redraw(wide, random, torch.float64), strict=False)
     example = example_images(wide, None if example_input is None else example_input.cpu())
     gm = transform(wide, proposal, z, example_input=example, **options)
@@ -154,8 +156,10 @@ def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
 
 
 def _hidden_keys(model: nn.Module, gm: PrunedModule, images: Tensor) -> Checked:
-    block = gm.plan.blocks[-1]
-    keep_node = next(node for node in gm.graph.nodes if node.name == "papr_keep")
+    nodes = {node.name: node for node in gm.graph.nodes}
+    keep_node, tokens = nodes["papr_keep"], nodes["papr_tokens"]
+    inside = tuple(gm.plan.blocks)
+    block = [str(n.target) for n in nodes.values() if str(n.target).startswith(inside) and shape_of(n) == shape_of(tokens)][-1]
     prefix = cast(int, keep_node.args[2])
     (mask,) = keep_masks(gm, images).values()
     kept_patches = mask.flatten(1)  # (B, n)

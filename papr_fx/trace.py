@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import get_notrace_functions
@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import TraceError
+from .errors import ArgumentError, TraceError
 
 # Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
@@ -49,10 +49,18 @@ _FACTORIES = (
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, and the tensors that the model's code made while it was traced (`_tensor_constant0`, ...)."""
+    """A graph, and what tracing found beside it.
+
+    Attributes:
+        graph: Nodes carry `shape`, `dtype` and `joins` in `meta`.
+        constants: Tensors that the model's code made while it was traced (`_tensor_constant0`, ...).
+        recorded: The graph before dead code was removed. Nodes that Python read as a number, a truth value or a length
+            carry `read` in `meta`: what they led to is fixed in `graph`.
+    """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
+    recorded: fx.Graph
 
     def root(self, model: nn.Module) -> nn.Module:
         """A clone of `model` in which every target of the graph is found."""
@@ -63,10 +71,33 @@ class Traced:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own.
+
+    Raises:
+        ArgumentError: The model holds something that cannot be copied.
+    """
+    return _copied(model, [*model.parameters(), *model.buffers()])
+
+
+def sandbox(model: nn.Module) -> nn.Module:
+    """A copy to run on fake tensors: it shares parameters alone, and calls no forward hooks.
+
+    Operations in place on a small buffer, such as a count of batches, are carried out even on fake tensors.
+    """
+    copied = _copied(model, list(model.parameters()))
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied
+
+
+def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
+    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, and are shared too."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise ArgumentError(f"{type(model).__name__} holds something that cannot be copied: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -133,9 +164,11 @@ class ValueProxy(fx.Proxy):
         return ValueAttribute(self, k)
 
     def __len__(self) -> int:
+        self._read()
         return len(self.known)
 
     def __iter__(self) -> Iterator[Any]:
+        self._read()
         return (self[i] for i in range(len(self.known)))  # pyright: ignore[reportIndexIssue]
 
     def __contains__(self, item: object) -> bool:
@@ -154,7 +187,12 @@ class ValueProxy(fx.Proxy):
         """For messages: one of an assertion that stays in the graph must not claim a value as the one it sees later."""
         return self.node.name if isinstance(self.known, Tensor) else f"{self.node.name} ({self.known} when traced)"
 
+    def _read(self) -> None:
+        """Notes that Python goes on with this value: whatever follows from it is fixed from here on."""
+        self.node.meta["read"] = True
+
     def _number(self) -> float:
+        self._read()
         if isinstance(self.known, Tensor):
             raise TraceError(f"`{self.node.name}` is read as a Python number: its value depends on the image")
         return self.known
@@ -179,46 +217,56 @@ class ValueAttribute(ValueProxy):
         return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
 
 
+class Join(NamedTuple):
+    """Where axes of sizes `grid` became one: `axes` of the reshaped tensor, none for an unfolded image."""
+
+    grid: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
 class _RecordJoins(TorchDispatchMode):
     """Notes where adjacent axes of an activation become one: there a grid of positions becomes a token axis."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
-        self.grids: list[tuple[int, ...]] = []
+        self.joins: list[Join] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.im2col.default:
-            self.grids.append(_unfolded_grid(*args))
+            self.joins.append(_unfolded(*args))
         elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
             groups = _joined(tuple(args[0].shape), tuple(out.shape), self.batch)
-            self.grids.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
+            self.joins.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
         return out
 
 
-def _unfolded_grid(
-    image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
-) -> tuple[int, ...]:
+def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Join:
     axes = zip(image.shape[-2:], kernel, dilation, padding, stride, strict=True)
-    return tuple((size + 2 * pad - dil * (ker - 1) - 1) // step + 1 for size, ker, dil, pad, step in axes)
+    return Join(tuple((size + 2 * pad - dil * (ker - 1) - 1) // step + 1 for size, ker, dil, pad, step in axes), ())
 
 
-def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[tuple[int, ...]]:
+def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[Join]:
     """The groups of adjacent axes that a reshape of a batch merged, axes of size 1 left out; none if it is no such reshape."""
     if before[:1] != (batch,) or after[:1] != (batch,):
         return []
-    sizes = [size for size in before[1:] if size != 1]
-    groups: list[tuple[int, ...]] = []
+    axes = [axis for axis, size in enumerate(before) if axis and size != 1]
+    groups: list[Join] = []
     for size in after[1:]:
         count = 0 if size == 1 else 1
-        while count < len(sizes) and prod(sizes[:count]) < size:
+        while count < len(axes) and prod(before[axis] for axis in axes[:count]) < size:
             count += 1
-        if prod(sizes[:count]) != size:
+        if prod(before[axis] for axis in axes[:count]) != size:
             return []
-        groups.append(tuple(sizes[:count]))
-        del sizes[:count]
-    return [] if sizes else [group for group in groups if len(group) > 1]
+        groups.append(Join(tuple(before[axis] for axis in axes[:count]), tuple(axes[:count])))
+        del axes[:count]
+    return [] if axes else [group for group in groups if len(group.grid) > 1]
+
+
+def _contexts() -> tuple[bool, bool, bool]:
+    """What a `with torch.no_grad()` or `torch.autocast` changes."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 class ValueTracer(fx.Tracer):
@@ -242,6 +290,7 @@ class ValueTracer(fx.Tracer):
         self._images = images
         self._mode = mode
         self._evaluating = False
+        self._contexts = _contexts()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -251,6 +300,7 @@ class ValueTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         known = cast(ValueProxy, obj).known
+        obj.node.meta["read"] = True
         if isinstance(known, Tensor):
             raise TraceError(f"a branch depends on the content of the image: `if {obj.node.name}` (a tensor)")
         return bool(known)
@@ -280,6 +330,11 @@ class ValueTracer(fx.Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        inside = next(reversed(self.module_stack), "")
+        if _contexts() != self._contexts:
+            raise TraceError(
+                f"`{inside or 'forward'}` switches gradients or autocast inside its code, which a graph would lose", inside
+            )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         with ExitStack() as stack:
@@ -290,8 +345,10 @@ class ValueTracer(fx.Tracer):
                 stack.enter_context(context)
             self.values[node] = value = self._evaluate(node)
         annotate(node, value)
-        if joins.grids:
-            node.meta["joins"] = joins.grids
+        if _is_in_place(node) and type(args[0]) is ValueProxy:
+            args[0].node = node  # what reads the receiver from here on reads the result
+        if joins.joins:
+            node.meta["joins"] = joins.joins
         return proxy
 
     def _value_of(self, node: fx.Node) -> Any:
@@ -331,7 +388,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         training: The mode in which the model is traced.
 
     Returns:
-        The graph, whose nodes carry `shape`, `dtype` and `joins` in `meta`, and its constants.
+        The graph and what tracing found beside it.
 
     Raises:
         TraceError: The model's own forward cannot be recorded, or refuses these images.
@@ -346,9 +403,9 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
                 picked.add(name)
             return chosen
 
-        root = clone(model).train(training)
+        root = sandbox(model).train(training)
         mode, fake = fake_like(images, TRACED_BATCH)
-        tracer = ValueTracer(pick, clone(root), fake, mode)
+        tracer = ValueTracer(pick, sandbox(root), fake, mode)
         try:
             graph = tracer.trace(root)
         except TraceError as error:
@@ -359,11 +416,14 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         except Exception as error:
             raise TraceError(f"{type(model).__name__}.forward cannot be traced: {_first_line(error)}") from error
         constants = {name: _attribute(root, name) for name in _own_constants(graph, model)}
+        for node in graph.nodes:
+            node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace
+        recorded = copy.deepcopy(graph)
         graph = fx.GraphModule(root, graph).graph  # dead code is told from live by a graph's module
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_in_place(node))
         graph.lint()
         graph._tracer_cls = None  # else a pickled graph asks for a tracer built without arguments
-        return Traced(copy.deepcopy(graph), constants)  # a copy: the graph itself would keep its module, and be pickled with it
+        return Traced(copy.deepcopy(graph), constants, recorded)  # copies: a graph keeps its module, and is pickled with it
 
 
 def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = TRACED_BATCH) -> None:
@@ -402,6 +462,17 @@ class _Annotate(fx.Interpreter):
             raise TraceError(f"`{n.target}` refused {inputs}: {_first_line(error)}", str(n.target)) from error
         annotate(n, value)
         return value
+
+
+def fixed_value(node: fx.Node) -> object:
+    """What Python could read of a node's recorded value: a number, a length; None where that is nothing of size."""
+    return node.meta.get("value", (shape_of(node) or (None,))[0])
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a node is a method such as `add_`, whose result a statement may discard."""
+    target = str(node.target)
+    return node.op == "call_method" and target.endswith("_") and not target.endswith("__")
 
 
 def _own_constants(graph: fx.Graph, model: nn.Module) -> set[str]:

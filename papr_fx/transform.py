@@ -14,7 +14,7 @@ from .errors import ArgumentError, NoSiteError, TraceError
 from .module import Plan, PrunedModule, checked_z
 from .passes import prune_tokens
 from .proposal import InputStats, build_proposal
-from .trace import cut, propagate, shape_of, trace
+from .trace import ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
 from .verify import prove
 
 
@@ -75,9 +75,10 @@ def transform(
     if images.is_meta and verify:
         raise ArgumentError("model has no weights (meta device), so nothing can be proved on it: pass verify=False")
 
-    root, plan = _plan(model, images, min(keep_ratio, 0.9))
+    root, plan, recorded = _plan(model, images, min(keep_ratio, 0.9))
     root.papr_proposal = build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
     gm = _built(root, plan)
+    _check_reads(gm, recorded)
     if gm.plan.z != keep_ratio:
         gm.retarget(keep_ratio)
     if os.environ.get("PAPR_FX_DEBUG") == "1":
@@ -87,30 +88,35 @@ def transform(
     return gm
 
 
-def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan]:
-    """Traces the model in both modes; returns the modules that the graphs call, and the plan."""
+def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+    """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
     blocks = find_blocks(model)
     if not blocks:
         raise NoSiteError(f"{type(model).__name__} has no repeated blocks: sought a list of alike composite modules")
     opened = ancestors_of(blocks)
-    for name in opened:
-        inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-    traced = trace(model, images, lambda _, name: name in opened)
-    site = prune_tokens.find_site(traced.graph, blocks)
-    dynamic = _takes_other_sizes(cut(traced.root(model).eval(), traced.graph, site.stream), images)
-    if dynamic and site.join.op == "call_module":  # its sizes must be values of this graph
-        opened.add(str(site.join.target))
+    while True:
+        for name in opened:
+            inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
         traced = trace(model, images, lambda _, name: name in opened)
         site = prune_tokens.find_site(traced.graph, blocks)
+        dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
+        if not dynamic or site.join.op != "call_module" or site.join.target in opened:
+            break
+        opened.add(str(site.join.target))  # its sizes must be values of this graph
     in_training = trace(model, images, lambda _, name: name in opened, training=True)
-    dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph)}
+    dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
+    flags = {model.training, *(model.get_submodule(name).training for name in opened)}
+    if dense[True] is not dense[False] and len(flags) > 1:
+        raise ArgumentError(
+            f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
+        )
     plan = Plan(type(model).__name__, dense, tuple(blocks), frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
-    return traced.root(model), plan
+    return traced.root(model), plan, [traced.recorded, in_training.recorded]
 
 
-def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph) -> fx.Graph | str:
-    """The graph for training mode: the one for eval mode where they agree, a reason where tokens vanish before the splice."""
+def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: list[str]) -> fx.Graph | str:
+    """The graph for training mode: the one for eval mode where they agree, a reason where the tokens differ at the splice."""
     if graph_text(training) == graph_text(graph):
         return graph
     sizes = {node.name: shape_of(node) for node in training.nodes}
@@ -123,7 +129,37 @@ def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph
             )
         if node is site.stream:
             break
+    found = prune_tokens.find_site(training, blocks)
+    if (found.grid, found.prefix, found.block.target) != (site.grid, site.prefix, site.block.target):
+        return (
+            f"in training `{found.block.target}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
+            f"`{site.block.target}` reads {site.prefix} and {site.grid}"
+        )
     return training
+
+
+def _check_reads(gm: PrunedModule, recorded: list[fx.Graph]) -> None:
+    """Refuses a model in whose code Python went on with a number that pruning changes: the graph would hold the dense one."""
+    for graph, training in zip(recorded, (False, True), strict=True):
+        if isinstance(gm.plan.dense[training], str):
+            continue
+        stream = prune_tokens.find_site(graph, gm.plan.blocks).stream
+        reads = [node for node in graph.nodes if "read" in node.meta and stream in ancestors(node)]
+        before = {node: fixed_value(node) for node in reads}
+        if not reads:
+            continue
+        hint = "which a graph would fix: compute with tensors or with `x.shape` itself there"
+        try:
+            propagate(gm.for_shapes(), gm.plan.prune(graph), gm.example())
+        except TraceError as error:
+            names = ", ".join(f"`{node.name}`" for node in reads)
+            raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {hint}") from error
+        for node, value in before.items():
+            if fixed_value(node) != value:
+                raise NoSiteError(
+                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
+                    f"{fixed_value(node)} pruned), {hint}"
+                )
 
 
 def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor) -> bool:

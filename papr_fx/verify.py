@@ -8,6 +8,8 @@ scale first: trained or fresh ones may be so small (layer scales of 1e-6, bias t
 3. Negative control: with one position replaced by another, it does not. Else the proof sees nothing.
 4. Geometry: changing one patch of the image moves the token that the map scores for it, and no prefix token.
 5. Lengths: with some positions only, the output does not depend on their order.
+
+A model whose code differs in training mode has a second graph: it is compared with the model in that mode, dropout off.
 """
 
 from __future__ import annotations
@@ -65,9 +67,11 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
     tolerance = _TOLERANCES[dtype]
 
     with exact_float32():
-        expected = _run(clone(model).eval(), values, images)
+        reference = clone(model).eval()
+        expected = _run(reference, values, images)
         _check_finite(expected)
         _check_traced(_run(dense, values, images), expected, plan.name)
+        _check_traced(_run(dense, values, images[:1]), _run(reference, values, images[:1]), plan.name)
         cells = _random_order(images, site.grid, random)
         permutation = relative_error(_run(free, values, images, _indices(cells, site.prefix)), expected)
         if not permutation <= tolerance:
@@ -76,7 +80,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
                 f"(relative; {tolerance:.0e} is allowed). The blocks use a token's place beyond its embedding: a rotary table, "
                 "a relative-position bias, a window, a mask, or a head that picks tokens by index"
             )
-        control = _control(free, values, images[:1], cells[:1], site, pytree.tree_map_only(Tensor, lambda t: t[:1], expected))
+        control = _control(free, values, images[:1], cells[:1], site, _first(expected))
         if not control > max(tolerance / 10, 10 * permutation):
             raise VerifyError(
                 f"negative control: with one token replaced {where}, the output moves by {control:.1e} only, beside an "
@@ -84,12 +88,16 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
                 "ignore single tokens"
             )
         _check_geometry(root, plan.dense_graph(False), site, values, images[:1], random)
-        order = _order_error(free, values, images[:1], cells[:1], site)
+        some = _indices(cells[:, : max(1, 2 * cells.shape[1] // 3)], site.prefix)
+        fewer = _run(free, values, images[:1], some[:1])
+        order = relative_error(_run(free, values, images[:1], _reordered(some[:1], site.prefix)), fewer)
         if not order <= tolerance:
             raise VerifyError(
                 f"lengths: with fewer tokens {where}, the output depends on their order ({order:.1e}, {tolerance:.0e} is "
                 "allowed): positions are rebuilt from the number of tokens"
             )
+        if gm.plan.dense[True] is not gm.plan.dense[False] and not isinstance(gm.plan.dense[True], str):
+            _check_training(model, gm, values, images, cells)
     return Proof(permutation, order, control, tolerance)
 
 
@@ -119,7 +127,12 @@ def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
     """Calls `module` with `values` for the tensors that it has of them, and its other tensors in the images' dtype."""
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     given = {name: values.get(name, t.to(inputs[0].dtype) if t.is_floating_point() else t) for name, t in own}
-    return functional_call(module, given, inputs)
+    try:
+        return functional_call(module, given, inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise VerifyError(
+            f"the proof could not run {type(module).__name__} in {inputs[0].dtype}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _free_keep(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -136,7 +149,9 @@ def _free_keep(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def _check_finite(output: object) -> None:
-    if not tensors_of(output) or not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+    if not tensors_of(output):
+        raise VerifyError(f"the model returns no tensors that can be compared, but a {type(output).__name__}")
+    if not all(bool(t.isfinite().all()) for t in tensors_of(output)):
         raise VerifyError("the model's output is not finite for parameters at unit scale, so nothing can be compared")
 
 
@@ -172,10 +187,42 @@ def _control(
     return relative_error(_run(free, values, images, _indices(wrong, site.prefix)), expected)
 
 
-def _order_error(free: nn.Module, values: dict[str, Tensor], images: Tensor, cells: Tensor, site: prune_tokens.Site) -> float:
-    some = cells[:, : max(1, 2 * cells.shape[1] // 3)]
-    outputs = [_run(free, values, images, _indices(kept, site.prefix)) for kept in (some, some.flip(1))]
-    return relative_error(outputs[1], outputs[0])
+def _first(output: Any) -> Any:
+    """The output for the first image."""
+    return pytree.tree_map_only(Tensor, lambda t: t[:1], output)
+
+
+def _reordered(keep: Tensor, prefix: int) -> Tensor:
+    return torch.cat([keep[:, :prefix], keep[:, prefix:].flip(1)], dim=1)
+
+
+def _check_training(model: nn.Module, gm: PrunedModule, values: dict[str, Tensor], images: Tensor, cells: Tensor) -> None:
+    """Compares the graph for training mode with the model whose traced code is in training mode, all other modules in eval."""
+    plan = replace(gm.plan, z=0.5)
+    reference = clone(model).eval()
+    for name in ("", *plan.opened):
+        reference.get_submodule(name).training = True
+    root = clone(shell(gm)).eval()
+    site = prune_tokens.find_site(plan.dense_graph(True), plan.blocks)
+    keep = _indices(cells, site.prefix)
+    with torch.random.fork_rng():
+        outputs: list[Any] = []
+        for module, inputs in (
+            (reference, (images,)),
+            (reference, (images,)),
+            (fx.GraphModule(root, plan.dense_graph(True)), (images,)),
+            (_free_keep(root, plan.rewrite(True)), (images, keep)),
+        ):
+            torch.manual_seed(len(outputs) != 1)  # the second run draws other numbers: does the code draw any?
+            outputs.append(_run(module, values, *inputs))
+    expected, other, traced, permuted = outputs
+    _check_traced(traced, expected, f"{plan.name} in training mode")
+    error = relative_error(permuted, expected)
+    random = relative_error(other, expected) > 0  # function dropout: it would drop other elements of permuted tokens
+    if not random and not error <= _TOLERANCES[images.dtype]:
+        raise VerifyError(
+            f"permutation: in training mode, with all tokens kept in random order, the output is off by {error:.1e}"
+        )
 
 
 def _check_geometry(

@@ -18,6 +18,7 @@ see the tokens in their places.
 Left alone:
     1. No block of the trunk takes a (B, N, C) stream and returns its like: the trunk keeps a spatial layout.
     2. No axis of the stream can be traced back to a grid of positions in the images.
+    3. Another stream runs through the blocks that does not come from the first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import fx
 
 from ..errors import NoSiteError
 from ..ops import gather_tokens
-from ..trace import ancestors
+from ..trace import TRACED_BATCH, ancestors
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Site:
         block: The first block that reads it.
         join: The node where the grid became one axis of n tokens.
         grid: Rows and columns on the traced images, h * w = n.
+        axes: Where the grid stands in the tensor that was flattened; none for an unfolded image.
         prefix: Tokens in front of the patches.
     """
 
@@ -50,6 +52,7 @@ class Site:
     block: fx.Node
     join: fx.Node
     grid: tuple[int, ...]
+    axes: tuple[int, ...]
     prefix: int
 
 
@@ -65,37 +68,50 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
     """
     entries = [node for node in graph.nodes if node.op == "call_module" and _holds(node.target, blocks)]
     if not entries:
-        raise NoSiteError("none of the repeated blocks is called by the traced graph")
-    block = entries[0]
-    shape = block.meta.get("shape")
-    streams = [node for node in block.all_input_nodes if shape and len(shape) == 3 and node.meta.get("shape") == shape]
+        raise NoSiteError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
+    streams = [(node, stream) for node in entries if (stream := _stream(node)) is not None]
     if not streams:
-        inputs = ", ".join(f"{n.name} {n.meta.get('shape')}" for n in block.all_input_nodes)
+        first = entries[0]
+        inputs = ", ".join(f"{n.name} {n.meta.get('shape')}" for n in first.all_input_nodes)
         raise NoSiteError(
-            f"no token stream: sought a first block that maps (B, N, C) tokens to as many; `{block.target}` maps {inputs} to "
-            f"{shape}, so positions keep a spatial layout in the trunk and tokens cannot be dropped"
+            f"positions keep a spatial layout in the trunk, so tokens cannot be dropped: sought a block that maps (B, N, C) "
+            f"tokens to as many; the nearest miss `{first.target}` maps {inputs} to {first.meta.get('shape')}"
         )
-    stream = streams[0]
+    block, stream = streams[0]
+    for other, later in streams[1:]:
+        if block not in ancestors(later):
+            raise NoSiteError(
+                f"two token streams: `{other.target}` reads `{later.name}`, which does not come from the first block "
+                f"`{block.target}`; a trunk that runs twice, or in parallel branches, is not pruned"
+            )
     tokens = stream.meta["shape"][1]
-    for join in ancestors(stream):
-        for grid in reversed(join.meta.get("joins", [])):
-            if len(grid) == 2 and prod(grid) <= tokens:
-                return Site(stream, block, join, grid, tokens - prod(grid))
+    for node in ancestors(stream):
+        for join in reversed(node.meta.get("joins", [])):
+            if len(join.grid) == 2 and prod(join.grid) <= tokens:
+                return Site(stream, block, node, join.grid, join.axes, tokens - prod(join.grid))
     raise NoSiteError(
         f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block.target}`, but no operation before it "
-        "flattens a grid of positions (h, w) of the images into them"
+        "flattens a grid of positions (h, w) of the images into them (a grid of one row or column is none)"
     )
 
 
 def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node, ...]:
-    """The grid as sizes read where it is flattened, for models that take several image sizes; inserted in front of `before`."""
-    sources = ((node, _axes(node, site.grid)) for node in site.join.all_input_nodes)
-    source, axes = next((node, axes) for node, axes in sources if axes is not None)
+    """The grid as sizes read where it is flattened, for models that take several image sizes; inserted before `before`.
+
+    Raises:
+        NoSiteError: The node that flattens it takes no tensor of these axes.
+    """
+    source = site.join.all_input_nodes[0]
+    if not site.axes or tuple(source.meta["shape"][axis] for axis in site.axes) != site.grid:
+        raise NoSiteError(
+            f"the model takes several image sizes, but the sizes of its grid {site.grid} cannot be read in front of "
+            f"`{site.join.name}`: flatten a tensor such as (B, C, h, w) there, or fix the image size"
+        )
     with graph.inserting_before(before):
         shape = graph.create_node("call_function", getattr, (source, "shape"), name="papr_shape")
         return tuple(
             graph.create_node("call_function", operator.getitem, (shape, axis), name=name)
-            for axis, name in zip(axes, ("papr_rows", "papr_columns"), strict=True)
+            for axis, name in zip(site.axes, ("papr_rows", "papr_columns"), strict=True)
         )
 
 
@@ -107,11 +123,12 @@ def rewrite(graph: fx.Graph, site: Site, keep: fx.Node) -> None:
 
 
 def _holds(name: object, blocks: Collection[str]) -> bool:
-    """Whether `name` is a block, or an unopened module around blocks."""
-    return any(block == name or block.startswith(f"{name}.") for block in blocks)
+    """Whether `name` is a block, a member of one, or an unopened module around blocks."""
+    return any(f"{block}.".startswith(f"{name}.") or f"{name}.".startswith(f"{block}.") for block in blocks)
 
 
-def _axes(node: fx.Node, grid: tuple[int, ...]) -> tuple[int, ...] | None:
-    shape = node.meta.get("shape") or ()
-    starts = [i for i in range(1, len(shape) - len(grid) + 1) if tuple(shape[i : i + len(grid)]) == grid]
-    return tuple(range(starts[-1], starts[-1] + len(grid))) if starts else None
+def _stream(block: fx.Node) -> fx.Node | None:
+    """The tokens (B, N, C) that a block maps to as many; a block may return more beside them."""
+    shape = block.meta.get("parts", (block.meta.get("shape"),))[0]
+    tokens = shape if shape and len(shape) == 3 and shape[0] == TRACED_BATCH else None
+    return next((node for node in block.all_input_nodes if tokens and node.meta.get("shape") == tokens), None)

@@ -69,6 +69,19 @@ def test_refusals(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["folder", "picture.jpg", "/proc/nowhere/picture.png"])
+def test_pictures_that_cannot_be_written(out, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    assert main(["demo", *TINY, "--out", str(tmp_path / out)]) == 2
+    assert "--out must be a .png file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_none(tmp_path, capsys):
+    (tmp_path / "own.pth").write_bytes(b"no checkpoint")
+    assert main(["diff", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "own.pth")]) == 2
+    assert f"could not be loaded from {tmp_path / 'own.pth'}" in capsys.readouterr().err
+
+
 def test_checkpoint_is_loaded(tmp_path, capsys):
     import timm
     import torch

@@ -97,6 +97,13 @@ def test_map_is_the_mean_of_the_features_before_pooling(name):
     assert not [n for n in net.trunk.graph.nodes if n.target is F.batch_norm]
 
 
+def test_a_kernel_over_the_whole_map_is_a_pooling():
+    network = timm_model("vgg11")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative_error(built(network, (1, 3, 224, 224))(x), network.features(x).mean(1)) < 1e-4
+
+
 def test_real_weights_of_lite0():
     network = lite0()
     x = torch.randn(2, 3, 224, 224)

@@ -1,9 +1,12 @@
 """Bad input: a clear error that says what was sought, found, and the fix; and the model stays as it was."""
 
+import threading
+
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import papr_fx
@@ -41,6 +44,59 @@ class TwoInputs(ToyViT):
 
     def forward(self, x, other):
         return super().forward(x) + other
+
+
+class Cached(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.lock = threading.Lock()
+
+
+class Reserved(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.code = nn.Linear(2, 2)
+
+
+class NoGrad(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
+
+
+class Twice(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x * 0.5)
+
+
+class Mixed(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.blocks.eval()
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.1, self.training))
+
+
+def lazy():
+    model = ToyViT(Shape())
+    model.head = nn.LazyLinear(7)
+    return model
+
+
+def compiled_inside():
+    model = ToyViT(Shape())
+    model.blocks[1].compile()
+    return model
 
 
 class Sized(ToyViT):
@@ -88,7 +144,15 @@ MODELS = {
     "several inputs": (TwoInputs, papr_fx.TraceError, "needs more than the images: other"),
     "no size": (NoSize, papr_fx.ArgumentError, "pass example_input="),
     "branches on content": (Branches, papr_fx.TraceError, "a branch depends on the content of the image"),
-    "no blocks": (lambda: timm.create_model("mobileone_s0").stem, papr_fx.PaprError, "states no image size"),
+    "no size in a part": (lambda: timm.create_model("mobileone_s0").stem, papr_fx.ArgumentError, "states no image size"),
+    "cannot be copied": (Cached, papr_fx.ArgumentError, "cannot be copied: .*lock"),
+    "reserved name": (Reserved, papr_fx.ArgumentError, "members named code"),
+    "no gradients inside": (NoGrad, papr_fx.TraceError, "switches gradients or autocast"),
+    "a trunk that runs twice": (Twice, papr_fx.NoSiteError, "two token streams"),
+    "mixed modes": (Mixed, papr_fx.ArgumentError, "partly in training mode"),
+    "data-parallel": (lambda: nn.DataParallel(ToyViT(Shape())), papr_fx.ArgumentError, "transform model.module"),
+    "lazy": (lazy, papr_fx.ArgumentError, "lazy parameters"),
+    "compiled inside": (compiled_inside, papr_fx.ArgumentError, "transform the plain module first"),
 }
 
 
@@ -109,7 +173,7 @@ def test_a_model_compiled_in_place():
 def test_a_model_without_patch_tokens():
     example = torch.zeros(1, 3, 32, 32)
     for model in (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), timm.create_model("resnet18")):
-        with pytest.raises(papr_fx.NoSiteError, match="no repeated blocks|no token stream"):
+        with pytest.raises(papr_fx.NoSiteError, match="no repeated blocks|spatial layout"):
             transform(model=model, example_input=example)
 
 

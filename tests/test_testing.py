@@ -26,14 +26,6 @@ def test_check_refuses_what_transform_refuses():
         testing.check(nn.Linear(3, 3), toy_proposal(), 0.5)
 
 
-def reversed_choice(psm, z, prefix=0):
-    return ops.top_positions(-psm, z, prefix)
-
-
-def short_by_one(tokens, keep):
-    return ops.gather_tokens(tokens, keep[:, :-1])
-
-
 def test_hidden_keys_catch_a_gather_that_loses_a_token(monkeypatch):
     """Even with the proof switched off."""
     monkeypatch.setattr(
@@ -41,6 +33,11 @@ def test_hidden_keys_catch_a_gather_that_loses_a_token(monkeypatch):
     )
     with pytest.raises(papr_fx.VerifyError, match="hidden keys"):
         testing.check(ToyViT(Shape()), toy_proposal(), 0.5, verify=False)
+
+
+def test_check_refuses_a_keep_ratio_of_one():
+    with pytest.raises(papr_fx.ArgumentError, match="z must be below 1"):
+        testing.check(ToyViT(Shape()), toy_proposal(), 1.0)
 
 
 class NoAttention(ToyViT):

@@ -1,5 +1,8 @@
 """The proof: it passes what is right, and each part of it catches the fault that it is there for."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -84,7 +87,35 @@ class Deaf(ToyViT):
         return self.head(self.norm(x)[:, 0] * 0 + self.query[:, 0])
 
 
+class CountsTokens(ToyViT):
+    """Reads the number of tokens as a Python number behind the blocks, where pruning changes it."""
+
+    def __init__(self, read) -> None:
+        super().__init__(Shape())
+        self.read = read
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).sum(1) / self.read(x))
+
+
+class TrainingOnly(ToyViT):
+    """Right in eval mode; in training its head picks a token by index."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x[:, 3])) if self.training else super().classify(x)
+
+
+class FrozenAtOne(ToyViT):
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x) * (2 if x.shape[0] == 1 else 1)
+
+
 CAUGHT = {
+    "training mode": (TrainingOnly, "in training mode"),
+    "batch size of one": (lambda: FrozenAtOne(Shape()), "tracing"),
     "zero bias table": (lambda: with_attention(lambda: BiasedAttention(17)), "permutation: .*norm|permutation"),
     "positions from the length": (lambda: with_attention(lambda: RebuiltPositions(8, 2, False)), "permutation"),
     "order matters when shorter": (lambda: with_attention(lambda: LengthAware(8, 2, False)), "lengths"),
@@ -94,6 +125,31 @@ CAUGHT = {
     "windows": (lambda: Windowed(Shape()), "permutation"),
     "no effect": (lambda: Deaf(Shape()), "negative control"),
 }
+
+
+READS = {
+    "int": lambda x: int(x.shape[1]),
+    "float": lambda x: float(x.shape[1]),
+    "index": lambda x: len(range(x.shape[1])),
+    "len": lambda x: len(x[0]),
+    "branch": lambda x: 1 if x.shape[1] > 12 else 3,
+    "min": lambda x: min(x.shape[1], 12),
+    "loop": lambda x: sum(1 for _ in x[0]),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_a_number_of_tokens_frozen_by_tracing_is_refused(read, verify):
+    with pytest.raises(papr_fx.NoSiteError, match="reads .* as a Python number"):
+        papr_fx.transform(CountsTokens(read), toy_proposal(), 0.5, verify=verify)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.shape[1], lambda x: x.ndim, lambda x: int(x.shape[2]), lambda x: math.sqrt(x.shape[1])]
+)
+def test_sizes_that_stay_in_the_graph_are_not(read):
+    papr_fx.transform(CountsTokens(read), toy_proposal(), 0.5)
 
 
 @pytest.mark.parametrize("case", CAUGHT)
@@ -131,24 +187,39 @@ def test_a_wrong_grid_is_caught(monkeypatch):
 
     def transposed(graph, blocks):
         site = find_site(graph, blocks)
-        return prune_tokens.Site(site.stream, site.block, site.join, site.grid[::-1], site.prefix)
+        return replace(site, grid=site.grid[::-1])
 
     monkeypatch.setattr(prune_tokens, "find_site", transposed)
     with pytest.raises(papr_fx.VerifyError, match="geometry"):
         papr_fx.transform(ToyViT(Shape(image=(8, 18))), toy_proposal(), 0.5)
 
 
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_a_wrong_prefix_is_caught(shift, monkeypatch):
+@pytest.mark.parametrize(("shift", "message"), [(-1, "permutation"), (1, "could not run")])
+def test_a_wrong_prefix_is_caught(shift, message, monkeypatch):
     find_site = prune_tokens.find_site
 
     def shifted(graph, blocks):
         site = find_site(graph, blocks)
-        return prune_tokens.Site(site.stream, site.block, site.join, site.grid, site.prefix + shift)
+        return replace(site, prefix=site.prefix + shift)
 
     monkeypatch.setattr(prune_tokens, "find_site", shifted)
-    with pytest.raises((papr_fx.VerifyError, IndexError, RuntimeError)):
+    with pytest.raises(papr_fx.VerifyError, match=message):
         papr_fx.transform(ToyViT(Shape(prefix=3, pool="cls")), toy_proposal(), 0.5)
+
+
+class SummaryToken(ToyViT):
+    """Its first token is no constant but a summary of the patches."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        patches = self.patches(x)
+        return torch.cat([self.first + patches.mean(1, keepdim=True), patches], dim=1) + self.pos
+
+
+def test_prefix_tokens_that_the_image_moves_are_refused():
+    with pytest.raises(
+        papr_fx.VerifyError, match="geometry: the first 1 of `add.*` were taken for prefix tokens, but a patch moves them"
+    ):
+        papr_fx.transform(SummaryToken(Shape()), toy_proposal(), 0.5)
 
 
 @pytest.mark.parametrize(
