@@ -57,6 +57,11 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
     return torch.cat([first, kept + prefix], dim=1)
 
 
+def count_windows(size: int, offset: int, step: int) -> int:
+    """Number of windows that an unfolding takes along an axis of `size`: `(size + offset) // step + 1`."""
+    return (size + offset) // step + 1
+
+
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     """Picks tokens by index for each sample: (B, N, C) and (B, K) become (B, K, C).
 

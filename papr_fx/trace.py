@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, TraceError
+from .ops import count_windows
 
 # Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
@@ -145,8 +146,9 @@ def annotate(node: fx.Node, value: object) -> None:
         node.meta["dtype"] = value.dtype
     elif isinstance(value, bool | int | float):
         node.meta["value"] = value
-    elif isinstance(value, tuple | list) and value and all(isinstance(part, Tensor) for part in cast("list[Any]", value)):
-        node.meta["parts"] = tuple(tuple(part.shape) for part in cast("list[Tensor]", value))
+    elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in cast("list[Any]", value)):
+        parts = cast("list[Any]", value)
+        node.meta["parts"] = tuple(tuple(part.shape) if isinstance(part, Tensor) else None for part in parts)
 
 
 class ValueProxy(fx.Proxy):
@@ -218,10 +220,11 @@ class ValueAttribute(ValueProxy):
 
 
 class Join(NamedTuple):
-    """Where axes of sizes `grid` became one: `axes` of the reshaped tensor, none for an unfolded image."""
+    """Where axes of sizes `grid` became one: `axes` of a tensor, or windows (offset, step) along them where it is unfolded."""
 
     grid: tuple[int, ...]
     axes: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 class _RecordJoins(TorchDispatchMode):
@@ -244,7 +247,9 @@ class _RecordJoins(TorchDispatchMode):
 
 def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Join:
     axes = zip(image.shape[-2:], kernel, dilation, padding, stride, strict=True)
-    return Join(tuple((size + 2 * pad - dil * (ker - 1) - 1) // step + 1 for size, ker, dil, pad, step in axes), ())
+    windows = [(size, 2 * pad - dil * (ker - 1) - 1, step) for size, ker, dil, pad, step in axes]
+    grid = tuple(count_windows(*window) for window in windows)
+    return Join(grid, (image.ndim - 2, image.ndim - 1), tuple((offset, step) for _, offset, step in windows))
 
 
 def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[Join]:

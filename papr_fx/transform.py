@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import inputs
@@ -16,6 +18,9 @@ from .passes import prune_tokens
 from .proposal import InputStats, build_proposal
 from .trace import ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
 from .verify import prove
+
+# What the code of models raises for images that it does not take.
+_REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)
 
 
 def transform(
@@ -93,6 +98,7 @@ def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, 
     blocks = find_blocks(model)
     if not blocks:
         raise NoSiteError(f"{type(model).__name__} has no repeated blocks: sought a list of alike composite modules")
+    _run_once(model, images)
     opened = ancestors_of(blocks)
     while True:
         for name in opened:
@@ -129,7 +135,10 @@ def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph
             )
         if node is site.stream:
             break
-    found = prune_tokens.find_site(training, blocks)
+    try:
+        found = prune_tokens.find_site(training, blocks)
+    except NoSiteError as error:
+        return str(error)
     if (found.grid, found.prefix, found.block.target) != (site.grid, site.prefix, site.block.target):
         return (
             f"in training `{found.block.target}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
@@ -162,14 +171,25 @@ def _check_reads(gm: PrunedModule, recorded: list[fx.Graph]) -> None:
                 )
 
 
+def _run_once(model: nn.Module, images: Tensor) -> None:
+    """Runs the model on one real image first: code that caches tensors by size must not cache fake ones."""
+    copied = sandbox(model).eval()
+    if not images.is_meta:
+        with torch.no_grad(), torch.random.fork_rng(), suppress(*_REFUSALS):  # tracing meets the same error, and names its node
+            copied(images[:1])
+
+
 def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor) -> bool:
-    """Whether the part of the model in front of the blocks runs on images of twice the size."""
-    batch, channels, height, width = images.shape
-    try:
-        propagate(embedding, embedding.graph, images.new_empty((batch, channels, 2 * height, 2 * width)))
-    except TraceError:
-        return False
-    return True
+    """Whether the part of the model in front of the blocks runs on images of twice the size, or of another aspect."""
+    height, width = images.shape[-2:]
+    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
+        try:
+            with torch.no_grad():
+                fx.Interpreter(embedding).run(images.new_zeros((1, images.shape[1], rows, columns)))
+        except _REFUSALS:
+            continue
+        return True
+    return False
 
 
 def _built(root: nn.Module, plan: Plan) -> PrunedModule:

@@ -218,11 +218,13 @@ def _check_training(model: nn.Module, gm: PrunedModule, values: dict[str, Tensor
     expected, other, traced, permuted = outputs
     _check_traced(traced, expected, f"{plan.name} in training mode")
     error = relative_error(permuted, expected)
-    random = relative_error(other, expected) > 0  # function dropout: it would drop other elements of permuted tokens
-    if not random and not error <= _TOLERANCES[images.dtype]:
+    if relative_error(other, expected) > 0:  # function dropout: it would drop other elements of permuted tokens
+        return
+    if not error <= _TOLERANCES[images.dtype]:
         raise VerifyError(
             f"permutation: in training mode, with all tokens kept in random order, the output is off by {error:.1e}"
         )
+    _check_geometry(root, plan.dense_graph(True), site, values, images[:1], torch.Generator(images.device).manual_seed(1))
 
 
 def _check_geometry(

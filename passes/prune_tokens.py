@@ -31,7 +31,7 @@ from math import prod
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops import gather_tokens
+from ..ops import count_windows, gather_tokens
 from ..trace import TRACED_BATCH, ancestors
 
 
@@ -44,7 +44,8 @@ class Site:
         block: The first block that reads it.
         join: The node where the grid became one axis of n tokens.
         grid: Rows and columns on the traced images, h * w = n.
-        axes: Where the grid stands in the tensor that was flattened; none for an unfolded image.
+        axes: Where the grid stands in the tensor that was flattened.
+        windows: Offset and step of the windows along these axes where an image was unfolded, else none.
         prefix: Tokens in front of the patches.
     """
 
@@ -53,6 +54,7 @@ class Site:
     join: fx.Node
     grid: tuple[int, ...]
     axes: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...]
     prefix: int
 
 
@@ -88,7 +90,7 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
     for node in ancestors(stream):
         for join in reversed(node.meta.get("joins", [])):
             if len(join.grid) == 2 and prod(join.grid) <= tokens:
-                return Site(stream, block, node, join.grid, join.axes, tokens - prod(join.grid))
+                return Site(stream, block, node, join.grid, join.axes, join.windows, tokens - prod(join.grid))
     raise NoSiteError(
         f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block.target}`, but no operation before it "
         "flattens a grid of positions (h, w) of the images into them (a grid of one row or column is none)"
@@ -102,16 +104,26 @@ def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node,
         NoSiteError: The node that flattens it takes no tensor of these axes.
     """
     source = site.join.all_input_nodes[0]
-    if not site.axes or tuple(source.meta["shape"][axis] for axis in site.axes) != site.grid:
+    windows = site.windows or ((-1, 1),) * len(site.grid)  # one window a position
+    if (
+        tuple(count_windows(source.meta["shape"][axis], *window) for axis, window in zip(site.axes, windows, strict=True))
+        != site.grid
+    ):
         raise NoSiteError(
             f"the model takes several image sizes, but the sizes of its grid {site.grid} cannot be read in front of "
             f"`{site.join.name}`: flatten a tensor such as (B, C, h, w) there, or fix the image size"
         )
     with graph.inserting_before(before):
         shape = graph.create_node("call_function", getattr, (source, "shape"), name="papr_shape")
-        return tuple(
+        sizes = [
             graph.create_node("call_function", operator.getitem, (shape, axis), name=name)
             for axis, name in zip(site.axes, ("papr_rows", "papr_columns"), strict=True)
+        ]
+        if not site.windows:
+            return tuple(sizes)
+        return tuple(
+            graph.create_node("call_function", count_windows, (size, *window), name=f"{size.name}_unfolded")
+            for size, window in zip(sizes, site.windows, strict=True)
         )
 
 

@@ -1,5 +1,7 @@
 """Vision transformers as people write them: what must work, and equal the model run on the kept tokens."""
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -108,9 +110,8 @@ class Looped(ToyViT):
 
 
 class TupleBlock(Block):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = super().forward(x)
-        return y, y.mean(1)
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
 
 
 class TupleBlocks(ToyViT):
@@ -270,7 +271,60 @@ class AnySizeUnfold(AnySize):
         return x.mean(1)
 
 
-@pytest.mark.parametrize("build", [AnySize, ChannelsLast])
+class CachedTable(ToyViT):
+    """A position table kept by functools, outside of any module."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x) + table(17)
+
+
+@functools.lru_cache
+def table(count: int) -> Tensor:
+    return torch.linspace(-1, 1, count)[:, None]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_caches_outside_of_modules_hold_real_tensors(verify):
+    table.cache_clear()
+    model = CachedTable().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0, verify=verify)
+    x = torch.randn(2, 3, 8, 12)
+    assert type(model(x)) is Tensor
+    assert torch.equal(gm(x), model(x))
+
+
+def test_tensors_computed_and_kept_by_a_module():
+    model = toy()
+    nn.utils.parametrizations.weight_norm(model.head)
+    model.last = model(torch.randn(1, 3, 8, 12))
+    assert papr_fx.transform(model, toy_proposal(), 0.5)(torch.randn(2, 3, 8, 12)).shape == (2, 7)
+
+
+class CountOnly(AnySize):
+    """Any image of 16 patches, whatever its aspect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.pos = nn.Parameter(torch.zeros(1, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+def test_grids_follow_the_aspect():
+    gm = papr_fx.transform(enliven(CountOnly()), toy_proposal(), 0.5)
+    for height, width in ((16, 16), (8, 32)):
+        assert list(papr_fx.keep_masks(gm, torch.randn(2, 3, height, width))) == [(height // 4, width // 4)]
+
+
+@pytest.mark.parametrize("build", [AnySize, ChannelsLast, AnySizeUnfold])
 def test_grids_follow_the_image(build):
     model = enliven(build()).double().eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.5)
@@ -283,9 +337,28 @@ def test_grids_follow_the_image(build):
             assert relative_error(gm(x), at_first_block(model, "blocks.0", keep, x)) < 1e-12
 
 
+class Flattened(AnySize):
+    """Flattens by a function that hides the grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = hidden_flatten(x, self.embed.weight, self.embed.bias)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+@torch.fx.wrap
+def hidden_flatten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.conv2d(x, weight, bias, stride=4).flatten(2).transpose(1, 2)
+
+
 def test_a_grid_that_cannot_follow_the_image_is_refused():
     with pytest.raises(papr_fx.NoSiteError, match="takes several image sizes, but the sizes of its grid"):
-        papr_fx.transform(AnySizeUnfold(), toy_proposal(), 0.5)
+        papr_fx.transform(Flattened(), toy_proposal(), 0.5)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "cait_xxs24_224"])

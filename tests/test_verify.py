@@ -187,7 +187,7 @@ def test_a_wrong_grid_is_caught(monkeypatch):
 
     def transposed(graph, blocks):
         site = find_site(graph, blocks)
-        return replace(site, grid=site.grid[::-1])
+        return replace(site, grid=site.grid[::-1], axes=site.axes[::-1])
 
     monkeypatch.setattr(prune_tokens, "find_site", transposed)
     with pytest.raises(papr_fx.VerifyError, match="geometry"):
