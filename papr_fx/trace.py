@@ -14,17 +14,15 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, TraceError
-from .ops import count_windows
+from .joins import RecordJoins
 
 # Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
@@ -219,56 +217,6 @@ class ValueAttribute(ValueProxy):
         return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
 
 
-class Join(NamedTuple):
-    """Where axes of sizes `grid` became one: `axes` of a tensor, or windows (offset, step) along them where it is unfolded."""
-
-    grid: tuple[int, ...]
-    axes: tuple[int, ...]
-    windows: tuple[tuple[int, int], ...] = ()
-
-
-class _RecordJoins(TorchDispatchMode):
-    """Notes where adjacent axes of an activation become one: there a grid of positions becomes a token axis."""
-
-    def __init__(self, batch: int) -> None:
-        super().__init__()
-        self.batch = batch
-        self.joins: list[Join] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.im2col.default:
-            self.joins.append(_unfolded(*args))
-        elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
-            groups = _joined(tuple(args[0].shape), tuple(out.shape), self.batch)
-            self.joins.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
-        return out
-
-
-def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Join:
-    axes = zip(image.shape[-2:], kernel, dilation, padding, stride, strict=True)
-    windows = [(size, 2 * pad - dil * (ker - 1) - 1, step) for size, ker, dil, pad, step in axes]
-    grid = tuple(count_windows(*window) for window in windows)
-    return Join(grid, (image.ndim - 2, image.ndim - 1), tuple((offset, step) for _, offset, step in windows))
-
-
-def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[Join]:
-    """The groups of adjacent axes that a reshape of a batch merged, axes of size 1 left out; none if it is no such reshape."""
-    if before[:1] != (batch,) or after[:1] != (batch,):
-        return []
-    axes = [axis for axis, size in enumerate(before) if axis and size != 1]
-    groups: list[Join] = []
-    for size in after[1:]:
-        count = 0 if size == 1 else 1
-        while count < len(axes) and prod(before[axis] for axis in axes[:count]) < size:
-            count += 1
-        if prod(before[axis] for axis in axes[:count]) != size:
-            return []
-        groups.append(Join(tuple(before[axis] for axis in axes[:count]), tuple(axes[:count])))
-        del axes[:count]
-    return [] if axes else [group for group in groups if len(group.grid) > 1]
-
-
 def _contexts() -> tuple[bool, bool, bool]:
     """What a `with torch.no_grad()` or `torch.autocast` changes."""
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
@@ -345,7 +293,7 @@ class ValueTracer(fx.Tracer):
         with ExitStack() as stack:
             stack.callback(setattr, self, "_evaluating", self._evaluating)
             self._evaluating = True
-            joins = _RecordJoins(self._images.shape[0])
+            joins = RecordJoins(self._images.shape[0])
             for context in (faking(self._mode), joins):
                 stack.enter_context(context)
             self.values[node] = value = self._evaluate(node)
