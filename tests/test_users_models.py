@@ -136,6 +136,16 @@ class OtherFirstBlock(ToyViT):
         self.blocks[0].mlp = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
 
 
+class FirstBlock(Block):
+    """A block of a class of its own."""
+
+
+class OtherClassFirst(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape(depth=3))
+        self.blocks[0] = FirstBlock(8, Attention(8, 2, True))
+
+
 class Normalised(ToyViT):
     def __init__(self) -> None:
         super().__init__(Shape())
@@ -169,6 +179,7 @@ MODELS = {
     Looped: "block",
     TupleBlocks: "blocks.0",
     OtherFirstBlock: "blocks.0",
+    OtherClassFirst: "blocks.0",
     Normalised: "blocks.0",
     Dictionary: "blocks.0",
 }
@@ -271,19 +282,23 @@ class AnySizeUnfold(AnySize):
         return x.mean(1)
 
 
-class CachedTable(ToyViT):
-    """A position table kept by functools, outside of any module."""
+class TablePatches(nn.Conv2d):
+    """A patch embedding whose position table is kept by functools, outside of any module."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + table(x.shape[-1])
+
+
+class CachedTable(ToyViT):
     def __init__(self) -> None:
         super().__init__(Shape())
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return super().tokens(x) + table(17)
+        self.proj = TablePatches(3, 8, self.shape.patch, self.shape.patch)
 
 
 @functools.lru_cache
 def table(count: int) -> Tensor:
-    return torch.linspace(-1, 1, count)[:, None]
+    return torch.linspace(-1, 1, count)
 
 
 @pytest.mark.parametrize("verify", [False, True])
