@@ -1,7 +1,8 @@
 """Records a model as a torch.fx graph: values are known while tracing, and modules stay whole unless opened.
 
 Each proxy carries a fake tensor. Questions about a value (`.dtype`, `.ndim`, whether a size is divisible) are answered
-from it, while sizes themselves stay nodes of the graph, so that no batch size is frozen into the result. Only the modules
+from it, while sizes themselves stay nodes of the graph, so that any batch size runs; where a model's own code reads a size
+as a Python number, that is noted, for the caller to refuse it. Only the modules
 named in `opened` are traced through; every other one is a single `call_module` node, which keeps dropout, drop-path and
 batch norm in the hands of the modules that own them.
 """
