@@ -97,7 +97,9 @@ def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, 
     """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
     blocks = find_blocks(model)
     if not blocks:
-        raise NoSiteError(f"{type(model).__name__} has no repeated blocks: sought a list of alike composite modules")
+        raise NoSiteError(
+            f"{type(model).__name__} has no repeated blocks: sought composite modules (modules of modules), found none"
+        )
     _run_once(model, images)
     opened = ancestors_of(blocks)
     while True:
