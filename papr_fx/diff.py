@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import fx, nn
@@ -12,11 +13,15 @@ from .errors import ArgumentError
 from .module import PrunedModule, checked_module
 from .trace import TRACED_BATCH, ancestors, shape_of, trace
 
+# Sizes of groups of nodes that are shown once when they are repeated: from a residual addition and its branch to large blocks.
+_MIN_GROUP, _MAX_GROUP = 3, 120
+
 
 def graph_text(graph: fx.Graph) -> str:
     """The graph as lines `name = operation(inputs)  # shape`; B stands for the batch size.
 
-    A chain of like modules (`blocks.0` to `blocks.11`, each fed by the one before) is one line.
+    A chain of like modules (`blocks.0` to `blocks.11`, each fed by the one before) is one line; of groups of nodes that
+    repeat each other, such as opened blocks, the first is shown.
     """
     return "".join(f"{line}\n" for line in _lines(graph))
 
@@ -53,9 +58,60 @@ def _unified(before: fx.Graph, module: PrunedModule) -> str:
 
 def _lines(graph: fx.Graph) -> list[str]:
     batched = _batched(graph)
+    nodes = list(graph.nodes)
+    lines: list[str] = []
+    start = 0
+    while start < len(nodes):
+        length, count = _repeated(nodes, start)
+        lines.extend(_chained(nodes[start : start + length], batched))
+        if count:
+            last = nodes[start + length * (count + 1) - 1]
+            lines.append(f"# and {count} alike, up to {last.name}")
+        start += length * (count + 1)
+    return lines
+
+
+def _repeated(nodes: Sequence[fx.Node], start: int) -> tuple[int, int]:
+    """Length of the group of nodes at `start` that is repeated, and how often it is; one node, not repeated, if there is none.
+
+    Groups are alike if their nodes do the same to the same, or to what stands at the same place in the group before.
+    """
+    place = {node: index for index, node in enumerate(nodes)}
+    for length in range(_MIN_GROUP, min(_MAX_GROUP, (len(nodes) - start) // 2) + 1):
+        count = 0
+        while all(
+            _alike(nodes[start + offset], nodes[start + length * (count + 1) + offset], place, length * (count + 1))
+            for offset in range(length)
+            if start + length * (count + 2) <= len(nodes)
+        ) and start + length * (count + 2) <= len(nodes):
+            count += 1
+        if count:
+            return length, count
+    return 1, 0
+
+
+def _alike(first: fx.Node, later: fx.Node, place: dict[fx.Node, int], distance: int) -> bool:
+    """Whether `later`, so many nodes on, does what `first` does."""
+    if first.op != later.op or _stem(first.target) != _stem(later.target) or shape_of(first) != shape_of(later):
+        return False
+    mapped = zip(first.all_input_nodes, later.all_input_nodes, strict=False)
+    if len(first.all_input_nodes) != len(later.all_input_nodes):
+        return False
+    if any(a is not b and place[a] + distance != place[b] for a, b in mapped):
+        return False
+    plain = [fx.map_arg((node.args, node.kwargs), lambda _: None) for node in (first, later)]
+    return plain[0] == plain[1]
+
+
+def _stem(target: Any) -> Any:
+    """A module's or parameter's name without its numbers."""
+    return re.sub(r"\d+", "", target) if isinstance(target, str) else target
+
+
+def _chained(nodes: Sequence[fx.Node], batched: dict[fx.Node, None]) -> list[str]:
     chain: list[fx.Node] = []
     lines: list[str] = []
-    for node in [*graph.nodes, None]:
+    for node in [*nodes, None]:
         if node is not None and (not chain or _continues(chain[-1], node)):
             chain.append(node)
             continue

@@ -13,7 +13,7 @@ from .errors import ArgumentError
 from .module import PrunedModule
 from .passes import splice_proposal
 
-MODES = ("auto", "tokens")
+MODES = ("auto", "tokens", "pixels")
 _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
 BACKGROUNDS = ("auto", "keep", "zero")
 

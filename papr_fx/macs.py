@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .trace import fake_like, faking, sandbox
@@ -20,12 +19,35 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
-def count_macs(module: nn.Module, images: Tensor) -> int:
-    """MACs of one forward pass over one sample shaped like `images` (B, C, H, W): convolutions and matrix products."""
+class _CountNodes(fx.Interpreter):
+    """Runs a graph and notes the multiply-accumulates of every node."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.counts: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            value = super().run_node(n)
+        self.counts[n.name] = counter.get_total_flops() // 2
+        return value
+
+
+def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict[str, int]:
+    """MACs of each node of `graph` over the modules of `root`, for one sample shaped like `images` (B, C, H, W).
+
+    Convolutions and matrix products are counted. `root` should be a copy, as for `propagate`.
+    """
     mode, fake = fake_like(images, 1)
-    copied = sandbox(module)
-    detached = {name: tensor.detach() for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]}
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with faking(mode), counter:
-        functional_call(copied, detached, (fake,))
-    return counter.get_total_flops() // 2
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else cast(nn.Parameter, parameter.detach())
+    counting = _CountNodes(root, graph)
+    with faking(mode):
+        counting.run(fake)
+    return counting.counts
+
+
+def count_macs(gm: fx.GraphModule, images: Tensor) -> int:
+    """MACs of one forward pass of a graph module over one sample shaped like `images` (B, C, H, W)."""
+    return sum(count_macs_by_node(sandbox(gm), gm.graph, images).values())

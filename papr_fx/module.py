@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ArgumentError, NoSiteError
-from .passes import prune_tokens, splice_proposal
+from .errors import ArgumentError
+from .plan import Plan
 from .proposal import SignificanceNet
 from .trace import cut, propagate, sandbox
 
 Grid = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a rewritten graph follows from, so that another keep ratio is one more rewrite of the dense graph.
-
-    Attributes:
-        name: Class name of the model.
-        dense: The traced graph for each value of `training`; a text is the reason why there is none.
-        blocks: Qualified names of the trunk's repeated blocks.
-        opened: Qualified names of the modules that were traced through.
-        dynamic: Whether the model takes several image sizes, so that the grid is read at run time.
-        shape: Shape of the images that the graph was traced with, (B, C, H, W).
-        z: Keep ratio in (0, 1].
-    """
-
-    name: str
-    dense: Mapping[bool, fx.Graph | str]
-    blocks: tuple[str, ...]
-    opened: frozenset[str]
-    dynamic: bool
-    shape: tuple[int, ...]
-    z: float
-
-    def dense_graph(self, training: bool) -> fx.Graph:
-        """A copy of the traced graph."""
-        graph = self.dense[training]
-        if isinstance(graph, str):
-            raise NoSiteError(f"{self.name} cannot be pruned in {'training' if training else 'eval'} mode: {graph}")
-        return copy.deepcopy(graph)
-
-    def rewrite(self, training: bool) -> fx.Graph:
-        """The graph for keep ratio `z`: the dense one at 1, where nothing is left to choose."""
-        graph = self.dense_graph(training)
-        return graph if self.z == 1 else self.prune(graph)
-
-    def prune(self, graph: fx.Graph) -> fx.Graph:
-        """Rewrites a traced graph of the model, in place, and returns it."""
-        site = prune_tokens.find_site(graph, self.blocks)
-        before = site.stream.next
-        grid = prune_tokens.runtime_grid(graph, site, before) if self.dynamic else site.grid
-        keep = splice_proposal.rewrite(graph, splice_proposal.find_site(graph), before, grid, self.z, site.prefix)
-        prune_tokens.rewrite(graph, site, keep)
-        graph.lint()
-        return graph
 
 
 class PrunedModule(fx.GraphModule):
@@ -96,7 +50,7 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode."""
-        if mode != self.training and self.plan.dense[mode] is not self.plan.dense[not mode]:
+        if mode != self.training and not self.plan.one_graph:
             self._follow(self.plan, mode)
         return cast(PrunedModule, super().train(mode))
 
@@ -205,11 +159,15 @@ def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
     plan = module.plan if module.plan.z < 1 else replace(module.plan, z=0.5)
     graph = plan.rewrite(module.training)
     nodes = {node.name: node for node in graph.nodes}
-    psm, keep = cut(module, graph, nodes["papr_psm"], nodes["papr_keep"])(_checked_images(module, images))
-    prefix = cast(int, nodes["papr_keep"].args[2])
-    kept = keep[:, prefix:] - prefix  # (B, k)
-    mask = torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter_(1, kept, True)  # (B, h * w)
-    return {tuple(psm.shape[1:]): mask.view_as(psm) if module.plan.z < 1 else torch.ones_like(psm, dtype=torch.bool)}
+    choices = plan.choices(module.training)
+    wanted = [nodes[f"{name}{choice.suffix}"] for choice in choices for name in ("papr_psm", "papr_keep")]
+    values = cut(module, graph, *wanted)(_checked_images(module, images))
+    masks: dict[Grid, Tensor] = {}
+    for choice, psm, keep in zip(choices, values[::2], values[1::2], strict=True):
+        kept = keep[:, choice.prefix :] - choice.prefix  # (B, k)
+        mask = torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter_(1, kept, True).view_as(psm)  # (B, h, w)
+        masks[tuple(psm.shape[1:])] = mask if module.plan.z < 1 else torch.ones_like(mask)
+    return masks
 
 
 def set_keep_ratio(gm: fx.GraphModule, z: float) -> None:

@@ -1,8 +1,9 @@
-"""How outputs are compared: relative to the largest expected value, with float32 products at full precision."""
+"""How outputs are compared: relative to the largest expected value, at full precision, with parameters that hide nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,3 +38,26 @@ def relative_error(actual: Any, expected: Any) -> float:
         return float("inf")
     errors = [((a - e).abs().max() / e.abs().max().clamp_min(torch.finfo(e.dtype).tiny)).item() for a, e in pairs]
     return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters at unit scale, by qualified name, and buffers as they are, all in `dtype`, on the device of `random`.
+
+    Kernels (two or more axes) keep the variance of their input; everything else, which is added or multiplied per channel
+    or position (biases, scales, tables of shape (1, N, C)), is drawn from a standard normal distribution.
+    """
+    values: dict[str, torch.Tensor] = {}
+    drawn: dict[torch.Tensor, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            values[name] = drawn.setdefault(parameter, unit_scale(parameter.shape, random, dtype))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        values[name] = buffer.to(random.device, dtype if buffer.is_floating_point() else None, copy=True)
+    return values
+
+
+def unit_scale(shape: Sequence[int], random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """One such parameter, on the device of `random`."""
+    drawn = torch.randn(tuple(shape), generator=random, device=random.device, dtype=dtype)
+    kernel = len(shape) >= 2 and shape[0] > 1
+    return drawn.mul_(math.prod(shape[1:]) ** -0.5) if kernel else drawn

@@ -71,3 +71,66 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     first_row = torch.arange(batch, device=keep.device).unsqueeze(1) * count  # (B, 1)
     rows = tokens.reshape(batch * count, width).index_select(0, (keep + first_row).reshape(-1))
     return rows.reshape(batch, -1, width)
+
+
+def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
+    """Kept positions (B, k) of a grid as rows (B * k,) of the batch's B * h * w positions."""
+    count = grid[0] * grid[1]
+    first_row = torch.arange(keep.shape[0], device=keep.device).unsqueeze(1) * count  # (B, 1)
+    return (keep + first_row).reshape(-1)
+
+
+def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> Tensor:
+    """Picks kept positions: (B, C, h, w), (B, h, w, C) or (B, h * w, C) become (B, C, k, 1), (B, k, 1, C) or (B, k, C).
+
+    Args:
+        x: Values of every position.
+        rows: Flat indices (B * k,), see `pixel_rows`.
+        grid: Rows and columns that `rows` was made for.
+        layout: Axes of `x`: BCHW, BHWC, BNC or BCN.
+
+    Raises:
+        ValueError: The positions of `x` are not those of `grid`.
+    """
+    channels = layout.index("C")
+    spatial = [x.shape[axis] for axis in range(1, x.ndim) if axis != channels]
+    if spatial != list(grid) and spatial != [grid[0] * grid[1]]:
+        raise ValueError(f"positions were chosen for a grid of {tuple(grid)}, but the value has {spatial}")
+    kept = _as_rows(x, channels).index_select(0, rows)  # (B * k, C)
+    shape = (x.shape[0], -1, 1, kept.shape[1]) if x.ndim == 4 else (x.shape[0], -1, kept.shape[1])
+    return kept.view(shape).movedim(-1, channels)
+
+
+def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:
+    """Adds a branch computed for kept positions to its residual (PaPr, Eq. 4): zero-padded, the branch has the residual's size.
+
+    Args:
+        residual: (B, C, h, w), (B, h, w, C), (B, h * w, C) or (B, C, h * w).
+        branch: The same with k positions (k x 1 of a grid).
+        rows: Flat indices (B * k,), see `pixel_rows`.
+        layout: Axes of both: BCHW, BHWC, BNC or BCN.
+        background: At dropped positions, "keep" leaves the residual, "zero" leaves nothing.
+
+    Returns:
+        A tensor of the residual's shape.
+    """
+    channels = layout.index("C")
+    dense, kept = _as_rows(residual, channels), _as_rows(branch, channels)  # (B * h * w, C), (B * k, C)
+    dtype = torch.promote_types(dense.dtype, kept.dtype)
+    if background == "keep":
+        out = dense.to(dtype).index_add(0, rows, kept.to(dtype))
+    else:
+        out = torch.zeros_like(dense, dtype=dtype).index_copy(0, rows, dense.index_select(0, rows) + kept)
+    return out.view(residual.movedim(channels, -1).shape).movedim(-1, channels)
+
+
+def mask_positions(x: Tensor, mask: Tensor, layout: str, grid: Sequence[int]) -> Tensor:
+    """Multiplies every position of `x` by its entry in `mask`, (B, h * w)."""
+    sizes = {"B": mask.shape[0], "C": 1, "H": grid[0], "W": grid[1], "N": mask.shape[1]}
+    return x * mask.view([sizes[letter] for letter in layout])
+
+
+def _as_rows(x: Tensor, channels: int) -> Tensor:
+    """The channels of every position as one row: a view of channels-last memory, else a copy."""
+    last = x.movedim(channels, -1)
+    return last.reshape(-1, last.shape[-1])

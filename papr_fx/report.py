@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tabulate import tabulate
 from torch import fx
 
-from .macs import count_macs
+from .macs import count_macs_by_node
 from .module import checked_module
 from .ops import keep_count
-from .passes import prune_tokens
-from .passes.splice_proposal import PROPOSAL
+from .passes import prune_pixels, prune_tokens
+from .plan import Pixels, Plan, Tokens
+from .trace import ancestors
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,15 @@ class SiteReport:
     """One place where positions are dropped.
 
     Attributes:
-        name: The node whose positions are gathered, and the module it feeds.
+        name: For tokens, the node whose positions are gathered and the module it feeds; for pixels, the operator's last layer.
         grid: Rows and columns.
         prefix: Tokens beside the grid, always kept.
-        dense: Tokens before, the prefix included.
-        kept: Tokens after, the prefix included.
+        dense: Positions before, the prefix included.
+        kept: Positions after, the prefix included.
+        dense_macs: Multiply-accumulates, for one image, of what runs on these positions alone: a pixel operator, or all that
+            follows the tokens.
+        pruned_macs: The same after pruning.
+        background: What stands at dropped positions: "keep" (the residual), "zero", or nothing for tokens.
     """
 
     name: str
@@ -31,6 +37,9 @@ class SiteReport:
     prefix: int
     dense: int
     kept: int
+    dense_macs: int
+    pruned_macs: int
+    background: str
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,10 @@ class Report:
 
     Attributes:
         model: Class name of the model.
-        mode: The operator that is pruned.
+        mode: The operator that is pruned: "tokens" or "pixels".
         z: Keep ratio.
         sites: Where positions are dropped.
+        left_alone: Residual branches that stay dense, each with the reason.
         dense_macs: Multiply-accumulates of the dense model for one image.
         pruned_macs: The same of the rewritten model, the proposal left out.
         proposal_macs: The same of the proposal, 0 at z=1, where it does not run.
@@ -51,6 +61,7 @@ class Report:
     mode: str
     z: float
     sites: tuple[SiteReport, ...]
+    left_alone: tuple[str, ...]
     dense_macs: int
     pruned_macs: int
     proposal_macs: int
@@ -61,14 +72,19 @@ class Report:
         return self.pruned_macs + self.proposal_macs
 
     def __str__(self) -> str:
-        rows = [(s.name, "x".join(map(str, s.grid)), s.prefix, s.dense, s.kept) for s in self.sites]
-        sites = tabulate(rows, headers=["site", "grid", "prefix", "tokens dense", "tokens kept"], tablefmt="github")
+        headers = ["site", "grid", "prefix", "positions dense", "kept", "GMACs dense", "pruned", "background"]
+        rows = [
+            (s.name, "x".join(map(str, s.grid)), s.prefix, s.dense, s.kept, _giga(s.dense_macs), _giga(s.pruned_macs), s.background)
+            for s in self.sites
+        ]
+        sites = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
         counts = [self.dense_macs, self.pruned_macs, self.proposal_macs, self.total_macs]
-        row = [f"{count / 1e9:.2f}" for count in counts] + [f"{self.dense_macs / max(1, self.total_macs):.2f}"]
+        row = [*map(_giga, counts), f"{self.dense_macs / max(1, self.total_macs):.2f}"]
         macs = tabulate(
             [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
         )
-        return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}"
+        left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
+        return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
 
 
 def report(gm: fx.GraphModule) -> Report:
@@ -81,15 +97,48 @@ def report(gm: fx.GraphModule) -> Report:
         ArgumentError: `gm` was not transformed.
     """
     module = checked_module(gm)
-    plan, images = module.plan, module.example()
-    site = prune_tokens.find_site(plan.dense_graph(module.training), plan.blocks)
+    plan, images, root = module.plan, module.example(), module.for_shapes()
+    dense = count_macs_by_node(root, plan.dense_graph(module.training), images)
+    pruned = count_macs_by_node(root, plan.rewrite(module.training), images)
+    proposal = pruned.pop("papr_map", 0)
+    if isinstance(plan.operator, Tokens):
+        sites, reasons = _token_sites(plan, plan.operator, module.training, dense, pruned), ()
+    else:
+        sites = _pixel_sites(plan, plan.operator, module.training, dense, pruned)
+        reasons = tuple(miss.reason for miss in plan.operator.left[module.training])
+    return Report(
+        plan.name, plan.operator.mode, plan.z, sites, reasons, sum(dense.values()), sum(pruned.values()), proposal
+    )
+
+
+def _token_sites(
+    plan: Plan, operator: Tokens, training: bool, dense: Mapping[str, int], pruned: Mapping[str, int]
+) -> tuple[SiteReport, ...]:
+    site = prune_tokens.find_site(plan.dense_graph(training), operator.blocks)
     n = site.grid[0] * site.grid[1]
-    kept = site.prefix + (keep_count(n, plan.z, site.prefix) if plan.z < 1 else n)
-    sites = (SiteReport(f"{site.stream.name} -> {site.block.target}", site.grid, site.prefix, site.prefix + n, kept),)
-    root = module.for_shapes()
-    dense = count_macs(fx.GraphModule(root, plan.dense_graph(module.training)), images)
-    if plan.z == 1:
-        return Report(plan.name, "tokens", plan.z, sites, dense, dense, 0)
-    proposal = count_macs(root.get_submodule(PROPOSAL), images)
-    pruned = count_macs(fx.GraphModule(root, plan.rewrite(module.training)), images)
-    return Report(plan.name, "tokens", plan.z, sites, dense, pruned - proposal, proposal)
+    kept = site.prefix + _kept(plan, n, site.prefix)
+    before = ancestors(site.stream)
+    after = [node.name for node in site.stream.graph.nodes if node not in before]
+    counts = (sum(macs.get(name, 0) for name in after) for macs in (dense, pruned))
+    name = f"{site.stream.name} -> {site.block.target}"
+    return (SiteReport(name, site.grid, site.prefix, site.prefix + n, kept, *counts, ""),)
+
+
+def _pixel_sites(
+    plan: Plan, operator: Pixels, training: bool, dense: Mapping[str, int], pruned: Mapping[str, int]
+) -> tuple[SiteReport, ...]:
+    sites: list[SiteReport] = []
+    for site in operator.sites[training]:
+        n = site.grid[0] * site.grid[1]
+        counts = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
+        background = prune_pixels.background_of(site, operator.background, training)
+        sites.append(SiteReport(site.name, site.grid, 0, n, _kept(plan, n, 0), *counts, background))
+    return tuple(sites)
+
+
+def _kept(plan: Plan, positions: int, prefix: int) -> int:
+    return keep_count(positions, plan.z, prefix) if plan.z < 1 else positions
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.2f}"

@@ -21,10 +21,11 @@ from .diff import graph_changes
 from .errors import ArgumentError, VerifyError
 from .inputs import checked_model, example_images
 from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio
-from .numerics import relative_error, tensors_of
+from .numerics import redraw, relative_error, tensors_of
+from .passes.prune_pixels import mask_branches
+from .plan import Pixels, Tokens
 from .trace import cut, shape_of
 from .transform import transform
-from .verify import redraw
 
 _TOLERANCE = 1e-9
 
@@ -33,11 +34,14 @@ class Checked(NamedTuple):
     """What `check` found: it returns only if the model passed.
 
     Attributes:
-        hidden_keys: Relative error against the unpruned model with dropped tokens hidden from every attention, in float64.
-        corrupted: The same with one kept token replaced by a dropped one: large, or the oracle would see nothing.
+        hidden_keys: For tokens, the relative error against the unpruned model with dropped tokens hidden from every attention,
+            in float64; else None.
+        masked_branch: For pixels, the same against the dense graph whose pixel operators are multiplied by the mask; else None.
+        corrupted: The same with one kept position taken for a dropped one: large, or the oracle would see nothing.
     """
 
-    hidden_keys: float
+    hidden_keys: float | None
+    masked_branch: float | None
     corrupted: float
 
 
@@ -93,8 +97,9 @@ def check(
 ) -> Checked:
     """Runs every oracle that applies on a copy of `model`, in float64 and eval mode, with parameters redrawn at unit scale.
 
-    The proof of `transform`; bit-equality at z=1; and hidden keys: the kept tokens behind the last block must be those of
-    the unpruned model with the dropped tokens hidden from every attention.
+    The proof of `transform`; bit-equality at z=1; and one that compares kept positions with the unpruned model. Tokens: those
+    behind the last block must be as if the dropped tokens were hidden from every attention. Pixels: the output must be as if
+    every pixel operator were multiplied by the mask (and its shortcut, where the background is zero).
 
     Args:
         model: As for `transform`; not changed.
@@ -118,16 +123,16 @@ def check(
     if not all(torch.equal(a, b) for a, b in zip(tensors_of(gm(images)), tensors_of(wide(images)), strict=True)):
         raise VerifyError("z=1: the traced model differs from the model")
     set_keep_ratio(gm, z)
-    found = _hidden_keys(wide, gm, images)
-    if not found.hidden_keys <= _TOLERANCE:
-        raise VerifyError(
-            f"hidden keys: kept tokens are off by {found.hidden_keys:.1e} (relative; {_TOLERANCE:.0e} is allowed)"
-        )
-    if not found.corrupted > 1e3 * _TOLERANCE:
-        raise VerifyError(
-            f"hidden keys: one wrong token moves the result by {found.corrupted:.1e} only, so nothing was checked"
-        )
-    return found
+    operator = gm.plan.operator
+    name = "hidden keys" if isinstance(operator, Tokens) else "masked branch"
+    error, corrupted = (
+        _hidden_keys(wide, gm, operator, images) if isinstance(operator, Tokens) else _masked_branch(gm, operator, images)
+    )
+    if not error <= _TOLERANCE:
+        raise VerifyError(f"{name}: kept positions are off by {error:.1e} (relative; {_TOLERANCE:.0e} is allowed)")
+    if not corrupted > 1e3 * _TOLERANCE:
+        raise VerifyError(f"{name}: one wrong position moves the result by {corrupted:.1e} only, so nothing was checked")
+    return Checked(error, None, corrupted) if isinstance(operator, Tokens) else Checked(None, error, corrupted)
 
 
 def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
@@ -155,10 +160,10 @@ def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
         raise AssertionError(f"the graph diff is no longer that of {file}: {accept}\n--- now:\n{text}")
 
 
-def _hidden_keys(model: nn.Module, gm: PrunedModule, images: Tensor) -> Checked:
+def _hidden_keys(model: nn.Module, gm: PrunedModule, operator: Tokens, images: Tensor) -> tuple[float, float]:
     nodes = {node.name: node for node in gm.graph.nodes}
     keep_node, tokens = nodes["papr_keep"], nodes["papr_tokens"]
-    inside = tuple(gm.plan.blocks)
+    inside = tuple(operator.blocks)
     block = [str(n.target) for n in nodes.values() if str(n.target).startswith(inside) and shape_of(n) == shape_of(tokens)][-1]
     prefix = cast(int, keep_node.args[2])
     (mask,) = keep_masks(gm, images).values()
@@ -176,7 +181,18 @@ def _hidden_keys(model: nn.Module, gm: PrunedModule, images: Tensor) -> Checked:
 
     corrupt = hidden.clone()
     corrupt[torch.arange(len(images)), order[:, -1, 0]] = True  # a kept token, hidden from the others
-    return Checked(error(hidden), error(corrupt))
+    return error(hidden), error(corrupt)
+
+
+def _masked_branch(gm: PrunedModule, operator: Pixels, images: Tensor) -> tuple[float, float]:
+    graph = mask_branches(gm.plan.dense_graph(False), operator.sites[False], operator.background)
+    masked = fx.GraphModule(gm, graph)
+    masks = [mask.flatten(1).to(images.dtype) for mask in keep_masks(gm, images).values()]  # (B, n) each
+    pruned = gm(images)
+    error = relative_error(pruned, masked(images, *masks))
+    kept = masks[-1][0].nonzero()[0]
+    masks[-1][0, kept] = 0
+    return error, relative_error(pruned, masked(images, *masks))
 
 
 def _output_of(module: nn.Module, model: nn.Module, images: Tensor) -> Tensor:

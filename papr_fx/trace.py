@@ -28,6 +28,9 @@ from .joins import RecordJoins
 # Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
 
+# What the code of models raises for images that it does not take.
+REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)
+
 # Facts of a tensor that tracing never changes: answered at once, never recorded.
 _FIXED_ATTRIBUTES = frozenset(
     {"dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "is_meta"}

@@ -1,4 +1,4 @@
-"""The one call: trace, find the site, splice the proposal, prove."""
+"""The one call: trace, find the sites, splice the proposal, prove."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from contextlib import suppress
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import inputs
-from .blocks import ancestors_of, find_blocks
+from .by_pixels import keeps_space, prune_by_pixels
+from .by_tokens import prune_by_tokens
 from .diff import graph_text
-from .errors import ArgumentError, NoSiteError, TraceError
-from .module import Plan, PrunedModule, checked_z
-from .passes import prune_tokens
+from .errors import ArgumentError, NoSiteError, VerifyError
+from .module import PrunedModule, checked_z
 from .proposal import InputStats, build_proposal
-from .trace import ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
+from .trace import REFUSALS, sandbox
 from .verify import prove
-
-# What the code of models raises for images that it does not take.
-_REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)
 
 
 def transform(
@@ -29,7 +26,7 @@ def transform(
     z: float,
     *,
     example_input: Tensor | None = None,
-    mode: Literal["auto", "tokens"] = "auto",
+    mode: Literal["auto", "tokens", "pixels"] = "auto",
     background: Literal["auto", "keep", "zero"] = "auto",
     proposal_size: int | tuple[int, int] | None = None,
     input_stats: InputStats = "auto",
@@ -37,20 +34,23 @@ def transform(
     merge: None = None,
     verify: bool = True,
 ) -> PrunedModule:
-    """Rewrites a vision transformer so that it runs on the most significant patches alone (PaPr, ECCV 2024, Sec. 3).
+    """Rewrites a vision model so that it computes for the most significant patches alone (PaPr, ECCV 2024, Sec. 3).
 
-    The model is traced to a graph, a significance network is made of `proposal`, and the kept tokens are gathered in front
-    of the first block. `model` itself is not changed; the result shares its tensors.
+    The model is traced to a graph and a significance network is made of `proposal`. In a ViT the kept tokens are gathered in
+    front of the first block; in a hierarchical model (ConvNeXt, Swin) each block's pixel operator runs on the kept positions
+    and is written back among zeros. `model` itself is not changed; the result shares its tensors.
 
     Args:
         model: An image classifier that takes (B, C, H, W), in eval or training mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns a feature map (B, K, h, w) or a
             map (B, h, w), or the name of a timm model, whose pretrained weights are then loaded.
-        z: Share of all tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, N counting both. At 1 the
-            result is the traced model.
+        z: Share of all tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, N counting both; or
+            `int(h * w * z)` positions of each grid. At 1 the result is the traced model.
         example_input: Images such as the model takes, of which only the shape matters. Default: what the model states.
-        mode: "tokens" gathers tokens in front of the blocks; "auto" picks by what the model is.
-        background: What stands at dropped positions of models that keep a spatial layout; token models have none.
+        mode: "tokens" gathers tokens in front of the blocks, "pixels" prunes residual pixel operators; "auto" takes tokens
+            where that is sound, else pixels.
+        background: What stands at dropped positions behind a pixel operator: "keep" leaves the residual, "zero" zeroes it
+            too, "auto" zeroes behind depthwise convolutions, and keeps elsewhere and in training. Token models have none.
         proposal_size: Shorter side in pixels, or (rows, columns), to which images are resized for the proposal, bilinear.
         input_stats: "auto" re-normalises images for the proposal where the (mean, std) of both networks are known and
             differ, "shared" hands them over as they are, ((mean, std) of the model, (mean, std) of the proposal) says both.
@@ -80,125 +80,40 @@ def transform(
     if images.is_meta and verify:
         raise ArgumentError("model has no weights (meta device), so nothing can be proved on it: pass verify=False")
 
-    root, plan, recorded = _plan(model, images, min(keep_ratio, 0.9))
-    root.papr_proposal = build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
-    gm = _built(root, plan)
-    _check_reads(gm, recorded)
-    if gm.plan.z != keep_ratio:
-        gm.retarget(keep_ratio)
-    if os.environ.get("PAPR_FX_DEBUG") == "1":
-        print(graph_text(gm.graph))
-    if verify:
-        prove(model, gm)
-    return gm
-
-
-def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
-    """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
-    blocks = find_blocks(model)
-    if not blocks:
-        raise NoSiteError(
-            f"{type(model).__name__} has no repeated blocks: sought composite modules (modules of modules), found none"
-        )
     _run_once(model, images)
-    opened = ancestors_of(blocks)
-    while True:
-        for name in opened:
-            inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-        traced = trace(model, images, lambda _, name: name in opened)
-        site = prune_tokens.find_site(traced.graph, blocks)
-        dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
-        if not dynamic or site.join.op != "call_module" or site.join.target in opened:
-            break
-        opened.add(str(site.join.target))  # its sizes must be values of this graph
-    in_training = trace(model, images, lambda _, name: name in opened, training=True)
-    dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
-    flags = {model.training, *(model.get_submodule(name).training for name in opened)}
-    if dense[True] is not dense[False] and len(flags) > 1:
-        raise ArgumentError(
-            f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
-        )
-    plan = Plan(type(model).__name__, dense, tuple(blocks), frozenset(opened), dynamic, tuple(images.shape), z)
-    plan.dense_graph(model.training)
-    return traced.root(model), plan, [traced.recorded, in_training.recorded]
 
+    def finished(gm: PrunedModule) -> PrunedModule:
+        if gm.plan.z != keep_ratio:
+            gm.retarget(keep_ratio)
+        if os.environ.get("PAPR_FX_DEBUG") == "1":
+            print(graph_text(gm.graph))
+        if verify:
+            prove(model, gm)
+        return gm
 
-def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: list[str]) -> fx.Graph | str:
-    """The graph for training mode: the one for eval mode where they agree, a reason where the tokens differ at the splice."""
-    if graph_text(training) == graph_text(graph):
-        return graph
-    sizes = {node.name: shape_of(node) for node in training.nodes}
-    for node in graph.nodes:
-        shape, other = shape_of(node), sizes.get(node.name)
-        if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
-            return (
-                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
-                "would no longer say which token is which. Set its rate to 0"
-            )
-        if node is site.stream:
-            break
+    network = build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
+
+    some = min(keep_ratio, 0.9)
+    if mode == "pixels":
+        return finished(prune_by_pixels(model, images, network, some, background))
     try:
-        found = prune_tokens.find_site(training, blocks)
-    except NoSiteError as error:
-        return str(error)
-    if (found.grid, found.prefix, found.block.target) != (site.grid, site.prefix, site.block.target):
-        return (
-            f"in training `{found.block.target}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
-            f"`{site.block.target}` reads {site.prefix} and {site.grid}"
-        )
-    return training
-
-
-def _check_reads(gm: PrunedModule, recorded: list[fx.Graph]) -> None:
-    """Refuses a model in whose code Python went on with a number that pruning changes: the graph would hold the dense one."""
-    for graph, training in zip(recorded, (False, True), strict=True):
-        if isinstance(gm.plan.dense[training], str):
-            continue
-        stream = prune_tokens.find_site(graph, gm.plan.blocks).stream
-        reads = [node for node in graph.nodes if "read" in node.meta and stream in ancestors(node)]
-        before = {node: fixed_value(node) for node in reads}
-        if not reads:
-            continue
-        hint = "which a graph would fix: compute with tensors or with `x.shape` itself there"
+        return finished(prune_by_tokens(model, images, network, some))
+    except (NoSiteError, VerifyError) as error:
+        if mode == "tokens":
+            raise
         try:
-            propagate(gm.for_shapes(), gm.plan.prune(graph), gm.example())
-        except TraceError as error:
-            names = ", ".join(f"`{node.name}`" for node in reads)
-            raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {hint}") from error
-        for node, value in before.items():
-            if fixed_value(node) != value:
-                raise NoSiteError(
-                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
-                    f"{fixed_value(node)} pruned), {hint}"
-                )
+            gm = prune_by_pixels(model, images, network, some, background)
+        except NoSiteError as other:
+            raise type(error)(f"{error}\nAs for pixels: {other}") from other
+        if not keeps_space(model, gm):
+            hint = "mode='pixels' would prune its MLPs alone, where that is sound"
+            raise type(error)(f"{error} ({hint})") from error
+    return finished(gm)
 
 
 def _run_once(model: nn.Module, images: Tensor) -> None:
     """Runs the model on one real image first: code that caches tensors by size must not cache fake ones."""
     copied = sandbox(model).eval()
     if not images.is_meta:
-        with torch.no_grad(), torch.random.fork_rng(), suppress(*_REFUSALS):  # tracing meets the same error, and names its node
+        with torch.no_grad(), torch.random.fork_rng(), suppress(*REFUSALS):  # tracing meets the same error, and names its node
             copied(images[:1])
-
-
-def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor) -> bool:
-    """Whether the part of the model in front of the blocks runs on images of twice the size, or of another aspect."""
-    height, width = images.shape[-2:]
-    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
-        try:
-            with torch.no_grad():
-                fx.Interpreter(embedding).run(images.new_zeros((1, images.shape[1], rows, columns)))
-        except _REFUSALS:
-            continue
-        return True
-    return False
-
-
-def _built(root: nn.Module, plan: Plan) -> PrunedModule:
-    try:
-        return PrunedModule(root, plan)
-    except TraceError as error:
-        raise NoSiteError(
-            f"the blocks of {plan.name} do not run on fewer tokens: they use positions beyond the embedding (a rotary table, "
-            f"a relative-position bias, a mask, a reshape to the grid): {str(error).splitlines()[0]}"
-        ) from error

@@ -6,14 +6,16 @@ scale first: trained or fresh ones may be so small (layer scales of 1e-6, bias t
 1. Tracing: the dense graph gives the model's output to the bit.
 2. Permutation: given all positions in random order, the rewritten graph gives the model's output.
 3. Negative control: with one position replaced by another, it does not. Else the proof sees nothing.
-4. Geometry: changing one patch of the image moves the token that the map scores for it, and no prefix token.
+4. Geometry: changing one patch of the image moves the position that the map scores for it, and no prefix token.
 5. Lengths: with some positions only, the output does not depend on their order.
+6. Regions, for pixel operators: with some positions only, the output is that of the dense graph with masked branches.
 
 A model whose code differs in training mode has a second graph: it is compared with the model in that mode, dropout off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -24,8 +26,9 @@ from torch.utils import _pytree as pytree
 
 from .errors import VerifyError
 from .module import PrunedModule, shell
-from .numerics import exact_float32, relative_error, tensors_of
-from .passes import prune_tokens
+from .numerics import exact_float32, redraw, relative_error, tensors_of
+from .passes.prune_pixels import mask_branches
+from .plan import Choice, Pixels, Plan, Tokens
 from .trace import clone, cut
 
 # Not the batch size that was traced: a frozen one shows.
@@ -44,7 +47,7 @@ class Proof(NamedTuple):
 
 @torch.no_grad()
 def prove(model: nn.Module, gm: PrunedModule) -> Proof:
-    """Proves that `gm` is `model` on fewer tokens; both are left as they are.
+    """Proves that `gm` is `model` on fewer positions; both are left as they are.
 
     Args:
         model: The model that was transformed.
@@ -59,11 +62,10 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
     random = torch.Generator(example.device).manual_seed(0)
     images = torch.randn((_BATCH, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
     values = redraw(model, random, dtype)
-    site = prune_tokens.find_site(plan.dense_graph(False), plan.blocks)
-    where = f"at `{site.stream.name}` in front of `{site.block.target}`"
+    choices = plan.choices(False)
     root = clone(shell(gm)).eval()
     dense = fx.GraphModule(root, plan.dense_graph(False))
-    free = _free_keep(root, plan.rewrite(False))
+    free = _free_keep(root, plan.rewrite(False), choices)
     tolerance = _TOLERANCES[dtype]
 
     with exact_float32():
@@ -72,55 +74,40 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         _check_finite(expected)
         _check_traced(_run(dense, values, images), expected, plan.name)
         _check_traced(_run(dense, values, images[:1]), _run(reference, values, images[:1]), plan.name)
-        cells = _random_order(images, site.grid, random)
-        permutation = relative_error(_run(free, values, images, _indices(cells, site.prefix)), expected)
+        orders = [_random_order(images, choice.grid, random) for choice in choices]
+        permutation = relative_error(_run(free, values, images, *_indices(orders, choices)), expected)
         if not permutation <= tolerance:
             raise VerifyError(
-                f"permutation: with all tokens kept {where}, in random order, the output is off by {permutation:.1e} "
-                f"(relative; {tolerance:.0e} is allowed). The blocks use a token's place beyond its embedding: a rotary table, "
-                "a relative-position bias, a window, a mask, or a head that picks tokens by index"
+                f"permutation: with all positions kept {choices[0].where}, in random order, the output is off by "
+                f"{permutation:.1e} (relative; {tolerance:.0e} is allowed). What follows uses a position's place beyond its "
+                "embedding: a rotary table, a relative-position bias, a window, a mask, or a head that picks tokens by index"
             )
-        control = _control(free, values, images[:1], cells[:1], site, _first(expected))
-        if not control > max(tolerance / 10, 10 * permutation):
+        controls = [
+            _control(free, values, images[:1], orders, choices, place, _first(expected)) for place in range(len(choices))
+        ]
+        for choice, control in zip(choices, controls, strict=True):
+            if not control > 10 * max(permutation, 4 * torch.finfo(dtype).eps):
+                raise VerifyError(
+                    f"negative control: with one position replaced {choice.where}, the output moves by {control:.1e} only, "
+                    f"beside an error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model "
+                    "is right to ignore single positions"
+                )
+        allowed = min(tolerance, *controls)  # one wrong position is to show
+        _check_geometry(model, root, plan, False, values, images[:1], random)
+        some = [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in orders]
+        fewer = _run(free, values, images[:1], *_indices(some, choices))
+        flipped = _run(free, values, images[:1], *_indices([cells.flip(1) for cells in some], choices))
+        order = relative_error(flipped, fewer)
+        if not order <= allowed:
             raise VerifyError(
-                f"negative control: with one token replaced {where}, the output moves by {control:.1e} only, beside an "
-                f"error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model is right to "
-                "ignore single tokens"
+                f"lengths: with fewer positions {choices[0].where}, the output depends on their order ({order:.1e}, "
+                f"{allowed:.0e} is allowed): places are rebuilt from the number of positions"
             )
-        _check_geometry(root, plan.dense_graph(False), site, values, images[:1], random)
-        some = _indices(cells[:, : max(1, 2 * cells.shape[1] // 3)], site.prefix)
-        fewer = _run(free, values, images[:1], some[:1])
-        order = relative_error(_run(free, values, images[:1], _reordered(some[:1], site.prefix)), fewer)
-        if not order <= tolerance:
-            raise VerifyError(
-                f"lengths: with fewer tokens {where}, the output depends on their order ({order:.1e}, {tolerance:.0e} is "
-                "allowed): positions are rebuilt from the number of tokens"
-            )
-        if gm.plan.dense[True] is not gm.plan.dense[False] and not isinstance(gm.plan.dense[True], str):
-            _check_training(model, gm, values, images, cells)
-    return Proof(permutation, order, control, tolerance)
-
-
-def redraw(model: nn.Module, random: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters at unit scale, by qualified name, and buffers as they are, all in `dtype`.
-
-    Kernels (two or more axes) keep the variance of their input; everything else, which is added or multiplied per channel
-    or position (biases, scales, tables of shape (1, N, C)), is drawn from a standard normal distribution.
-    """
-    values: dict[str, Tensor] = {}
-    drawn: dict[Tensor, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point():
-            values[name] = drawn.setdefault(parameter, _unit_scale(parameter, random, dtype))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        values[name] = buffer.to(dtype, copy=True) if buffer.is_floating_point() else buffer.clone()
-    return values
-
-
-def _unit_scale(parameter: Tensor, random: torch.Generator, dtype: torch.dtype) -> Tensor:
-    drawn = torch.randn(parameter.shape, generator=random, device=parameter.device, dtype=dtype)
-    kernel = parameter.ndim >= 2 and parameter.shape[0] > 1
-    return drawn.mul_(parameter[0].numel() ** -0.5) if kernel else drawn
+        if isinstance(plan.operator, Pixels):
+            _check_masked(root, plan, plan.operator, values, images[:1], some, allowed, fewer)
+        if not gm.plan.one_graph and not isinstance(gm.plan.dense[True], str):
+            _check_training(model, gm, values, images, random)
+    return Proof(permutation, order, min(controls), tolerance)
 
 
 def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
@@ -135,13 +122,14 @@ def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
         ) from error
 
 
-def _free_keep(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The rewritten graph with `papr_keep` as a second input, so without the proposal."""
-    keep = next(node for node in graph.nodes if node.name == "papr_keep")
-    images = graph.find_nodes(op="placeholder")[0]
-    with graph.inserting_after(images):
-        free = graph.placeholder("keep")
-    keep.replace_all_uses_with(free)
+def _free_keep(root: nn.Module, graph: fx.Graph, choices: Sequence[Choice]) -> fx.GraphModule:
+    """The rewritten graph with the chosen positions as further inputs, so without the proposal."""
+    nodes = {node.name: node for node in graph.nodes}
+    last = graph.find_nodes(op="placeholder")[0]
+    for choice in choices:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"keep{choice.suffix}")
+        nodes[f"papr_keep{choice.suffix}"].replace_all_uses_with(last)
     gm = fx.GraphModule(root, graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
@@ -171,20 +159,30 @@ def _random_order(images: Tensor, grid: tuple[int, ...], random: torch.Generator
     return draws.argsort(dim=1)
 
 
-def _indices(cells: Tensor, prefix: int) -> Tensor:
-    first = torch.arange(prefix, device=cells.device).expand(cells.shape[0], prefix)
-    return torch.cat([first, cells + prefix], dim=1)
+def _indices(orders: Sequence[Tensor], choices: Sequence[Choice]) -> list[Tensor]:
+    """Cells (B, k) of each grid as indices (B, prefix + k)."""
+    indices: list[Tensor] = []
+    for cells, choice in zip(orders, choices, strict=True):
+        first = torch.arange(choice.prefix, device=cells.device).expand(cells.shape[0], choice.prefix)
+        indices.append(torch.cat([first, cells + choice.prefix], dim=1))
+    return indices
 
 
 def _control(
-    free: nn.Module, values: dict[str, Tensor], images: Tensor, cells: Tensor, site: prune_tokens.Site, expected: Any
+    free: nn.Module,
+    values: dict[str, Tensor],
+    images: Tensor,
+    orders: Sequence[Tensor],
+    choices: Sequence[Choice],
+    place: int,
+    expected: Any,
 ) -> float:
-    """How far the output moves when the last cell is replaced: by the first, or dropped altogether if it is the only one."""
-    wrong = cells.clone()
-    wrong[:, -1] = cells[:, 0]
-    if cells.shape[1] == 1:
-        wrong = wrong[:, :0]
-    return relative_error(_run(free, values, images, _indices(wrong, site.prefix)), expected)
+    """How far the output moves when a grid's last cell is replaced: by the first, or dropped if it is the only one."""
+    wrong = [cells[:1].clone() for cells in orders]
+    wrong[place][:, -1] = wrong[place][:, 0]
+    if wrong[place].shape[1] == 1:
+        wrong[place] = wrong[place][:, :0]
+    return relative_error(_run(free, values, images, *_indices(wrong, choices)), expected)
 
 
 def _first(output: Any) -> Any:
@@ -192,26 +190,50 @@ def _first(output: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[:1], output)
 
 
-def _reordered(keep: Tensor, prefix: int) -> Tensor:
-    return torch.cat([keep[:, :prefix], keep[:, prefix:].flip(1)], dim=1)
+def _check_masked(
+    root: nn.Module,
+    plan: Plan,
+    operator: Pixels,
+    values: dict[str, Tensor],
+    image: Tensor,
+    kept: Sequence[Tensor],
+    allowed: float,
+    pruned: Any,
+) -> None:
+    """Compares a pruned run with the dense graph whose branches are multiplied by the mask: Eq. 4 as it stands."""
+    choices = plan.choices(False)
+    masks = {
+        choice.grid: image.new_zeros(1, choice.grid[0] * choice.grid[1]).scatter_(1, cells, 1)
+        for choice, cells in zip(choices, kept, strict=True)
+    }
+    graph = mask_branches(plan.dense_graph(False), operator.sites[False], operator.background)
+    masked = _run(fx.GraphModule(root, graph), values, image, *(masks[choice.grid] for choice in choices))
+    error = relative_error(pruned, masked)
+    if not error <= allowed:
+        raise VerifyError(
+            f"regions: with fewer positions the output is off by {error:.1e} from the dense model whose branches are zeroed there "
+            f"({allowed:.0e} is allowed): an operator mixes positions"
+        )
 
 
-def _check_training(model: nn.Module, gm: PrunedModule, values: dict[str, Tensor], images: Tensor, cells: Tensor) -> None:
+def _check_training(
+    model: nn.Module, gm: PrunedModule, values: dict[str, Tensor], images: Tensor, random: torch.Generator
+) -> None:
     """Compares the graph for training mode with the model whose traced code is in training mode, all other modules in eval."""
     plan = replace(gm.plan, z=0.5)
     reference = clone(model).eval()
     for name in ("", *plan.opened):
         reference.get_submodule(name).training = True
     root = clone(shell(gm)).eval()
-    site = prune_tokens.find_site(plan.dense_graph(True), plan.blocks)
-    keep = _indices(cells, site.prefix)
+    choices = plan.choices(True)
+    keeps = _indices([_random_order(images, choice.grid, random) for choice in choices], choices)
     with torch.random.fork_rng():
         outputs: list[Any] = []
         for module, inputs in (
             (reference, (images,)),
             (reference, (images,)),
             (fx.GraphModule(root, plan.dense_graph(True)), (images,)),
-            (_free_keep(root, plan.rewrite(True)), (images, keep)),
+            (_free_keep(root, plan.rewrite(True), choices), (images, *keeps)),
         ):
             torch.manual_seed(len(outputs) != 1)  # the second run draws other numbers: does the code draw any?
             outputs.append(_run(module, values, *inputs))
@@ -222,16 +244,68 @@ def _check_training(model: nn.Module, gm: PrunedModule, values: dict[str, Tensor
         return
     if not error <= _TOLERANCES[images.dtype]:
         raise VerifyError(
-            f"permutation: in training mode, with all tokens kept in random order, the output is off by {error:.1e}"
+            f"permutation: in training mode, with all positions kept in random order, the output is off by {error:.1e}"
         )
-    _check_geometry(root, plan.dense_graph(True), site, values, images[:1], torch.Generator(images.device).manual_seed(1))
+    _check_geometry(model, root, plan, True, values, images[:1], random)
 
 
 def _check_geometry(
-    root: nn.Module, graph: fx.Graph, site: prune_tokens.Site, values: dict[str, Tensor], image: Tensor, random: torch.Generator
+    model: nn.Module,
+    root: nn.Module,
+    plan: Plan,
+    training: bool,
+    values: dict[str, Tensor],
+    image: Tensor,
+    random: torch.Generator,
 ) -> None:
-    """Changes single patches of an image: the token at the patch's row-major place must move most, prefix tokens not at all."""
-    rows, columns = site.grid
+    """Changes single patches of an image: the position that moves must be the one that the map scores."""
+    graph = plan.dense_graph(training)
+    choices = plan.choices(training)
+    if isinstance(plan.operator, Tokens):
+        moved, cells = _moved(root, graph, choices[0], values, [image], random)
+        return _check_tokens(choices[0], moved, cells)
+    # Deep values: each block spreads a change. So the pixel operators are switched off, and the model's own weights are taken,
+    # as random ones make the rest chaotic: every position would move alike.
+    own = {name: t.to(image.dtype) if t.is_floating_point() else t for name, t in model.state_dict(keep_vars=True).items()}
+    graph = mask_branches(graph, plan.operator.sites[training], "keep")
+    masks = [image.new_zeros(1, choice.grid[0] * choice.grid[1]) for choice in choices]
+    for choice in choices:
+        moved, cells = _moved(root, graph, choice, own, [image, *masks], random)
+        places = torch.tensor(cells, device=moved.device).unsqueeze(1)
+        ranks = (moved <= moved.gather(1, places)).to(image.dtype).mean(1)  # 1: no position moves more than the changed one
+        if not ranks.mean() > 0.8:
+            raise VerifyError(
+                f"geometry: changing patches {cells} of {choice.grid} moves other positions of `{choice.stream}` more than "
+                "these: they are not in row-major order of this grid"
+            )
+    return None
+
+
+def _check_tokens(choice: Choice, moved: Tensor, cells: list[int]) -> None:
+    if choice.prefix and bool((moved[:, : choice.prefix] != 0).any()):
+        raise VerifyError(
+            f"geometry: the first {choice.prefix} of `{choice.stream}` were taken for prefix tokens, but a patch moves them"
+        )
+    for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
+        if token != choice.prefix + cell:
+            row, column = divmod(cell, choice.grid[1])
+            raise VerifyError(
+                f"geometry: changing patch (row {row}, column {column}) of {choice.grid} moves token {token} of "
+                f"`{choice.stream}` most, not token {choice.prefix + cell}: tokens are not in row-major order of this grid"
+            )
+
+
+def _moved(
+    root: nn.Module,
+    graph: fx.Graph,
+    choice: Choice,
+    values: dict[str, Tensor],
+    inputs: Sequence[Tensor],
+    random: torch.Generator,
+) -> tuple[Tensor, list[int]]:
+    """How far each position of the stream moves when a patch is changed, (cells, positions), and which cells were changed."""
+    image, *others = inputs
+    rows, columns = choice.grid
     height, width = image.shape[-2:]
     cells = _probed_cells(rows * columns, random)
     probes = image.repeat(len(cells) + 1, 1, 1, 1)
@@ -240,20 +314,10 @@ def _check_geometry(
         top, bottom = height * i // rows, height * (i + 1) // rows
         left, right = width * j // columns, width * (j + 1) // columns
         probes[probe, :, top:bottom, left:right] *= -1
-    stream = next(node for node in graph.nodes if node.name == site.stream.name)
-    tokens = cast(Tensor, _run(cut(root, graph, stream), values, probes))  # (1 + cells, N, C)
-    moved = (tokens[1:] - tokens[:1]).abs().sum(-1)  # (cells, N)
-    if site.prefix and bool((moved[:, : site.prefix] != 0).any()):
-        raise VerifyError(
-            f"geometry: the first {site.prefix} of `{site.stream.name}` were taken for prefix tokens, but a patch moves them"
-        )
-    for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
-        if token != site.prefix + cell:
-            row, column = divmod(cell, columns)
-            raise VerifyError(
-                f"geometry: changing patch (row {row}, column {column}) of {site.grid} moves token {token} of "
-                f"`{site.stream.name}` most, not token {site.prefix + cell}: tokens are not in row-major order of this grid"
-            )
+    stream = next(node for node in graph.nodes if node.name == choice.stream)
+    value = cast(Tensor, _run(cut(root, graph, stream), values, probes, *others))
+    positions = value.movedim(choice.layout.index("C"), -1).flatten(1, -2)  # (1 + cells, N, C)
+    return (positions[1:] - positions[:1]).abs().sum(-1), cells
 
 
 def _probed_cells(count: int, random: torch.Generator) -> list[int]:

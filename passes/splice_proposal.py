@@ -46,7 +46,9 @@ def find_site(graph: fx.Graph) -> Site:
     return Site(found[0])
 
 
-def rewrite(graph: fx.Graph, site: Site, before: fx.Node, grid: tuple[int | fx.Node, ...], z: float, prefix: int) -> fx.Node:
+def rewrite(
+    graph: fx.Graph, site: Site, before: fx.Node, grid: tuple[int | fx.Node, ...], z: float, *, prefix: int = 0, name: str = ""
+) -> fx.Node:
     """Inserts proposal, map and choice in front of node `before`.
 
     Args:
@@ -56,11 +58,15 @@ def rewrite(graph: fx.Graph, site: Site, before: fx.Node, grid: tuple[int | fx.N
         grid: Rows and columns, each a number or a node that yields one.
         z: Keep ratio in (0, 1).
         prefix: Tokens in front of the grid, always kept.
+        name: The grid's name, where a model has several; the map itself is had once.
 
     Returns:
         The `papr_keep` node, (B, prefix + k) indices.
     """
+    suffix = f"_{name}" if name else ""
+    (significance,) = graph.find_nodes(op="call_module", target=PROPOSAL) or (None,)
     with graph.inserting_before(before):
-        significance = graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map")
-        psm = graph.create_node("call_function", resize_map, (significance, grid), name="papr_psm")
-        return graph.create_node("call_function", top_positions, (psm, z, prefix), name="papr_keep")
+        if significance is None:
+            significance = graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map")
+        psm = graph.create_node("call_function", resize_map, (significance, grid), name=f"papr_psm{suffix}")
+        return graph.create_node("call_function", top_positions, (psm, z, prefix), name=f"papr_keep{suffix}")

@@ -1,0 +1,126 @@
+"""Plans the pruning of pixel operators: where they are, and which modules must be traced through to reach them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from . import inputs
+from .blocks import find_blocks
+from .errors import NoSiteError, TraceError
+from .module import PrunedModule
+from .passes import prune_pixels
+from .passes.prune_pixels import Left, Site
+from .plan import Pixels, Plan
+from .positions import Positions, Verdict
+from .proposal import SignificanceNet
+from .trace import Traced, cut, propagate, sandbox, trace
+
+
+def prune_by_pixels(
+    model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float, background: str
+) -> PrunedModule:
+    """Builds the model whose pixel operators run on `z` of the positions, below 1; not yet proved.
+
+    Raises:
+        NoSiteError: No residual branch can be pruned; the message names the nearest miss.
+        TraceError: The model's forward cannot be recorded.
+    """
+    known: dict[Any, Verdict] = {}
+    opened = _opened(model, images, known)
+    for name in opened:
+        inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
+    traces = {mode: trace(model, images, lambda _, name: name in opened, training=mode) for mode in (False, True)}
+    found = {mode: _sites(model, traced, known) for mode, traced in traces.items()}
+    if not found[False][0]:
+        raise _no_site(model, found[False][1])
+    dense: dict[bool, fx.Graph | str] = {mode: traced.graph for mode, traced in traces.items()}
+    if str(dense[True]) == str(dense[False]):
+        dense[True] = dense[False]
+    sites, left = ({mode: found[mode][part] for mode in found} for part in (0, 1))
+    if not sites[True]:
+        dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
+    root = traces[False].root(model)
+    dynamic = _takes_other_sizes(root, traces[False].graph, images)
+    operator = Pixels(sites, left, background)
+    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
+    plan.dense_graph(model.training)
+    root.papr_proposal = proposal
+    try:
+        return PrunedModule(root, plan)
+    except TraceError as error:
+        raise NoSiteError(f"the pixel operators of {plan.name} do not run on some positions: {error}") from error
+
+
+def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
+    """Whether the model is hierarchical, not a trunk of tokens: by its layout, several grids, or convolutions in its blocks."""
+    choices = gm.plan.choices(gm.training)
+    if len(choices) > 1 or any(len(choice.layout) == 4 for choice in choices):
+        return True
+    inside = (module for name in find_blocks(model) for module in model.get_submodule(name).modules())
+    return any(isinstance(module, nn.Conv2d) and prod(module.kernel_size) > 1 for module in inside)
+
+
+def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> set[str]:
+    """Which modules to trace through: those with an operator's parts and other things in them. All others stay whole."""
+    traced = trace(model, images, lambda module, _: any(True for _ in module.children()))
+    sites, left = _sites(model, traced, known)
+    if not sites:
+        raise _no_site(model, left)
+    owners = {node.name: tuple(name for name, _ in node.meta.get("nn_module_stack", {}).values()) for node in traced.graph.nodes}
+    whole = Counter(owner for names in owners.values() for owner in names)
+    opened: set[str] = set()
+    for site in sites:
+        masked = {name for name, _ in site.masked}
+        alone = [name for name in site.region if name not in masked]
+        inside = Counter(owner for name in alone for owner in owners[name])
+        closed = {owner for owner, count in inside.items() if count == whole[owner]}
+        visible = [site.merge, site.residual, site.branch, site.origin[0], *site.region, *(name for name, _ in site.entries)]
+        opened.update(owner for name in visible for owner in owners[name] if owner not in closed)
+    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}
+
+
+def _sites(model: nn.Module, traced: Traced, known: dict[Any, Verdict]) -> tuple[tuple[Site, ...], tuple[Left, ...]]:
+    """The sites of a traced graph; not those in which Python went on with a number that pruning changes."""
+    root = traced.root(model)
+    sites, left = prune_pixels.find_sites(traced.graph, root, Positions(root, known))
+    fixed = {site: read for site in sites if (read := _read_inside(traced.recorded, site))}
+    refused = tuple(Left(site.merge, f"`{read}` is read there as a Python number or length") for site, read in fixed.items())
+    return tuple(site for site in sites if site not in fixed), (*left, *refused)
+
+
+def _read_inside(recorded: fx.Graph, site: Site) -> str | None:
+    """The name of a value that Python read from inside the site's region, if any."""
+    inside = set(site.region)
+    for node in recorded.nodes:
+        if node.name in inside or (node.name != site.merge and any(n.name in inside for n in node.all_input_nodes)):
+            inside.add(node.name)
+            if "read" in node.meta:
+                return node.name
+    return None
+
+
+def _no_site(model: nn.Module, left: Iterable[Left]) -> NoSiteError:
+    reasons = [f"`{miss.merge}`, {miss.reason}" for miss in left]
+    found = f"the nearest miss is {reasons[-1]}" if reasons else "found no residual addition whose branch holds one"
+    return NoSiteError(
+        f"{type(model).__name__} has no pixel operator to prune: sought a residual branch with a Linear or 1x1 convolution that "
+        f"treats every position alone, {found}"
+    )
+
+
+def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor) -> bool:
+    """Whether the model runs on images of twice the size, or of another aspect; tried on shapes alone."""
+    height, width = images.shape[-2:]
+    whole = cut(sandbox(root), graph, *graph.output_node().all_input_nodes)
+    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
+        try:
+            propagate(whole, whole.graph, images.new_empty((1, images.shape[1], rows, columns)))
+        except TraceError:
+            continue
+        return True
+    return False

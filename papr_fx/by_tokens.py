@@ -1,0 +1,132 @@
+"""Plans the pruning of a token model: which graph, which site, and whether its blocks run on fewer tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import inputs
+from .blocks import ancestors_of, find_blocks
+from .diff import graph_text
+from .errors import ArgumentError, NoSiteError, TraceError
+from .module import PrunedModule
+from .passes import prune_tokens
+from .plan import Plan, Tokens
+from .proposal import SignificanceNet
+from .trace import REFUSALS, ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
+
+
+def prune_by_tokens(model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float) -> PrunedModule:
+    """Builds the model that runs on `z` of its tokens, below 1; not yet proved.
+
+    Raises:
+        NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
+        TraceError: The model's forward cannot be recorded.
+    """
+    root, plan, recorded = _plan(model, images, z)
+    root.papr_proposal = proposal
+    gm = _built(root, plan)
+    _check_reads(gm, recorded)
+    return gm
+
+
+def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+    """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
+    blocks = find_blocks(model)
+    if not blocks:
+        raise NoSiteError(
+            f"{type(model).__name__} has no repeated blocks: sought composite modules (modules of modules), found none"
+        )
+    opened = ancestors_of(blocks)
+    while True:
+        for name in opened:
+            inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
+        traced = trace(model, images, lambda _, name: name in opened)
+        site = prune_tokens.find_site(traced.graph, blocks)
+        dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
+        if not dynamic or site.join.op != "call_module" or site.join.target in opened:
+            break
+        opened.add(str(site.join.target))  # its sizes must be values of this graph
+    in_training = trace(model, images, lambda _, name: name in opened, training=True)
+    dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
+    flags = {model.training, *(model.get_submodule(name).training for name in opened)}
+    if dense[True] is not dense[False] and len(flags) > 1:
+        raise ArgumentError(
+            f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
+        )
+    plan = Plan(type(model).__name__, dense, Tokens(tuple(blocks)), frozenset(opened), dynamic, tuple(images.shape), z)
+    plan.dense_graph(model.training)
+    return traced.root(model), plan, [traced.recorded, in_training.recorded]
+
+
+def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: list[str]) -> fx.Graph | str:
+    """The graph for training mode: the one for eval mode where they agree, a reason where the tokens differ at the splice."""
+    if graph_text(training) == graph_text(graph):
+        return graph
+    sizes = {node.name: shape_of(node) for node in training.nodes}
+    for node in graph.nodes:
+        shape, other = shape_of(node), sizes.get(node.name)
+        if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
+            return (
+                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
+                "would no longer say which token is which. Set its rate to 0"
+            )
+        if node is site.stream:
+            break
+    try:
+        found = prune_tokens.find_site(training, blocks)
+    except NoSiteError as error:
+        return str(error)
+    if (found.grid, found.prefix, found.block.target) != (site.grid, site.prefix, site.block.target):
+        return (
+            f"in training `{found.block.target}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
+            f"`{site.block.target}` reads {site.prefix} and {site.grid}"
+        )
+    return training
+
+
+def _check_reads(gm: PrunedModule, recorded: list[fx.Graph]) -> None:
+    """Refuses a model in whose code Python went on with a number that pruning changes: the graph would hold the dense one."""
+    for graph, training in zip(recorded, (False, True), strict=True):
+        if isinstance(gm.plan.dense[training], str):
+            continue
+        stream = prune_tokens.find_site(graph, gm.plan.operator.blocks).stream
+        reads = [node for node in graph.nodes if "read" in node.meta and stream in ancestors(node)]
+        before = {node: fixed_value(node) for node in reads}
+        if not reads:
+            continue
+        hint = "which a graph would fix: compute with tensors or with `x.shape` itself there"
+        try:
+            propagate(gm.for_shapes(), gm.plan.prune(graph, training), gm.example())
+        except TraceError as error:
+            names = ", ".join(f"`{node.name}`" for node in reads)
+            raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {hint}") from error
+        for node, value in before.items():
+            if fixed_value(node) != value:
+                raise NoSiteError(
+                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
+                    f"{fixed_value(node)} pruned), {hint}"
+                )
+
+
+def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor) -> bool:
+    """Whether the part of the model in front of the blocks runs on images of twice the size, or of another aspect."""
+    height, width = images.shape[-2:]
+    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
+        try:
+            with torch.no_grad():
+                fx.Interpreter(embedding).run(images.new_zeros((1, images.shape[1], rows, columns)))
+        except REFUSALS:
+            continue
+        return True
+    return False
+
+
+def _built(root: nn.Module, plan: Plan) -> PrunedModule:
+    try:
+        return PrunedModule(root, plan)
+    except TraceError as error:
+        raise NoSiteError(
+            f"the blocks of {plan.name} do not run on fewer tokens: they use positions beyond the embedding (a rotary table, "
+            f"a relative-position bias, a mask, a reshape to the grid): {str(error).splitlines()[0]}"
+        ) from error

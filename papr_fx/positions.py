@@ -1,0 +1,174 @@
+"""Which operations treat every position of a grid alone: tried on numbers, with parameters at unit scale, never by name.
+
+A node f is tried on x of a small grid and on some of its positions, laid out as a grid of k rows and one column:
+
+    alone:   f(gather(x)) = gather(f(x))        Linear, 1x1 convolution, channel norm, activation, per-channel scale
+    masked:  f(gather(x)) = gather(f(mask(x)))  what sums over positions, where dropped ones count as zeros (ConvNeXt V2's GRN)
+
+Anything else mixes positions (a window, a norm or mean over space), or is tied to one grid size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from .numerics import exact_float32, redraw, relative_error, unit_scale
+from .trace import ancestors, sandbox, shape_of
+
+# Axes by letter: batch, channels, rows and columns, or N positions in one axis. ("BCHW", "BHWC", "BNC", "BCN")
+Layout = str
+
+_GRID = {"B": 2, "H": 5, "W": 4, "N": 20}
+_KEPT = (17, 2, 9, 4, 11, 13, 0)
+_TOLERANCE = 1e-4
+_RANDOM_FUNCTIONS = (F.dropout, torch.dropout)
+_PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+
+
+class Verdict(NamedTuple):
+    """What a node does with positions.
+
+    Attributes:
+        layout: Axes of its value; empty where it is refused.
+        masked: Whether dropped positions count as zeros in it.
+        reason: Why it is refused.
+    """
+
+    layout: Layout = ""
+    masked: bool = False
+    reason: str = ""
+
+
+class Positions:
+    """Tries the nodes of a traced graph on small inputs.
+
+    Args:
+        root: The modules that the graph calls.
+        known: Answers about modules, filled in here, for another graph of the same model.
+    """
+
+    def __init__(self, root: nn.Module, known: dict[tuple[Any, ...], Verdict] | None = None) -> None:
+        self._root = root
+        self._random = torch.Generator().manual_seed(0)
+        self._known = {} if known is None else known
+
+    def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
+        """What `node` does, given the layouts of its inputs that hold positions; its other inputs are constants."""
+        name = _called(node)
+        if name in _PERMUTATIONS or name == "flatten":
+            return _moved(node, name, layouts)
+        if name == "getitem" and shape_of(node.all_input_nodes[0]) is None:
+            return Verdict(layouts[node.all_input_nodes[0]])  # a part of chunk or split
+        found = {layouts[n] for n in node.all_input_nodes if n in layouts}
+        if len(found) != 1:
+            return Verdict(reason=f"joins values laid out as {' and '.join(sorted(found))}")
+        (layout,) = found
+        if node.target in _RANDOM_FUNCTIONS:
+            return Verdict(layout)
+        if node.op != "call_module":
+            return self._try(node, layout, layouts, lambda args, kwargs: _call(node, args, kwargs))
+        target = str(node.target)
+        key = (target, layout, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
+        if key not in self._known:
+            module = sandbox(self._root.get_submodule(target)).eval()
+            values = redraw(module, self._random, torch.float32)
+            self._known[key] = self._try(
+                node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
+            )
+        return self._known[key]
+
+    def _try(
+        self, node: fx.Node, layout: Layout, layouts: Mapping[fx.Node, Layout], call: Callable[[Any, Any], Any]
+    ) -> Verdict:
+        varying = {n: self._sample(cast("tuple[int, ...]", shape_of(n)), layout) for n in node.all_input_nodes if n in layouts}
+        try:
+            with torch.no_grad(), exact_float32():
+                fixed = {n: self._constant(n) for n in node.all_input_nodes if n not in layouts}
+
+                def run(change: Callable[[Tensor, Layout], Tensor]) -> Any:
+                    given = fixed | {n: change(value, layout) for n, value in varying.items()}
+                    return call(*fx.map_arg((node.args, node.kwargs), lambda n: given[n]))
+
+                actual, whole, masked = run(_gathered), run(_same), run(_masked)
+                for value, is_masked in ((whole, False), (masked, True)):
+                    kept = pytree.tree_map_only(Tensor, lambda t: _gathered(t, layout), value)
+                    if relative_error(actual, kept) <= _TOLERANCE:
+                        return Verdict(layout, masked=is_masked)
+        except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
+            return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
+        return Verdict(reason="mixes positions")
+
+    def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
+        sizes = [shape[axis] if letter == "C" else _GRID[letter] for axis, letter in enumerate(layout)]
+        return torch.randn(sizes, generator=self._random)
+
+    def _constant(self, node: fx.Node) -> Any:
+        """A value that does not depend on the images: parameters are redrawn, all else is computed."""
+        if node.op == "get_attr":
+            *path, name = str(node.target).split(".")
+            value = getattr(self._root.get_submodule(".".join(path)), name)
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return unit_scale(value.shape, self._random, torch.float32) if floating else value
+        if node.op == "placeholder" or any(n.op == "placeholder" for n in ancestors(node)):
+            raise ValueError(f"`{node.name}` depends on the images")
+        return _call(node, *fx.map_arg((node.args, node.kwargs), self._constant))
+
+
+def _called(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def _moved(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Verdict:
+    """The layout after axes were permuted, or rows and columns flattened: had by doing it to numbered axes."""
+    layout = layouts[node.all_input_nodes[0]]
+    sizes = [{"B": 2, "C": 3, "H": 5, "W": 7, "N": 11}[letter] for letter in layout]
+    letters = dict(zip(sizes, layout, strict=True)) | {5 * 7: "N"}
+    try:
+        value = _call(node, (torch.empty(sizes), *node.args[1:]), node.kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        return Verdict(reason=f"permutes by sizes of the images ({type(error).__name__})")
+    moved = "".join(letters.get(size, "?") for size in value.shape)
+    ordered = moved.find("H") <= moved.find("W")
+    return Verdict(moved) if "?" not in moved and moved[0] == "B" and ordered else Verdict(reason=f"{name} mixes axes")
+
+
+def _positions(tensor: Tensor, layout: Layout) -> Tensor:
+    """(B, n, C)."""
+    channels = layout.index("C")
+    return tensor.movedim(channels, -1).flatten(1, -2)
+
+
+def _laid_out(rows: Tensor, layout: Layout) -> Tensor:
+    """(B, n, C) as a grid of n rows and one column."""
+    grid = rows.unsqueeze(2) if len(layout) == 4 else rows
+    return grid.movedim(-1, layout.index("C"))
+
+
+def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
+    if tensor.ndim != len(layout) or prod(s for a, s in enumerate(tensor.shape) if layout[a] in "HWN") != _GRID["N"]:
+        raise ValueError("the positions changed")
+    return _laid_out(_positions(tensor, layout)[:, _KEPT], layout)
+
+
+def _masked(tensor: Tensor, layout: Layout) -> Tensor:
+    keep = torch.zeros(_GRID["N"]).index_fill(0, torch.tensor(_KEPT), 1)
+    sizes = [_GRID[letter] if letter in "HWN" else 1 for letter in layout]
+    return tensor * keep.view(sizes)
+
+
+def _same(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor

@@ -1,0 +1,411 @@
+"""Runs the pixel operators of a hierarchical model on the significant positions only.
+
+Before:
+    conv   = conv_dw(x)                                      # (B, C, h, w): the spatial operator, which stays dense
+    pixels = mlp(norm(conv))
+    add    = x + pixels
+
+Becomes:
+    conv      = conv_dw(x)
+    papr_keep_hxw  = ...                                              # (B, k), see splice_proposal; one for each grid
+    papr_index_hxw = pixel_rows(papr_keep_hxw, (h, w))                # (B * k,)
+    papr_pixels_0  = gather_pixels(conv, papr_index_hxw, (h, w), "BCHW")     # (B, C, k, 1)
+    pixels         = mlp(norm(papr_pixels_0))
+    papr_out_0     = write_pixels(x, pixels, papr_index_hxw, "BCHW", "zero") # (B, C, h, w)
+
+Because: these operators treat every position alone, so their cost falls with k and what they compute for kept positions is
+unchanged (PaPr, Eq. 4). Elsewhere the branch is zero; with background "keep" the residual passes there, with "zero" it is
+zeroed too. One choice of positions, and its index arithmetic, serves all sites of a grid.
+
+Left alone:
+    1. A branch that holds no Linear and no 1x1 convolution.
+    2. A branch that starts neither at the residual's source nor at a depthwise convolution.
+    3. A branch with an operation that mixes positions or is tied to the grid's size (see `papr_fx.positions`).
+    4. Positions in one axis that cannot be traced back to rows and columns.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from ..joins import Join
+from ..ops import gather_pixels, mask_positions, pixel_rows, write_pixels
+from ..positions import Layout, Positions, Verdict
+from ..trace import TRACED_BATCH, shape_of
+from . import splice_proposal
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A residual merge and the pixel operator that feeds it. Nodes are named, so that a site holds for copies of its graph.
+
+    Attributes:
+        name: What the operator's last pointwise layer calls.
+        merge: The addition.
+        residual: Its operand that passes by the operator.
+        source: The value that the residual is a copy or a scaled form of.
+        branch: Its other operand, the last node of the operator.
+        region: The operator's nodes, in order.
+        entries: The values that enter it, and their layouts.
+        layout: Layout of residual, branch and merge.
+        grid: Rows and columns on the traced images.
+        origin: The node where sizes of the grid can be read at run time, and their axes.
+        masked: Nodes of the region in which dropped positions count as zeros.
+        convolution: Whether a depthwise convolution feeds the operator.
+    """
+
+    name: str
+    merge: str
+    residual: str
+    source: str
+    branch: str
+    region: tuple[str, ...]
+    entries: tuple[tuple[str, Layout], ...]
+    layout: Layout
+    grid: tuple[int, int]
+    origin: tuple[str, tuple[int, int]]
+    masked: tuple[tuple[str, Layout], ...]
+    convolution: bool
+
+
+@dataclass(frozen=True)
+class Left:
+    """A residual merge that stays dense, and why."""
+
+    merge: str
+    reason: str
+
+
+def find_sites(graph: fx.Graph, root: nn.Module, positions: Positions) -> tuple[tuple[Site, ...], tuple[Left, ...]]:
+    """Finds every residual branch that can run on some positions, and says why others cannot.
+
+    Args:
+        graph: A traced graph whose nodes carry `shape` and `joins` in `meta`.
+        root: The modules that it calls.
+        positions: Tries nodes on numbers.
+    """
+    sites: list[Site] = []
+    left: list[Left] = []
+    varying = _varying(graph)
+    for merge in graph.nodes:
+        operands = _operands(merge)
+        found = [_match(root, positions, varying, merge, *pair) for pair in (operands, operands[::-1])] if operands else []
+        chosen = next((site for site in found if isinstance(site, Site)), None)
+        if chosen:
+            sites.append(chosen)
+        else:
+            left.extend(Left(merge.name, reason) for reason in found[::-1] if isinstance(reason, str))
+    return tuple(sites), tuple(left)
+
+
+def rewrite(
+    graph: fx.Graph, sites: Sequence[Site], z: float, background: str, *, training: bool = False, dynamic: bool = False
+) -> None:
+    """Inserts the proposal, one choice of positions for each grid, and a gather and a write-back at each site.
+
+    Args:
+        graph: The graph to change; it holds the sites.
+        sites: From `find_sites` on this graph or a copy of it.
+        z: Keep ratio in (0, 1).
+        background: "keep", "zero" or "auto": zero behind a depthwise convolution, and in training always keep.
+        training: Whether the graph is for training mode.
+        dynamic: Whether the grid is read at run time.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    images = splice_proposal.find_site(graph)
+    rows: dict[tuple[int, int], tuple[fx.Node, tuple[int | fx.Node, ...]]] = {}
+    for number, site in enumerate(sites):
+        if site.grid not in rows:
+            rows[site.grid] = _choose(graph, nodes, images, site, z, dynamic)
+        index, grid = rows[site.grid]
+        _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
+    if any(len(site.layout) == 4 and site.layout.index("C") == 1 for site in sites):
+        _lay_channels_last(graph, images)
+
+
+def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, training: bool = False) -> fx.Graph:
+    """What the rewrite must be equal to: the dense graph, each branch multiplied by a mask (B, h * w) of its grid.
+
+    The masks become further inputs, one for each grid in order; where the background is zero, they multiply the residual too.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    masks: dict[tuple[int, int], fx.Node] = {}
+    last = graph.find_nodes(op="placeholder")[0]
+    for grid in dict.fromkeys(site.grid for site in sites):
+        with graph.inserting_after(last):
+            masks[grid] = last = graph.placeholder(f"mask_{grid[0]}x{grid[1]}")
+    for site in sites:
+        merge, mask = nodes[site.merge], masks[site.grid]
+        zeroed = [site.branch] + ([site.residual] if background_of(site, background, training) == "zero" else [])
+        pairs = [(merge, nodes[name], site.layout) for name in zeroed]
+        pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
+        for user, source, layout in pairs:
+            with graph.inserting_before(user):
+                user.replace_input_with(source, graph.call_function(mask_positions, (source, mask, layout, site.grid)))
+    return graph
+
+
+def background_of(site: Site, background: str, training: bool) -> str:
+    """What stands at dropped positions behind `site`: "keep" or "zero"."""
+    if background != "auto":
+        return background
+    return "zero" if site.convolution and not training else "keep"
+
+
+def is_depthwise(node: fx.Node, root: nn.Module) -> bool:
+    """Whether `node` calls a convolution of one kernel for each channel, over more than one position."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.groups == module.in_channels == module.out_channels > 1 and prod(module.kernel_size) > 1
+
+
+def _operands(merge: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values of like shape that a node adds."""
+    if merge.target not in _ADDITIONS or len(merge.args) != 2 or merge.kwargs:
+        return None
+    a, b = merge.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return None
+    shape = shape_of(merge)
+    alike = shape is not None and shape_of(a) == shape == shape_of(b)
+    return (b, a) if alike and len(shape) in (3, 4) and shape[0] == TRACED_BATCH else None
+
+
+def _match(
+    root: nn.Module, positions: Positions, varying: set[fx.Node], merge: fx.Node, branch: fx.Node, residual: fx.Node
+) -> Site | str | None:
+    """The site of `branch`; why it is none; or nothing where there is no pointwise layer to prune."""
+    sources = _sources(residual, root)
+    region, entries, convolutions = _region(root, varying, merge, branch, sources)
+    layers = [node for node in region if _is_pointwise(node, root)]
+    if not layers:
+        return None
+    behind = f"`{layers[-1].target}`"
+    fed = {node for conv in convolutions for node in _upstream(conv)}
+    if not entries or any(e not in sources and e not in convolutions and e not in fed for e in entries):
+        odd = next((e for e in entries if e not in sources and e not in convolutions and e not in fed), None)
+        return f"{behind}: its branch starts at `{odd}`, neither the residual's source nor a depthwise convolution"
+    attempts: list[tuple[int, str]] = []
+    for hypothesis in product(*(_hypotheses(entry, entry in convolutions) for entry in entries)):
+        layouts = dict(zip(entries, hypothesis, strict=True))
+        checked = _checked(positions, varying, region, layouts)
+        if isinstance(checked, tuple):
+            attempts.append(checked)
+            continue
+        out = layouts[branch]
+        grid = _grid(sources[-1], out)
+        if grid is None:
+            shape = shape_of(sources[-1])
+            return f"{behind}: the positions of `{sources[-1]}` {shape} cannot be traced back to rows and columns"
+        if any(_count(node, layout) != prod(grid[0]) for node, layout in layouts.items() if shape_of(node)):
+            return f"{behind}: its positions are not those of grid {grid[0]}"
+        return Site(
+            str(layers[-1].target),
+            merge.name,
+            residual.name,
+            sources[-1].name,
+            branch.name,
+            tuple(node.name for node in region),
+            tuple((entry.name, layouts[entry]) for entry in entries),
+            out,
+            grid[0],
+            grid[1],
+            tuple((node.name, layouts[node]) for node in region if node in checked),
+            bool(convolutions),
+        )
+    return f"{behind}: {max(attempts)[1]}"
+
+
+def _sources(residual: fx.Node, root: nn.Module) -> list[fx.Node]:
+    """The residual and what it is a copy or a scaled form of, through identities and modules of one vector."""
+    found = [residual]
+    while found[-1].op == "call_module" and len(found[-1].all_input_nodes) == 1:
+        before = found[-1].all_input_nodes[0]
+        module = root.get_submodule(str(found[-1].target))
+        vectors = [parameter.ndim <= 1 for parameter in module.parameters()]
+        scaled = isinstance(module, nn.Identity) or vectors == [True]
+        if not scaled or shape_of(before) != shape_of(found[-1]):
+            break
+        found.append(before)
+    return found
+
+
+def _region(
+    root: nn.Module, varying: set[fx.Node], merge: fx.Node, branch: fx.Node, sources: Iterable[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+    """What feeds the merge alone, up to the sources and depthwise convolutions; the values that enter; the convolutions."""
+    stops = set(sources)
+    region: dict[fx.Node, None] = {}
+    entries: dict[fx.Node, None] = {}
+    wanted = {branch}
+    node = merge
+    while wanted - region.keys() - entries.keys() and (node := node.prev).op != "root":
+        if node not in wanted:
+            continue
+        inside = all(user in region or user is merge for user in node.users)
+        if node in stops or is_depthwise(node, root) or not inside or node not in varying:
+            if node in varying:
+                entries[node] = None
+            else:
+                wanted.discard(node)
+            continue
+        region[node] = None
+        wanted.update(node.all_input_nodes)
+    for entry in [e for e in entries if shape_of(e) is None]:  # parts of a split that others use too enter one by one
+        del entries[entry]
+        for user in [u for u in entry.users if u in region]:
+            del region[user]
+            entries[user] = None
+    # both were met latest first
+    return list(region)[::-1], list(entries)[::-1], [n for n in entries if is_depthwise(n, root)]
+
+
+def _varying(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on the images."""
+    found = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _upstream(node: fx.Node) -> set[fx.Node]:
+    found, queue = {node}, [node]
+    while queue:
+        for before in queue.pop().all_input_nodes:
+            if before not in found:
+                found.add(before)
+                queue.append(before)
+    return found
+
+
+def _is_pointwise(node: fx.Node, root: nn.Module) -> bool:
+    """Whether `node` is, or calls a module that holds, a Linear or a 1x1 convolution."""
+    if node.op != "call_module":
+        return node.target is torch.nn.functional.linear
+    modules = root.get_submodule(str(node.target)).modules()
+    return any(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and prod(m.kernel_size) == 1) for m in modules)
+
+
+def _hypotheses(entry: fx.Node, convolution: bool) -> tuple[Layout, ...]:
+    if convolution:
+        return ("BCHW",)
+    return ("BHWC", "BCHW") if len(shape_of(entry) or ()) == 4 else ("BNC", "BCN")
+
+
+def _checked(
+    positions: Positions, varying: set[fx.Node], region: Sequence[fx.Node], layouts: dict[fx.Node, Layout]
+) -> set[fx.Node] | tuple[int, str]:
+    """Completes `layouts` through the region and returns its masked nodes; else how far it got, and what failed."""
+    masked: set[fx.Node] = set()
+    for count, node in enumerate(region):
+        known = all(n in layouts or n not in varying for n in node.all_input_nodes)
+        if not known or (shape_of(node) is None and "parts" not in node.meta):
+            verdict = Verdict(reason="handles sizes of the images, so it is tied to the grid")
+        else:
+            verdict = positions.verdict(node, layouts)
+        if not verdict.layout:
+            return count, f"`{node.target if node.op == 'call_module' else node.name}` {verdict.reason}"
+        layouts[node] = verdict.layout
+        if verdict.masked:
+            masked.add(node)
+    return masked
+
+
+def _count(node: fx.Node, layout: Layout) -> int:
+    return prod(size for size, letter in zip(cast("tuple[int, ...]", shape_of(node)), layout, strict=True) if letter in "HWN")
+
+
+def _grid(entry: fx.Node, layout: Layout) -> tuple[tuple[int, int], tuple[str, tuple[int, int]]] | None:
+    """Rows and columns of the positions in `entry`, and the node and axes where they can be read."""
+    shape = cast("tuple[int, ...]", shape_of(entry))
+    if len(layout) == 4:
+        rows, columns = layout.index("H"), layout.index("W")
+        return (shape[rows], shape[columns]), (entry.name, (rows, columns))
+    found = _flattened(entry, layout.index("N"))
+    if found is None:
+        return None
+    node, join = found
+    return cast("tuple[int, int]", join.grid), (node.all_input_nodes[0].name, cast("tuple[int, int]", join.axes))
+
+
+def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
+    """The node that made one axis of a grid, upstream of `node` through what keeps positions in their places."""
+    count = cast("tuple[int, ...]", shape_of(node))[axis]
+    while True:
+        before = next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
+        shape = shape_of(before) if before else None
+        if before is None or shape is None or count not in shape[1:]:
+            joins = [join for join in node.meta.get("joins", []) if prod(join.grid) == count]
+            return (node, joins[0]) if joins and len(joins[0].grid) == 2 and not joins[0].windows else None
+        if node.target in ("transpose", "permute", torch.transpose, torch.permute):
+            axis = 3 - axis
+        if shape[axis] != count or (node.op == "call_method" and node.target not in ("transpose", "permute", "contiguous")):
+            return None
+        node = before
+
+
+def _choose(
+    graph: fx.Graph, nodes: Mapping[str, fx.Node], images: splice_proposal.Site, site: Site, z: float, dynamic: bool
+) -> tuple[fx.Node, tuple[int | fx.Node, ...]]:
+    """The flat rows of the kept positions of a grid, as soon as its sizes are known, and the grid's sizes."""
+    grid: tuple[int | fx.Node, ...] = site.grid
+    name = "x".join(map(str, site.grid))
+    before = nodes[site.source].next if dynamic else images.images.next
+    with graph.inserting_before(before):
+        if dynamic:
+            node, axes = nodes[site.origin[0]], site.origin[1]
+            shape = graph.create_node("call_function", getattr, (node, "shape"), name=f"papr_shape_{name}")
+            grid = tuple(
+                graph.create_node("call_function", operator.getitem, (shape, axis), name=f"papr_{word}_{name}")
+                for axis, word in zip(axes, ("rows", "columns"), strict=True)
+            )
+    keep = splice_proposal.rewrite(graph, images, before, grid, z, name=name)
+    with graph.inserting_before(before):
+        return graph.create_node("call_function", pixel_rows, (keep, grid), name=f"papr_index_{name}"), grid
+
+
+def _rewrite_site(
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    site: Site,
+    number: int,
+    index: fx.Node,
+    grid: tuple[int | fx.Node, ...],
+    background: str,
+) -> None:
+    region = [nodes[name] for name in site.region]
+    with graph.inserting_before(region[0]):
+        for name, layout in site.entries:
+            entry = nodes[name]
+            gathered = graph.create_node(
+                "call_function", gather_pixels, (entry, index, grid, layout), name=f"papr_pixels_{number}"
+            )
+            for node in region:
+                node.replace_input_with(entry, gathered)
+    merge = nodes[site.merge]
+    arguments = (nodes[site.residual], nodes[site.branch], index, site.layout, background)
+    with graph.inserting_before(merge):
+        written = graph.create_node("call_function", write_pixels, arguments, name=f"papr_out_{number}")
+    merge.replace_all_uses_with(written)
+    graph.erase_node(merge)
+
+
+def _lay_channels_last(graph: fx.Graph, images: splice_proposal.Site) -> None:
+    """Positions are rows of memory in channels-last images alone: converted once here, not at each gather."""
+    with graph.inserting_after(images.images):
+        laid_out = graph.create_node(
+            "call_method", "contiguous", (images.images,), {"memory_format": torch.channels_last}, name="papr_channels_last"
+        )
+    images.images.replace_all_uses_with(laid_out, delete_user_cb=lambda user: user is not laid_out)
