@@ -21,9 +21,7 @@ from .proposal import SignificanceNet
 from .trace import Traced, cut, propagate, sandbox, trace
 
 
-def prune_by_pixels(
-    model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float, background: str
-) -> PrunedModule:
+def prune_by_pixels(model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float, background: str) -> PrunedModule:
     """Builds the model whose pixel operators run on `z` of the positions, below 1; not yet proved.
 
     Raises:
@@ -71,7 +69,9 @@ def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> set[
     sites, left = _sites(model, traced, known)
     if not sites:
         raise _no_site(model, left)
-    owners = {node.name: tuple(name for name, _ in node.meta.get("nn_module_stack", {}).values()) for node in traced.graph.nodes}
+    owners = {
+        node.name: tuple(name for name, _ in node.meta.get("nn_module_stack", {}).values()) for node in traced.graph.nodes
+    }
     whole = Counter(owner for names in owners.values() for owner in names)
     opened: set[str] = set()
     for site in sites:

@@ -32,8 +32,7 @@ class PrunedModule(fx.GraphModule):
     def __init__(self, root: nn.Module, plan: Plan) -> None:
         """Builds the graph that `plan` describes over the modules of `root`, which holds `papr_proposal`."""
         super().__init__(root, plan.rewrite(root.training), plan.name)
-        for name, child in root.named_children():
-            self._modules[name] = child  # whole, where GraphModule copies only what its graph calls
+        self._modules = dict(root._modules)  # whole, where GraphModule copies only what its graph calls
         self._parameters.update(root._parameters)
         self._buffers.update(root._buffers)
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)

@@ -80,7 +80,14 @@ class Pixels:
         """What is chosen in the dense graph: one set of positions for each grid."""
         first = {site.grid: site for site in reversed(self.sites[training])}
         return tuple(
-            Choice(f"_{grid[0]}x{grid[1]}", grid, 0, first[grid].residual, first[grid].layout, f"on grid {grid}, first for `{first[grid].merge}`")
+            Choice(
+                f"_{grid[0]}x{grid[1]}",
+                grid,
+                0,
+                first[grid].residual,
+                first[grid].layout,
+                f"on grid {grid}, first for `{first[grid].merge}`",
+            )
             for grid in dict.fromkeys(site.grid for site in self.sites[training])
         )
 

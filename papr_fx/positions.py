@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from .numerics import exact_float32, redraw, relative_error, unit_scale
+from .numerics import exact_float32, redraw, relative_error, tensors_of, unit_scale
 from .trace import ancestors, sandbox, shape_of
 
 # Axes by letter: batch, channels, rows and columns, or N positions in one axis. ("BCHW", "BHWC", "BNC", "BCN")
@@ -98,12 +97,12 @@ class Positions:
                     return call(*fx.map_arg((node.args, node.kwargs), lambda n: given[n]))
 
                 actual, whole, masked = run(_gathered), run(_same), run(_masked)
-                for value, is_masked in ((whole, False), (masked, True)):
-                    kept = pytree.tree_map_only(Tensor, lambda t: _gathered(t, layout), value)
-                    if relative_error(actual, kept) <= _TOLERANCE:
-                        return Verdict(layout, masked=is_masked)
         except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
             return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
+        for value, is_masked in ((whole, False), (masked, True)):
+            for out in dict.fromkeys((layout, "BCHW", "BHWC", "BNC", "BCN")):  # a module may permute
+                if _agree(actual, value, out):
+                    return Verdict(out, masked=is_masked)
         return Verdict(reason="mixes positions")
 
     def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
@@ -120,6 +119,14 @@ class Positions:
         if node.op == "placeholder" or any(n.op == "placeholder" for n in ancestors(node)):
             raise ValueError(f"`{node.name}` depends on the images")
         return _call(node, *fx.map_arg((node.args, node.kwargs), self._constant))
+
+
+def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
+    """Whether `actual` is `whole` at the kept positions, both laid out as `layout`."""
+    tensors = tensors_of(whole)
+    if not tensors or any(len(layout) != t.ndim or _count(t, layout) != _GRID["N"] for t in tensors):
+        return False
+    return relative_error(actual, [_gathered(t, layout) for t in tensors]) <= _TOLERANCE
 
 
 def _called(node: fx.Node) -> str:
@@ -158,9 +165,11 @@ def _laid_out(rows: Tensor, layout: Layout) -> Tensor:
     return grid.movedim(-1, layout.index("C"))
 
 
+def _count(tensor: Tensor, layout: Layout) -> int:
+    return prod(size for size, letter in zip(tensor.shape, layout, strict=True) if letter in "HWN")
+
+
 def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
-    if tensor.ndim != len(layout) or prod(s for a, s in enumerate(tensor.shape) if layout[a] in "HWN") != _GRID["N"]:
-        raise ValueError("the positions changed")
     return _laid_out(_positions(tensor, layout)[:, _KEPT], layout)
 
 

@@ -74,7 +74,16 @@ class Report:
     def __str__(self) -> str:
         headers = ["site", "grid", "prefix", "positions dense", "kept", "GMACs dense", "pruned", "background"]
         rows = [
-            (s.name, "x".join(map(str, s.grid)), s.prefix, s.dense, s.kept, _giga(s.dense_macs), _giga(s.pruned_macs), s.background)
+            (
+                s.name,
+                "x".join(map(str, s.grid)),
+                s.prefix,
+                s.dense,
+                s.kept,
+                _giga(s.dense_macs),
+                _giga(s.pruned_macs),
+                s.background,
+            )
             for s in self.sites
         ]
         sites = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
@@ -106,9 +115,7 @@ def report(gm: fx.GraphModule) -> Report:
     else:
         sites = _pixel_sites(plan, plan.operator, module.training, dense, pruned)
         reasons = tuple(miss.reason for miss in plan.operator.left[module.training])
-    return Report(
-        plan.name, plan.operator.mode, plan.z, sites, reasons, sum(dense.values()), sum(pruned.values()), proposal
-    )
+    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, sum(dense.values()), sum(pruned.values()), proposal)
 
 
 def _token_sites(

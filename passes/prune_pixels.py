@@ -124,9 +124,11 @@ def rewrite(
     nodes = {node.name: node for node in graph.nodes}
     images = splice_proposal.find_site(graph)
     rows: dict[tuple[int, int], tuple[fx.Node, tuple[int | fx.Node, ...]]] = {}
+    first = images.images.next
     for number, site in enumerate(sites):
         if site.grid not in rows:
-            rows[site.grid] = _choose(graph, nodes, images, site, z, dynamic)
+            before = nodes[site.source].next if dynamic else first
+            rows[site.grid] = _choose(graph, nodes, images, site, z, before, dynamic=dynamic)
         index, grid = rows[site.grid]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
     if any(len(site.layout) == 4 and site.layout.index("C") == 1 for site in sites):
@@ -357,12 +359,18 @@ def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
 
 
 def _choose(
-    graph: fx.Graph, nodes: Mapping[str, fx.Node], images: splice_proposal.Site, site: Site, z: float, dynamic: bool
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    images: splice_proposal.Site,
+    site: Site,
+    z: float,
+    before: fx.Node,
+    *,
+    dynamic: bool,
 ) -> tuple[fx.Node, tuple[int | fx.Node, ...]]:
-    """The flat rows of the kept positions of a grid, as soon as its sizes are known, and the grid's sizes."""
+    """The flat rows of the kept positions of a grid, in front of node `before`, and the grid's sizes."""
     grid: tuple[int | fx.Node, ...] = site.grid
     name = "x".join(map(str, site.grid))
-    before = nodes[site.source].next if dynamic else images.images.next
     with graph.inserting_before(before):
         if dynamic:
             node, axes = nodes[site.origin[0]], site.origin[1]
@@ -378,7 +386,7 @@ def _choose(
 
 def _rewrite_site(
     graph: fx.Graph,
-    nodes: Mapping[str, fx.Node],
+    nodes: dict[str, fx.Node],
     site: Site,
     number: int,
     index: fx.Node,
@@ -400,6 +408,7 @@ def _rewrite_site(
         written = graph.create_node("call_function", write_pixels, arguments, name=f"papr_out_{number}")
     merge.replace_all_uses_with(written)
     graph.erase_node(merge)
+    nodes[site.merge] = written  # later sites know the sum by its name
 
 
 def _lay_channels_last(graph: fx.Graph, images: splice_proposal.Site) -> None:

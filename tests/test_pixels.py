@@ -1,0 +1,460 @@
+"""Pixel operators against the original models with masked branches: hooks on their own modules, no code of the rewrite."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from math import prod
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers.grn import GlobalResponseNorm
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import ConvNeXt as TorchvisionConvNeXt
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
+
+import papr_fx
+from papr_fx import ops
+from papr_fx.numerics import relative_error
+from papr_fx.passes import prune_pixels
+
+from .models import enliven, toy_proposal
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a small model, and where its blocks and their MLP branches are: written by hand, from the models' code."""
+
+    build: object
+    block: str
+    branch: str
+    size: tuple[int, int] = (64, 64)
+    natural: str = "keep"
+    behind: str = ""  # what the block still does to its output, where a background of zero is no longer zero
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = enliven(self.build()).double().eval()
+        for module in model.modules():  # tables that live in buffers, and temperatures, as they are
+            module.training = False
+        return model
+
+
+def timm_model(name, **options):
+    return lambda: timm.create_model(name, **options)
+
+
+FAMILIES = {
+    "ConvNeXt": Family(timm_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"),
+    "ConvNeXt, 1x1 convolutions": Family(
+        timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
+    ),
+    "ConvNeXt without layer scale": Family(
+        timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), ls_init_value=None), "ConvNeXtBlock", "drop_path", natural="zero"
+    ),
+    "ConvNeXt V2": Family(timm_model("convnextv2_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"),
+    "ConvNeXt V2, 1x1 convolutions": Family(
+        timm_model("convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
+    ),
+    "Swin": Family(
+        timm_model("swin_tiny_patch4_window7_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4)),
+        "SwinTransformerBlock", "drop_path2",
+    ),
+    "Swin, padded windows": Family(
+        timm_model("swin_tiny_patch4_window7_224", img_size=(72, 40), embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4),
+        "SwinTransformerBlock", "drop_path2", (72, 40),
+    ),
+    "SwinV2": Family(
+        timm_model("swinv2_tiny_window8_256", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4), window_size=4),
+        "SwinTransformerV2Block", "drop_path2",
+    ),
+    "SwinV2-CR": Family(
+        timm_model("swinv2_cr_tiny_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4), window_size=4),
+        "SwinTransformerV2CrBlock", "drop_path2", behind="norm3",
+    ),
+    "torchvision ConvNeXt": Family(
+        lambda: TorchvisionConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)], num_classes=5), "CNBlock", "stochastic_depth", natural="zero"
+    ),
+    "torchvision Swin": Family(
+        lambda: TorchvisionSwin([4, 4], 8, [1, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=5), "SwinTransformerBlock", "mlp"
+    ),
+    "torchvision SwinV2": Family(
+        lambda: TorchvisionSwin(
+            [4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
+        ),
+        "SwinTransformerBlockV2", "norm2",
+    ),
+}  # fmt: skip
+
+
+def masked(value, masks):
+    """`value` with dropped positions zeroed: rank 3 is (B, N, C), rank 4 has the grid in its middle or last axes."""
+    for grid, mask in masks.items():
+        mask = mask.to(value.dtype)
+        if value.ndim == 3 and value.shape[1] == prod(grid):
+            return value * mask.flatten(1).unsqueeze(-1)
+        if value.ndim == 4 and tuple(value.shape[1:3]) == grid:
+            return value * mask.unsqueeze(-1)
+        if value.ndim == 4 and tuple(value.shape[2:]) == grid:
+            return value * mask.unsqueeze(1)
+    raise AssertionError(f"{tuple(value.shape)} has none of the grids {list(masks)}")
+
+
+def masked_run(family, model, x, masks, background):
+    """The original model; "zero" multiplies a block's output by the mask, "keep" its MLP branch, GRN's input is masked in both."""
+    handles = []
+    for module in model.modules():
+        if type(module).__name__ == family.block:
+            if background == "zero" and family.behind:
+                last = module.get_submodule(family.behind)
+                handles.append(last.register_forward_pre_hook(lambda _m, inputs: (masked(inputs[0], masks),)))
+                continue
+            target = module if background == "zero" else module.get_submodule(family.branch)
+            handles.append(target.register_forward_hook(lambda _m, _i, out: masked(out, masks)))
+        if isinstance(module, GlobalResponseNorm):
+            handles.append(module.register_forward_pre_hook(lambda _m, inputs: (masked(inputs[0], masks),)))
+    try:
+        return model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("background", ["auto", "keep", "zero"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_masked_branch(name, background):
+    family = FAMILIES[name]
+    model = family.model()
+    x = torch.randn(3, 3, *family.size, dtype=torch.float64)
+    gm = papr_fx.transform(model, toy_proposal(), 0.6, example_input=x[:1], background=background)
+    blocks = sum(type(m).__name__ == family.block for m in model.modules())
+    found = papr_fx.report(gm)
+    assert (found.mode, len(found.sites)) == ("pixels", blocks)
+    masks = papr_fx.keep_masks(gm, x)
+    assert all(mask.flatten(1).sum(1).tolist() == [int(prod(grid) * 0.6)] * 3 for grid, mask in masks.items())
+    rule = family.natural if background == "auto" else background
+    assert {site.background for site in found.sites} == {rule}
+    pruned = gm(x)
+    assert relative_error(pruned, masked_run(family, model, x, masks, rule)) < 1e-9
+    other = {grid: mask.roll(1, -1) for grid, mask in masks.items()}
+    assert relative_error(pruned, masked_run(family, model, x, other, rule)) > 1e-6
+    assert relative_error(pruned, model(x)) > 1e-6
+    papr_fx.set_keep_ratio(gm, 1.0)
+    assert torch.equal(gm(x), model(x))
+
+
+@settings(max_examples=12)
+@given(st.data())
+@torch.no_grad()
+def test_any_tiny_convnext(data):
+    depths = data.draw(st.lists(st.integers(1, 2), min_size=4, max_size=4))
+    dims = data.draw(st.lists(st.sampled_from([4, 6, 10]), min_size=4, max_size=4))
+    rows, columns = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    options = {"conv_mlp": data.draw(st.booleans()), "use_grn": data.draw(st.booleans())}
+    z, background = data.draw(st.floats(0.05, 0.99)), data.draw(st.sampled_from(["keep", "zero"]))
+    torch.manual_seed(0)
+    model = enliven(ConvNeXt(depths=depths, dims=dims, num_classes=5, kernel_sizes=3, **options)).double().eval()
+    family = Family(None, "ConvNeXtBlock", "drop_path")
+    x = torch.randn(data.draw(st.integers(1, 3)), 3, rows * 32, columns * 32, dtype=torch.float64)
+    gm = papr_fx.transform(model, toy_proposal(), z, example_input=x[:1], background=background, verify=False)
+    masks = papr_fx.keep_masks(gm, x)
+    assert [mask.sum().item() for mask in masks.values()] == [len(x) * max(1, int(prod(grid) * z)) for grid in masks]
+    assert relative_error(gm(x), masked_run(family, model, x, masks, background)) < 1e-9
+
+
+@settings(max_examples=12)
+@given(st.data())
+@torch.no_grad()
+def test_any_tiny_swin(data):
+    stages = data.draw(st.integers(1, 2))
+    depths = data.draw(st.lists(st.integers(1, 2), min_size=stages, max_size=stages))
+    window = data.draw(st.integers(2, 5))
+    size = tuple(4 * 2 ** (stages - 1) * data.draw(st.integers(2, 5)) for _ in range(2))
+    z, background = data.draw(st.floats(0.05, 0.99)), data.draw(st.sampled_from(["keep", "zero"]))
+    torch.manual_seed(0)
+    model = SwinTransformer(
+        img_size=size, embed_dim=8, depths=depths, num_heads=[2] * stages, window_size=window, num_classes=5
+    )
+    model = enliven(model).double().eval()
+    x = torch.randn(data.draw(st.integers(1, 3)), 3, *size, dtype=torch.float64)
+    gm = papr_fx.transform(model, toy_proposal(), z, mode="pixels", background=background, verify=False)
+    family = Family(None, "SwinTransformerBlock", "drop_path2")
+    masks = papr_fx.keep_masks(gm, x)
+    assert relative_error(gm(x), masked_run(family, model, x, masks, background)) < 1e-9
+
+
+@torch.no_grad()
+def test_other_image_sizes_are_pruned_by_their_own_grids():
+    family = FAMILIES["ConvNeXt"]
+    model = family.model()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
+    x = torch.randn(2, 3, 96, 160, dtype=torch.float64)
+    masks = papr_fx.keep_masks(gm, x)
+    assert list(masks) == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    assert relative_error(gm(x), masked_run(family, model, x, masks, "zero")) < 1e-9
+
+
+def test_training_keeps_the_residual_and_gradients_reach_all_but_the_proposal():
+    family = FAMILIES["ConvNeXt"]
+    model = family.model()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64)).train()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert not model.training
+    assert {site.background for site in papr_fx.report(gm).sites} == {"keep"}
+    output = gm(x)
+    assert relative_error(output, masked_run(family, model, x, papr_fx.keep_masks(gm, x), "keep")) < 1e-9
+    output.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.parameters())
+    assert all(p.grad is None for p in gm.papr_proposal.parameters())
+    assert {site.background for site in papr_fx.report(gm.eval()).sites} == {"zero"}
+
+
+@pytest.mark.parametrize("family", ["ConvNeXt", "Swin"])
+def test_gradients_are_those_of_the_masked_model(family):
+    family = FAMILIES[family]
+    model = family.model()
+    x = torch.randn(2, 3, *family.size, dtype=torch.float64)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1]).train()
+    masks = papr_fx.keep_masks(gm, x)
+    expected = torch.autograd.grad(masked_run(family, model, x, masks, "keep").square().sum(), list(model.parameters()))
+    actual = torch.autograd.grad(gm(x).square().sum(), list(model.parameters()))
+    assert max(relative_error(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-8
+
+
+def test_drop_path_and_dropout_work_in_training():
+    build = timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), drop_path_rate=0.5, drop_rate=0.3)
+    model = enliven(build()).train()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
+    x = torch.randn(4, 3, 64, 64)
+    assert not torch.equal(gm(x), gm(x))
+    gm.eval()
+    assert torch.equal(gm(x), gm(x))
+
+
+class Residual(nn.Module):
+    """x + branch(x), channels in axis 1."""
+
+    def __init__(self, *branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*branch)
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def user_model(*blocks: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+
+
+def mlp():
+    return nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1)
+
+
+EXAMPLE = torch.zeros(1, 3, 32, 48)
+
+NEAR_MISSES = {
+    "norm over space": ((nn.GroupNorm(1, 8), *mlp()), "`1.branch.0` mixes positions"),
+    "3x3 convolution": ((nn.Conv2d(8, 8, 3, padding=1), *mlp()), "`1.branch.0` mixes positions"),
+    "pooling": ((*mlp(), nn.AvgPool2d(3, 1, 1)), "mixes positions"),
+    "layer over the width": ((nn.Linear(12, 12), *mlp()), "made for other inputs"),
+}
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES)
+def test_near_misses_name_what_mixes(case):
+    branch, message = NEAR_MISSES[case]
+    with pytest.raises(papr_fx.NoSiteError, match=message):
+        papr_fx.transform(user_model(Residual(*branch)), toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
+
+
+@torch.no_grad()
+def test_what_is_sound_is_pruned_and_the_rest_is_listed():
+    depthwise = (nn.Conv2d(8, 8, 3, padding=1, groups=8), *mlp())
+    model = user_model(Residual(*mlp()), Residual(nn.GroupNorm(1, 8), *mlp()), Residual(*depthwise)).double()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE)
+    found = papr_fx.report(gm)
+    assert [(site.background, site.grid, site.dense, site.kept) for site in found.sites] == [
+        ("keep", (8, 12), 96, 48),
+        ("zero", (8, 12), 96, 48),
+    ]
+    assert len(found.left_alone) == 1
+    assert "`2.branch.0` mixes positions" in found.left_alone[0]
+    assert "left alone" in str(found)
+    assert [site.dense_macs for site in found.sites] == [96 * 2 * 8 * 16] * 2
+    assert [site.pruned_macs for site in found.sites] == [48 * 2 * 8 * 16] * 2
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    mask = papr_fx.keep_masks(gm, x)[8, 12].double().unsqueeze(1)
+    y = model[0](x)
+    y = y + mask * model[1].branch(y)
+    y = y + model[2].branch(y)
+    y = mask * (y + model[3].branch(y))
+    assert relative_error(gm(x), model[4:](y)) < 1e-12
+
+
+def test_batch_norm_is_pruned_in_eval_mode_only():
+    """There it is an affine map of each channel; in training it is a mean over positions."""
+    model = user_model(Residual(*mlp()), Residual(nn.BatchNorm2d(8), *mlp()))
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE)
+    assert len(papr_fx.report(gm).sites) == 2
+    assert len(papr_fx.report(gm.train()).sites) == 1
+
+
+class Grown(nn.Module):
+    """A branch whose code goes on with a number of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x.permute(0, 2, 3, 1))
+        if y.shape[1] > 3:
+            y = y * 2
+        return x + y.permute(0, 3, 1, 2)
+
+
+def test_sizes_read_inside_an_operator_are_refused():
+    with pytest.raises(papr_fx.NoSiteError, match="read there as a Python number"):
+        papr_fx.transform(user_model(Grown()), toy_proposal(), 0.5, example_input=EXAMPLE)
+
+
+def test_windowed_models_are_refused_as_tokens():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    with pytest.raises(papr_fx.PaprError, match="spatial layout|permutation"):
+        papr_fx.transform(model.eval(), toy_proposal(), 0.5, mode="tokens")
+
+
+def test_token_models_are_no_pixel_models():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64).eval()
+    with pytest.raises(papr_fx.NoSiteError, match="cannot be traced back to rows and columns"):
+        papr_fx.transform(model, toy_proposal(), 0.5, mode="pixels")
+
+
+def corrupted_gather(x, rows, grid, layout):
+    wrong = rows.clone()
+    wrong[0] = rows[1]
+    return ops.gather_pixels(x, wrong, grid, layout)
+
+
+def shifted_write(residual, branch, rows, layout, background):
+    return ops.write_pixels(residual, branch.roll(1, -2), rows, layout, background)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("gather_pixels", corrupted_gather), ("write_pixels", shifted_write), ("pixel_rows", None)]
+)
+def test_the_proof_sees_wrong_indices(monkeypatch, name, wrong):
+    wrong = wrong or (lambda keep, grid: keep.reshape(-1))
+    monkeypatch.setattr(prune_pixels, name, wrong)
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):
+        papr_fx.transform(FAMILIES["ConvNeXt"].model(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
+
+
+def test_the_proof_sees_a_region_that_mixes_positions(monkeypatch):
+    """A norm over space passes every permutation: it must be refused by the comparison with masked branches."""
+    model = user_model(Residual(nn.GroupNorm(1, 8), *mlp())).double()
+    trusting = lambda self, node, layouts: prune_pixels.Verdict(layouts[node.all_input_nodes[0]])  # noqa: E731
+    monkeypatch.setattr(prune_pixels.Positions, "verdict", trusting)
+    with pytest.raises(papr_fx.VerifyError, match="regions"):
+        papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
+
+
+def test_the_proof_sees_transposed_grids():
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = x.transpose(2, 3).flatten(2).transpose(1, 2)  # (B, N, C), column-major, joined from (columns, rows)
+            y = y + self.layer(y)
+            return y.transpose(1, 2).unflatten(2, (x.shape[3], x.shape[2])).transpose(2, 3)
+
+    with pytest.raises(papr_fx.VerifyError, match="geometry"):
+        papr_fx.transform(user_model(Columns()), toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt V2", "Swin"])
+@torch.no_grad()
+def test_copies_and_check(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.model()
+    x = torch.randn(2, 3, *family.size, dtype=torch.float64)
+    found = papr_fx.testing.check(model, toy_proposal(), 0.5, example_input=x[:1])
+    assert found.masked_branch < 1e-9 < 1e-6 < found.corrupted
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1])
+    torch.save(gm, tmp_path / "gm.pt")
+    for other in (copy.deepcopy(gm), torch.load(tmp_path / "gm.pt", weights_only=False)):
+        assert torch.equal(other(x), gm(x))
+        papr_fx.set_keep_ratio(other, 0.25)
+        papr_fx.set_keep_ratio(other, 0.5)
+        assert torch.equal(other(x), gm(x))
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt", "torchvision Swin"])
+@torch.no_grad()
+def test_compiles_as_one_graph_in_inductor(name):
+    family = FAMILIES[name]
+    model = family.model().float()
+    x = torch.randn(2, 3, *family.size)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1])
+    torch.compiler.reset()
+    compiled = torch.compile(gm, fullgraph=True)
+    assert relative_error(compiled(x), gm(x)) < 1e-4
+
+
+def test_meta_models_are_planned_without_numbers():
+    with torch.device("meta"):
+        model = timm.create_model("convnext_tiny").eval()
+    gm = papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, verify=False)
+    assert len(papr_fx.report(gm).sites) == 18
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "pruned"), [("convnext_base", 15.38, 10.42), ("swin_base_patch4_window7_224", 15.47, 12.25)]
+)
+def test_figures_of_the_paper(name, dense, pruned):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    found = papr_fx.report(papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, verify=False))
+    assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
+    assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.01)
+
+
+def test_ops_against_loops():
+    x = torch.randn(2, 5, 3, 4)
+    keep = torch.tensor([[1, 11, 6], [0, 2, 9]])
+    rows = ops.pixel_rows(keep, (3, 4))
+    picked = ops.gather_pixels(x, rows, (3, 4), "BCHW")  # (2, 5, 3, 1)
+    for image in range(2):
+        for place, cell in enumerate(keep[image].tolist()):
+            assert torch.equal(picked[image, :, place, 0], x[image, :, cell // 4, cell % 4])
+    written = ops.write_pixels(x, picked, rows, "BCHW", "zero")
+    expected = torch.zeros_like(x)
+    for image in range(2):
+        for cell in keep[image].tolist():
+            expected[image, :, cell // 4, cell % 4] = 2 * x[image, :, cell // 4, cell % 4]
+    assert torch.equal(written, expected)
+    kept = ops.write_pixels(x, picked, rows, "BCHW", "keep")
+    assert torch.equal(kept, torch.where(expected != 0, expected, x))
+    last = ops.gather_pixels(x.permute(0, 2, 3, 1), rows, (3, 4), "BHWC")
+    assert torch.equal(last, picked.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="chosen for a grid"):
+        ops.gather_pixels(x, rows, (4, 3), "BCHW")
+
+
+def test_torchvision_models_whole():
+    gm = papr_fx.transform(
+        torchvision.models.convnext_tiny().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64)
+    )
+    assert len(papr_fx.report(gm).sites) == 18
