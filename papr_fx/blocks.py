@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -37,7 +38,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules(remove_duplicate=False) if name in members]
 
 
-def ancestors_of(names: list[str]) -> set[str]:
+def ancestors_of(names: Iterable[str]) -> set[str]:
     """Qualified names of every module that contains one of `names`, the model itself left out."""
     parts = [name.split(".") for name in names]
     return {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}

@@ -39,7 +39,8 @@ def prune_by_pixels(model: nn.Module, images: Tensor, proposal: SignificanceNet,
     dense: dict[bool, fx.Graph | str] = {mode: traced.graph for mode, traced in traces.items()}
     if str(dense[True]) == str(dense[False]):
         dense[True] = dense[False]
-    sites, left = ({mode: found[mode][part] for mode in found} for part in (0, 1))
+    sites = {mode: pair[0] for mode, pair in found.items()}
+    left = {mode: pair[1] for mode, pair in found.items()}
     if not sites[True]:
         dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
     root = traces[False].root(model)
@@ -108,8 +109,8 @@ def _no_site(model: nn.Module, left: Iterable[Left]) -> NoSiteError:
     reasons = [f"`{miss.merge}`, {miss.reason}" for miss in left]
     found = f"the nearest miss is {reasons[-1]}" if reasons else "found no residual addition whose branch holds one"
     return NoSiteError(
-        f"{type(model).__name__} has no pixel operator to prune: sought a residual branch with a Linear or 1x1 convolution that "
-        f"treats every position alone, {found}"
+        f"{type(model).__name__} has no pixel operator to prune: sought a residual branch with a Linear or 1x1 convolution "
+        f"that treats every position alone, {found}"
     )
 
 

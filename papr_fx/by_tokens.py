@@ -23,16 +23,16 @@ def prune_by_tokens(model: nn.Module, images: Tensor, proposal: SignificanceNet,
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    root, plan, recorded = _plan(model, images, z)
+    blocks = tuple(find_blocks(model))
+    root, plan, recorded = _plan(model, images, z, blocks)
     root.papr_proposal = proposal
     gm = _built(root, plan)
-    _check_reads(gm, recorded)
+    _check_reads(gm, blocks, recorded)
     return gm
 
 
-def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -> tuple[nn.Module, Plan, list[fx.Graph]]:
     """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
-    blocks = find_blocks(model)
     if not blocks:
         raise NoSiteError(
             f"{type(model).__name__} has no repeated blocks: sought composite modules (modules of modules), found none"
@@ -54,12 +54,12 @@ def _plan(model: nn.Module, images: Tensor, z: float) -> tuple[nn.Module, Plan, 
         raise ArgumentError(
             f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
         )
-    plan = Plan(type(model).__name__, dense, Tokens(tuple(blocks)), frozenset(opened), dynamic, tuple(images.shape), z)
+    plan = Plan(type(model).__name__, dense, Tokens(blocks), frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
     return traced.root(model), plan, [traced.recorded, in_training.recorded]
 
 
-def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: list[str]) -> fx.Graph | str:
+def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: tuple[str, ...]) -> fx.Graph | str:
     """The graph for training mode: the one for eval mode where they agree, a reason where the tokens differ at the splice."""
     if graph_text(training) == graph_text(graph):
         return graph
@@ -85,12 +85,12 @@ def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph
     return training
 
 
-def _check_reads(gm: PrunedModule, recorded: list[fx.Graph]) -> None:
+def _check_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Graph]) -> None:
     """Refuses a model in whose code Python went on with a number that pruning changes: the graph would hold the dense one."""
     for graph, training in zip(recorded, (False, True), strict=True):
         if isinstance(gm.plan.dense[training], str):
             continue
-        stream = prune_tokens.find_site(graph, gm.plan.operator.blocks).stream
+        stream = prune_tokens.find_site(graph, blocks).stream
         reads = [node for node in graph.nodes if "read" in node.meta and stream in ancestors(node)]
         before = {node: fixed_value(node) for node in reads}
         if not reads:

@@ -126,9 +126,9 @@ def _token_sites(
     kept = site.prefix + _kept(plan, n, site.prefix)
     before = ancestors(site.stream)
     after = [node.name for node in site.stream.graph.nodes if node not in before]
-    counts = (sum(macs.get(name, 0) for name in after) for macs in (dense, pruned))
+    before_macs, after_macs = (sum(macs.get(name, 0) for name in after) for macs in (dense, pruned))
     name = f"{site.stream.name} -> {site.block.target}"
-    return (SiteReport(name, site.grid, site.prefix, site.prefix + n, kept, *counts, ""),)
+    return (SiteReport(name, site.grid, site.prefix, site.prefix + n, kept, before_macs, after_macs, ""),)
 
 
 def _pixel_sites(
@@ -137,9 +137,9 @@ def _pixel_sites(
     sites: list[SiteReport] = []
     for site in operator.sites[training]:
         n = site.grid[0] * site.grid[1]
-        counts = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
+        before, after = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
         background = prune_pixels.background_of(site, operator.background, training)
-        sites.append(SiteReport(site.name, site.grid, 0, n, _kept(plan, n, 0), *counts, background))
+        sites.append(SiteReport(site.name, site.grid, 0, n, _kept(plan, n, 0), before, after, background))
     return tuple(sites)
 
 

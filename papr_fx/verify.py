@@ -211,7 +211,7 @@ def _check_masked(
     error = relative_error(pruned, masked)
     if not error <= allowed:
         raise VerifyError(
-            f"regions: with fewer positions the output is off by {error:.1e} from the dense model whose branches are zeroed there "
+            f"regions: with fewer positions the output is off by {error:.1e} from the dense model with masked branches "
             f"({allowed:.0e} is allowed): an operator mixes positions"
         )
 

@@ -195,9 +195,11 @@ def _match(
         return None
     behind = f"`{layers[-1].target}`"
     fed = {node for conv in convolutions for node in _upstream(conv)}
-    if not entries or any(e not in sources and e not in convolutions and e not in fed for e in entries):
-        odd = next((e for e in entries if e not in sources and e not in convolutions and e not in fed), None)
-        return f"{behind}: its branch starts at `{odd}`, neither the residual's source nor a depthwise convolution"
+    fed |= {part for node in fed if shape_of(node) is None for part in node.users}  # what passes beside it, of one split
+    odd = [entry for entry in entries if entry not in fed and entry not in sources and entry not in convolutions]
+    if odd or not entries:
+        start = odd[0] if odd else None
+        return f"{behind}: its branch starts at `{start}`, neither the residual's source nor a depthwise convolution"
     attempts: list[tuple[int, str]] = []
     for hypothesis in product(*(_hypotheses(entry, entry in convolutions) for entry in entries)):
         layouts = dict(zip(entries, hypothesis, strict=True))

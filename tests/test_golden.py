@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import torchvision
 
 import papr_fx
@@ -20,12 +21,19 @@ MODELS = {
     "deit_tiny_distilled_patch16_224": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
     "vit_tiny_dynamic": lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True),
     "torchvision_vit_b_32": lambda: torchvision.models.vit_b_32(),
+    "convnext_tiny": lambda: timm.create_model("convnext_tiny"),
+    "convnextv2_atto": lambda: timm.create_model("convnextv2_atto"),
+    "swin_tiny_patch4_window7_224": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+    "caformer_s18": lambda: timm.create_model("caformer_s18"),
+    "torchvision_convnext_tiny": lambda: torchvision.models.convnext_tiny(),
+    "torchvision_swin_v2_t": lambda: torchvision.models.swin_v2_t(),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graph_diff(name):
-    gm = papr_fx.transform(MODELS[name]().eval(), toy_proposal(), 0.5, verify=False)
+    example = torch.zeros(1, 3, 224, 224)
+    gm = papr_fx.transform(MODELS[name]().eval(), toy_proposal(), 0.5, example_input=example, verify=False)
     assert_golden(gm, GOLDEN / f"{name}.diff")
 
 

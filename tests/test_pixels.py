@@ -53,46 +53,67 @@ def timm_model(name, **options):
 
 
 FAMILIES = {
-    "ConvNeXt": Family(timm_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"),
+    "ConvNeXt": Family(
+        timm_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
+    ),
     "ConvNeXt, 1x1 convolutions": Family(
         timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
     ),
     "ConvNeXt without layer scale": Family(
-        timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), ls_init_value=None), "ConvNeXtBlock", "drop_path", natural="zero"
+        timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), ls_init_value=None),
+        "ConvNeXtBlock",
+        "drop_path",
+        natural="zero",
     ),
-    "ConvNeXt V2": Family(timm_model("convnextv2_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"),
+    "ConvNeXt V2": Family(
+        timm_model("convnextv2_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
+    ),
     "ConvNeXt V2, 1x1 convolutions": Family(
         timm_model("convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
     ),
     "Swin": Family(
         timm_model("swin_tiny_patch4_window7_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4)),
-        "SwinTransformerBlock", "drop_path2",
+        "SwinTransformerBlock",
+        "drop_path2",
     ),
     "Swin, padded windows": Family(
-        timm_model("swin_tiny_patch4_window7_224", img_size=(72, 40), embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4),
-        "SwinTransformerBlock", "drop_path2", (72, 40),
+        timm_model(
+            "swin_tiny_patch4_window7_224", img_size=(72, 40), embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4
+        ),
+        "SwinTransformerBlock",
+        "drop_path2",
+        (72, 40),
     ),
     "SwinV2": Family(
         timm_model("swinv2_tiny_window8_256", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4), window_size=4),
-        "SwinTransformerV2Block", "drop_path2",
+        "SwinTransformerV2Block",
+        "drop_path2",
     ),
     "SwinV2-CR": Family(
         timm_model("swinv2_cr_tiny_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4), window_size=4),
-        "SwinTransformerV2CrBlock", "drop_path2", behind="norm3",
+        "SwinTransformerV2CrBlock",
+        "drop_path2",
+        behind="norm3",
     ),
     "torchvision ConvNeXt": Family(
-        lambda: TorchvisionConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)], num_classes=5), "CNBlock", "stochastic_depth", natural="zero"
+        lambda: TorchvisionConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)], num_classes=5),
+        "CNBlock",
+        "stochastic_depth",
+        natural="zero",
     ),
     "torchvision Swin": Family(
-        lambda: TorchvisionSwin([4, 4], 8, [1, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=5), "SwinTransformerBlock", "mlp"
+        lambda: TorchvisionSwin([4, 4], 8, [1, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=5),
+        "SwinTransformerBlock",
+        "mlp",
     ),
     "torchvision SwinV2": Family(
         lambda: TorchvisionSwin(
             [4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
         ),
-        "SwinTransformerBlockV2", "norm2",
+        "SwinTransformerBlockV2",
+        "norm2",
     ),
-}  # fmt: skip
+}
 
 
 def masked(value, masks):
@@ -109,7 +130,7 @@ def masked(value, masks):
 
 
 def masked_run(family, model, x, masks, background):
-    """The original model; "zero" multiplies a block's output by the mask, "keep" its MLP branch, GRN's input is masked in both."""
+    """The original model, masked: for "zero" a block's output, for "keep" its MLP branch; GRN's input in both."""
     handles = []
     for module in model.modules():
         if type(module).__name__ == family.block:
