@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -21,7 +21,9 @@ from .proposal import SignificanceNet
 from .trace import Traced, cut, propagate, sandbox, trace
 
 
-def prune_by_pixels(model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float, background: str) -> PrunedModule:
+def prune_by_pixels(
+    model: nn.Module, images: Tensor, proposal: Callable[[], SignificanceNet], z: float, background: str
+) -> PrunedModule:
     """Builds the model whose pixel operators run on `z` of the positions, below 1; not yet proved.
 
     Raises:
@@ -29,18 +31,18 @@ def prune_by_pixels(model: nn.Module, images: Tensor, proposal: SignificanceNet,
         TraceError: The model's forward cannot be recorded.
     """
     known: dict[Any, Verdict] = {}
-    opened = _opened(model, images, known)
+    opened, alone = _opened(model, images, known)
     for name in opened:
         inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
     traces = {mode: trace(model, images, lambda _, name: name in opened, training=mode) for mode in (False, True)}
-    found = {mode: _sites(model, traced, known) for mode, traced in traces.items()}
+    found = {mode: _sites(model, traced, known, training=mode) for mode, traced in traces.items()}
     if not found[False][0]:
         raise _no_site(model, found[False][1])
     dense: dict[bool, fx.Graph | str] = {mode: traced.graph for mode, traced in traces.items()}
     if str(dense[True]) == str(dense[False]):
         dense[True] = dense[False]
     sites = {mode: pair[0] for mode, pair in found.items()}
-    left = {mode: pair[1] for mode, pair in found.items()}
+    left = {False: alone, True: found[True][1]}
     if not sites[True]:
         dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
     root = traces[False].root(model)
@@ -48,7 +50,7 @@ def prune_by_pixels(model: nn.Module, images: Tensor, proposal: SignificanceNet,
     operator = Pixels(sites, left, background)
     plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
-    root.papr_proposal = proposal
+    root.papr_proposal = proposal()
     try:
         return PrunedModule(root, plan)
     except TraceError as error:
@@ -64,10 +66,13 @@ def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
     return any(isinstance(module, nn.Conv2d) and prod(module.kernel_size) > 1 for module in inside)
 
 
-def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> set[str]:
-    """Which modules to trace through: those with an operator's parts and other things in them. All others stay whole."""
+def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> tuple[set[str], tuple[Left, ...]]:
+    """Which modules to trace through: those with an operator's parts and other things in them. All others stay whole.
+
+    Beside them, what is left alone, seen with every module traced through, so that reasons name the smallest part.
+    """
     traced = trace(model, images, lambda module, _: any(True for _ in module.children()))
-    sites, left = _sites(model, traced, known)
+    sites, left = _sites(model, traced, known, training=False)
     if not sites:
         raise _no_site(model, left)
     owners = {
@@ -82,13 +87,15 @@ def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> set[
         closed = {owner for owner, count in inside.items() if count == whole[owner]}
         visible = [site.merge, site.residual, site.branch, site.origin[0], *site.region, *(name for name, _ in site.entries)]
         opened.update(owner for name in visible for owner in owners[name] if owner not in closed)
-    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}
+    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, left
 
 
-def _sites(model: nn.Module, traced: Traced, known: dict[Any, Verdict]) -> tuple[tuple[Site, ...], tuple[Left, ...]]:
+def _sites(
+    model: nn.Module, traced: Traced, known: dict[Any, Verdict], *, training: bool
+) -> tuple[tuple[Site, ...], tuple[Left, ...]]:
     """The sites of a traced graph; not those in which Python went on with a number that pruning changes."""
     root = traced.root(model)
-    sites, left = prune_pixels.find_sites(traced.graph, root, Positions(root, known))
+    sites, left = prune_pixels.find_sites(traced.graph, root, Positions(root, known, training=training))
     fixed = {site: read for site in sites if (read := _read_inside(traced.recorded, site))}
     refused = tuple(Left(site.merge, f"`{read}` is read there as a Python number or length") for site, read in fixed.items())
     return tuple(site for site in sites if site not in fixed), (*left, *refused)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -16,7 +18,7 @@ from .proposal import SignificanceNet
 from .trace import REFUSALS, ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
 
 
-def prune_by_tokens(model: nn.Module, images: Tensor, proposal: SignificanceNet, z: float) -> PrunedModule:
+def prune_by_tokens(model: nn.Module, images: Tensor, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
     """Builds the model that runs on `z` of its tokens, below 1; not yet proved.
 
     Raises:
@@ -25,7 +27,7 @@ def prune_by_tokens(model: nn.Module, images: Tensor, proposal: SignificanceNet,
     """
     blocks = tuple(find_blocks(model))
     root, plan, recorded = _plan(model, images, z, blocks)
-    root.papr_proposal = proposal
+    root.papr_proposal = proposal()
     gm = _built(root, plan)
     _check_reads(gm, blocks, recorded)
     return gm

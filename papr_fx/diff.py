@@ -62,13 +62,22 @@ def _lines(graph: fx.Graph) -> list[str]:
     lines: list[str] = []
     start = 0
     while start < len(nodes):
-        length, count = _repeated(nodes, start)
+        length, count = _chain_length(nodes, start), 0
+        if length < 3:
+            length, count = _repeated(nodes, start)
         lines.extend(_chained(nodes[start : start + length], batched))
         if count:
             last = nodes[start + length * (count + 1) - 1]
             lines.append(f"# and {count} alike, up to {last.name}")
         start += length * (count + 1)
     return lines
+
+
+def _chain_length(nodes: Sequence[fx.Node], start: int) -> int:
+    end = start + 1
+    while end < len(nodes) and _continues(nodes[end - 1], nodes[end]):
+        end += 1
+    return end - start
 
 
 def _repeated(nodes: Sequence[fx.Node], start: int) -> tuple[int, int]:

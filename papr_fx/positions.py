@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from .numerics import exact_float32, redraw, relative_error, tensors_of, unit_scale
 from .trace import ancestors, sandbox, shape_of
@@ -52,12 +53,14 @@ class Positions:
     Args:
         root: The modules that the graph calls.
         known: Answers about modules, filled in here, for another graph of the same model.
+        training: Whether batch norms are tried in training mode, where they mix positions; all else is tried in eval mode.
     """
 
-    def __init__(self, root: nn.Module, known: dict[tuple[Any, ...], Verdict] | None = None) -> None:
+    def __init__(self, root: nn.Module, known: dict[tuple[Any, ...], Verdict], *, training: bool) -> None:
         self._root = root
+        self._training = training
         self._random = torch.Generator().manual_seed(0)
-        self._known = {} if known is None else known
+        self._known = known
 
     def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
         """What `node` does, given the layouts of its inputs that hold positions; its other inputs are constants."""
@@ -75,9 +78,11 @@ class Positions:
         if node.op != "call_module":
             return self._try(node, layout, layouts, lambda args, kwargs: _call(node, args, kwargs))
         target = str(node.target)
-        key = (target, layout, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
+        key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
         if key not in self._known:
             module = sandbox(self._root.get_submodule(target)).eval()
+            for part in module.modules():
+                part.training = self._training and isinstance(part, _NormBase)
             values = redraw(module, self._random, torch.float32)
             self._known[key] = self._try(
                 node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)

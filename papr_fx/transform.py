@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import cache
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from .by_tokens import prune_by_tokens
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, VerifyError
 from .module import PrunedModule, checked_z
-from .proposal import InputStats, build_proposal
+from .proposal import InputStats, SignificanceNet, build_proposal
 from .trace import REFUSALS, sandbox
 from .verify import prove
 
@@ -91,7 +92,9 @@ def transform(
             prove(model, gm)
         return gm
 
-    network = build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
+    @cache
+    def network() -> SignificanceNet:
+        return build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
 
     some = min(keep_ratio, 0.9)
     if mode == "pixels":

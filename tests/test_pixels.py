@@ -72,7 +72,9 @@ FAMILIES = {
         timm_model("convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), "ConvNeXtBlock", "drop_path", natural="zero"
     ),
     "Swin": Family(
-        timm_model("swin_tiny_patch4_window7_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4)),
+        timm_model(
+            "swin_tiny_patch4_window7_224", img_size=64, embed_dim=8, depths=(1, 2), num_heads=(2, 4), drop_path_rate=0.0
+        ),
         "SwinTransformerBlock",
         "drop_path2",
     ),
@@ -384,7 +386,11 @@ def test_the_proof_sees_wrong_indices(monkeypatch, name, wrong):
 def test_the_proof_sees_a_region_that_mixes_positions(monkeypatch):
     """A norm over space passes every permutation: it must be refused by the comparison with masked branches."""
     model = user_model(Residual(nn.GroupNorm(1, 8), *mlp())).double()
-    trusting = lambda self, node, layouts: prune_pixels.Verdict(layouts[node.all_input_nodes[0]])  # noqa: E731
+
+    def trusting(_self, node, layouts):
+        layout = layouts[node.all_input_nodes[0]]
+        return prune_pixels.Verdict(layout if layout == "BCHW" else "")
+
     monkeypatch.setattr(prune_pixels.Positions, "verdict", trusting)
     with pytest.raises(papr_fx.VerifyError, match="regions"):
         papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")

@@ -202,7 +202,7 @@ def test_an_image_size_that_a_timm_model_refuses():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "rows"}, "mode must be one of 'auto', 'tokens', not 'rows'"),
+        ({"mode": "rows"}, "mode must be one of 'auto', 'tokens', 'pixels', not 'rows'"),
         ({"mode": None}, "mode must be"),
         ({"background": "blur"}, "background must be one of 'auto', 'keep', 'zero', not 'blur'"),
         ({"saliency": "cam"}, "saliency must be one of 'psm'"),

@@ -229,14 +229,21 @@ def test_prefix_tokens_that_the_image_moves_are_refused():
 def test_positions_beyond_the_embedding_are_refused(name):
     model = timm.create_model(name, depth=2).eval()
     with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding.*blocks.0"):
-        papr_fx.transform(model, toy_proposal(), 0.5)
+        papr_fx.transform(model, toy_proposal(), 0.5, mode="tokens")
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_token_trunks_are_not_taken_for_hierarchical_ones(name):
+    with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding"):
+        papr_fx.transform(timm.create_model(name, depth=2).eval(), toy_proposal(), 0.5)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "samvit_base_patch16"])
 def test_spatial_trunks_are_refused(name):
     model = timm.create_model(name).eval()
+    example = torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:])
     with pytest.raises(papr_fx.NoSiteError, match="spatial layout"):
-        papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:]))
+        papr_fx.transform(model, toy_proposal(), 0.5, mode="tokens", example_input=example)
 
 
 def test_half_precision_is_proved_in_float32():
