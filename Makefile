@@ -29,6 +29,7 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m benchmarks.tokens
+	$(PYTHON) -m benchmarks.pixels
 
 accept: setup
 	$(PYTHON) -m pytest -n 2 --accept tests/test_golden.py

@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="prune a ViT on a photograph, offline: table, picture and graph diff")
     demo.set_defaults(run=_demo)
-    show = commands.add_parser("show", help="draw the map and the kept patches of any image")
+    show = commands.add_parser(
+        "show", help="draw the map and the kept patches of any image, for each stage of a hierarchical model"
+    )
     show.add_argument("image", type=Path, help="an image file")
     show.set_defaults(run=_show)
     diff = commands.add_parser("diff", help="print what changes in a model's graph")
@@ -131,7 +133,7 @@ def _demo(arguments: argparse.Namespace) -> None:
                 times["dense"] / times["pruned"],
             )
         )
-    headers = ["z", "tokens", "GMACs dense", "GMACs with proposal", "ms dense", "ms pruned", "speed-up"]
+    headers = ["z", "positions", "GMACs dense", "GMACs with proposal", "ms dense", "ms pruned", "speed-up"]
     print(tabulate(rows, headers=headers, floatfmt=("g", "", ".2f", ".2f", ".0f", ".0f", ".2f"), tablefmt="github"))
     _draw(arguments, prepared)
     print(f"\nwhat changed in the graph at z={arguments.z[-1]:g}:\n{graph_diff(model, gm)}")
@@ -168,11 +170,13 @@ def _prepared(arguments: argparse.Namespace, image: Image) -> _Prepared:
 def _draw(arguments: argparse.Namespace, prepared: _Prepared) -> None:
     from .draw import draw
 
-    kept: dict[str, Tensor] = {}
+    rows: list[dict[str, Tensor]] = []
     for z in arguments.z:
         set_keep_ratio(prepared.gm, z)
-        for grid, mask in keep_masks(prepared.gm, prepared.images).items():
-            kept[f"z={z:g}: {int(mask.sum())} of {grid[0]} x {grid[1]}"] = mask[0]
+        masks = keep_masks(prepared.gm, prepared.images).items()
+        rows.append({f"z={z:g}: {int(mask.sum())} of {grid[0]} x {grid[1]}": mask[0] for grid, mask in masks})
+    one_grid = all(len(row) == 1 for row in rows)
+    kept = [{title: mask for row in rows for title, mask in row.items()}] if one_grid else rows  # else a row a keep ratio
     draw(arguments.out, prepared.photograph, significance(prepared.gm, prepared.images)[0], kept)
     print(f"picture: {arguments.out}")
 

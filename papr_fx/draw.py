@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -11,20 +11,24 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Mapping[str, Tensor]) -> None:
+def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]]) -> None:
     """Writes a picture with one panel each for the photograph, its map, and every set of kept positions.
 
     Args:
         path: The PNG file to write.
         photograph: (3, H, W) in [0, 1].
         significance: The map (h, w); shown min-max normalised.
-        kept: Masks (rows, columns), True where kept, by title.
+        kept: Rows of panels: masks (rows, columns), True where kept, by title.
     """
     image = photograph.permute(1, 2, 0).clamp(0, 1).cpu()  # (H, W, 3)
     height, width = image.shape[:2]
-    figure = Figure(figsize=(3 * (2 + len(kept)), 3.4), layout="constrained")
+    across = 2 + max(len(row) for row in kept)
+    figure = Figure(figsize=(3 * across, 3.4 * len(kept)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 + len(kept), squeeze=False)[0]
+    grid = figure.subplots(len(kept), across, squeeze=False)
+    for panel in grid.flat:
+        panel.set_axis_off()
+    panels = grid[0]
     panels[0].imshow(image.numpy())
     panels[0].set_title("photograph")
     panels[1].imshow(image.numpy())
@@ -32,10 +36,9 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Mapping[str
         significance.float().cpu().numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="inferno", interpolation="bicubic"
     )
     panels[1].set_title("significance map")
-    for panel, (title, mask) in zip(panels[2:], kept.items(), strict=True):
-        shown = F.interpolate(mask.float().cpu()[None, None], size=(height, width), mode="nearest-exact")[0, 0]  # (H, W)
-        panel.imshow((image * (0.15 + 0.85 * shown.unsqueeze(-1))).numpy())
-        panel.set_title(title)
-    for panel in panels:
-        panel.set_axis_off()
+    for place, masks in enumerate(kept):
+        for panel, (title, mask) in zip(grid[place][2:], masks.items(), strict=False):
+            shown = F.interpolate(mask.float().cpu()[None, None], size=(height, width), mode="nearest-exact")[0, 0]  # (H, W)
+            panel.imshow((image * (0.15 + 0.85 * shown.unsqueeze(-1))).numpy())
+            panel.set_title(title)
     figure.savefig(path, dpi=110)

@@ -94,3 +94,15 @@ def test_as_a_module():
     ran = subprocess.run([sys.executable, "-m", "papr_fx", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in ran.stdout
     assert "show" in ran.stdout
+
+
+def test_show_draws_every_stage_of_a_hierarchical_model(tmp_path, capsys):
+    from PIL import Image
+    from skimage.data import coffee
+
+    Image.fromarray(coffee()).save(tmp_path / "photograph.png")
+    out = tmp_path / "stages.png"
+    arguments = ["show", str(tmp_path / "photograph.png"), "--model", "convnext_atto", "--z", "0.5", "0.25", "--out", str(out)]
+    assert main(arguments) == 0
+    width, height = Image.open(out).size
+    assert width > 2 * height  # photograph, map and four stages across, two keep ratios down

@@ -238,7 +238,7 @@ def test_token_trunks_are_not_taken_for_hierarchical_ones(name):
         papr_fx.transform(timm.create_model(name, depth=2).eval(), toy_proposal(), 0.5)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "samvit_base_patch16"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "samvit_base_patch16_224"])
 def test_spatial_trunks_are_refused(name):
     model = timm.create_model(name).eval()
     example = torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:])
