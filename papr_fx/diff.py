@@ -81,35 +81,38 @@ def _chain_length(nodes: Sequence[fx.Node], start: int) -> int:
 
 
 def _repeated(nodes: Sequence[fx.Node], start: int) -> tuple[int, int]:
-    """Length of the group of nodes at `start` that is repeated, and how often it is; one node, not repeated, if there is none.
-
-    Groups are alike if their nodes do the same to the same, or to what stands at the same place in the group before.
-    """
+    """Length of the group at `start` that is repeated, and how often it is; one node, not repeated, if there is none."""
     place = {node: index for index, node in enumerate(nodes)}
     for length in range(_MIN_GROUP, min(_MAX_GROUP, (len(nodes) - start) // 2) + 1):
         count = 0
-        while all(
-            _alike(nodes[start + offset], nodes[start + length * (count + 1) + offset], place, length * (count + 1))
-            for offset in range(length)
-            if start + length * (count + 2) <= len(nodes)
-        ) and start + length * (count + 2) <= len(nodes):
+        while start + length * (count + 2) <= len(nodes) and _alike(nodes, place, start, length, length * (count + 1)):
             count += 1
         if count:
             return length, count
     return 1, 0
 
 
-def _alike(first: fx.Node, later: fx.Node, place: dict[fx.Node, int], distance: int) -> bool:
-    """Whether `later`, so many nodes on, does what `first` does."""
-    if first.op != later.op or _stem(first.target) != _stem(later.target) or shape_of(first) != shape_of(later):
-        return False
-    mapped = zip(first.all_input_nodes, later.all_input_nodes, strict=False)
-    if len(first.all_input_nodes) != len(later.all_input_nodes):
-        return False
-    if any(a is not b and place[a] + distance != place[b] for a, b in mapped):
-        return False
-    plain = [fx.map_arg((node.args, node.kwargs), lambda _: None) for node in (first, later)]
-    return plain[0] == plain[1]
+def _alike(nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, length: int, distance: int) -> bool:
+    """Whether the group of nodes at `start` and that so many nodes on do the same to the same.
+
+    The same is one and the same node, or one at the same place of its group; what enters the first group from before it may
+    be, for a later one, the last node of the group before.
+    """
+
+    def same(first: fx.Node, later: fx.Node) -> bool:
+        entered = place[first] < start and place[later] == start + distance - 1
+        return first is later or place[first] + distance == place[later] or entered
+
+    for first, later in zip(nodes[start : start + length], nodes[start + distance :], strict=False):
+        if first.op != later.op or _stem(first.target) != _stem(later.target) or shape_of(first) != shape_of(later):
+            return False
+        inputs = first.all_input_nodes, later.all_input_nodes
+        if len(inputs[0]) != len(inputs[1]) or not all(map(same, *inputs)):
+            return False
+        plain = [fx.map_arg((node.args, node.kwargs), lambda _: None) for node in (first, later)]
+        if plain[0] != plain[1]:
+            return False
+    return True
 
 
 def _stem(target: Any) -> Any:
