@@ -104,5 +104,6 @@ def test_show_draws_every_stage_of_a_hierarchical_model(tmp_path, capsys):
     out = tmp_path / "stages.png"
     arguments = ["show", str(tmp_path / "photograph.png"), "--model", "convnext_atto", "--z", "0.5", "0.25", "--out", str(out)]
     assert main(arguments) == 0
-    width, height = Image.open(out).size
+    with Image.open(out) as picture:
+        width, height = picture.size
     assert width > 2 * height  # photograph, map and four stages across, two keep ratios down
