@@ -3,7 +3,7 @@
 from . import testing
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
-from .module import keep_masks, set_keep_ratio, significance
+from .module import keep_masks, restore_grid, set_keep_ratio, significance
 from .report import Report, report
 from .transform import transform
 
@@ -18,6 +18,7 @@ __all__ = [
     "graph_diff",
     "keep_masks",
     "report",
+    "restore_grid",
     "set_keep_ratio",
     "significance",
     "testing",

@@ -75,9 +75,7 @@ def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> tupl
     sites, left = _sites(model, traced, known, training=False)
     if not sites:
         raise _no_site(model, left)
-    owners = {
-        node.name: tuple(name for name, _ in node.meta.get("nn_module_stack", {}).values()) for node in traced.graph.nodes
-    }
+    owners: dict[str, tuple[str, ...]] = {node.name: node.meta["inside"] for node in traced.graph.nodes}
     whole = Counter(owner for names in owners.values() for owner in names)
     opened: set[str] = set()
     for site in sites:

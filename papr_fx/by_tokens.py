@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,10 +12,15 @@ from .blocks import ancestors_of, find_blocks
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, TraceError
 from .module import PrunedModule
-from .passes import prune_tokens
+from .passes import gather_positions, prune_tokens
 from .plan import Plan, Tokens
 from .proposal import SignificanceNet
 from .trace import REFUSALS, ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
+
+_REFUSED = (
+    "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that no gather mends "
+    "(a reshape to the grid, a window)"
+)
 
 
 def prune_by_tokens(model: nn.Module, images: Tensor, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
@@ -43,22 +48,44 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
     while True:
         for name in opened:
             inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-        traced = trace(model, images, lambda _, name: name in opened)
+        traced = trace(model, images, lambda _, name, opened=opened: name in opened)
         site = prune_tokens.find_site(traced.graph, blocks)
         dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
-        if not dynamic or site.join.op != "call_module" or site.join.target in opened:
+        if dynamic and site.join.op == "call_module" and site.join.target not in opened:
+            opened.add(str(site.join.target))  # its sizes must be values of this graph
+            continue
+        in_training = trace(model, images, lambda _, name, opened=opened: name in opened, training=True)
+        traces = {False: traced, True: in_training}
+        dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
+        try:
+            positions = {mode: _positions(traces[mode].root(model), dense[mode], blocks, images) for mode in traces}
             break
-        opened.add(str(site.join.target))  # its sizes must be values of this graph
-    in_training = trace(model, images, lambda _, name: name in opened, training=True)
-    dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
+        except gather_positions.LengthError as clash:
+            opened |= _alike(model, blocks, opened, clash)
     flags = {model.training, *(model.get_submodule(name).training for name in opened)}
     if dense[True] is not dense[False] and len(flags) > 1:
         raise ArgumentError(
             f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
         )
-    plan = Plan(type(model).__name__, dense, Tokens(blocks), frozenset(opened), dynamic, tuple(images.shape), z)
+    operator = Tokens(blocks, positions)
+    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
     return traced.root(model), plan, [traced.recorded, in_training.recorded]
+
+
+def _positions(root: nn.Module, graph: fx.Graph | str, blocks: tuple[str, ...], images: Tensor) -> gather_positions.Found:
+    if isinstance(graph, str):
+        return gather_positions.Found()
+    return gather_positions.find_sites(sandbox(root), graph, prune_tokens.find_site(graph, blocks), images)
+
+
+def _alike(model: nn.Module, blocks: Collection[str], opened: Collection[str], clash: gather_positions.LengthError) -> set[str]:
+    """The module that refuses fewer tokens and those of its class in the blocks, to be traced through."""
+    if clash.module in opened or not any(True for _ in model.get_submodule(clash.module).children()):
+        raise NoSiteError(f"{_REFUSED.format(type(model).__name__)}: {clash}") from clash
+    kind = type(model.get_submodule(clash.module))
+    alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) is kind}
+    return {name for name in alike if any(f"{name}.".startswith(f"{block}.") for block in blocks)} | {clash.module}
 
 
 def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph, blocks: tuple[str, ...]) -> fx.Graph | str:
@@ -79,10 +106,10 @@ def _training_graph(graph: fx.Graph, site: prune_tokens.Site, training: fx.Graph
         found = prune_tokens.find_site(training, blocks)
     except NoSiteError as error:
         return str(error)
-    if (found.grid, found.prefix, found.block.target) != (site.grid, site.prefix, site.block.target):
+    if (found.grid, found.prefix, found.block) != (site.grid, site.prefix, site.block):
         return (
-            f"in training `{found.block.target}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
-            f"`{site.block.target}` reads {site.prefix} and {site.grid}"
+            f"in training `{found.block}` reads {found.prefix} prefix tokens and grid {found.grid}, in eval mode "
+            f"`{site.block}` reads {site.prefix} and {site.grid}"
         )
     return training
 
@@ -128,7 +155,4 @@ def _built(root: nn.Module, plan: Plan) -> PrunedModule:
     try:
         return PrunedModule(root, plan)
     except TraceError as error:
-        raise NoSiteError(
-            f"the blocks of {plan.name} do not run on fewer tokens: they use positions beyond the embedding (a rotary table, "
-            f"a relative-position bias, a mask, a reshape to the grid): {str(error).splitlines()[0]}"
-        ) from error
+        raise NoSiteError(f"{_REFUSED.format(plan.name)}: {str(error).splitlines()[0]}") from error

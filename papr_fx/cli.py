@@ -1,4 +1,4 @@
-"""The command line: `papr-fx demo`, `papr-fx show`, `papr-fx diff`; the same as `python -m papr_fx`."""
+"""The command line: `papr-fx demo`, `show`, `diff` and `models`; the same as `python -m papr_fx`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tabulate import tabulate
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from . import coverage
 from .diff import graph_diff
 from .errors import ArgumentError, PaprError, ProposalError
-from .module import PrunedModule, keep_masks, set_keep_ratio, significance
+from .module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
 from .proposal import InputStats
 from .report import report
 from .timing import median_times
@@ -88,7 +89,19 @@ def _parser() -> argparse.ArgumentParser:
             "--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)"
         )
         command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
+    _add_models(commands.add_parser("models", help="try every architecture of a library: what is pruned, and what is refused"))
     return parser
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_models)
+    command.add_argument("--library", choices=coverage.LIBRARIES, nargs="+", default=["timm"])
+    command.add_argument(
+        "--filter", nargs="+", default=["*"], metavar="GLOB", help="architectures or families (modules of the library)"
+    )
+    command.add_argument("--z", type=float, default=0.5, help="keep ratio")
+    command.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: %(default)s)")
+    command.add_argument("--table", type=Path, help="also write the tables to this Markdown file")
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,20 @@ def _diff(arguments: argparse.Namespace) -> None:
     model = _model(arguments)
     proposal, statistics = _proposal(arguments, model)
     print(graph_diff(model, transform(model, proposal, arguments.z, input_stats=statistics)), end="")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    chosen = [a for library in arguments.library for a in coverage.architectures(library, arguments.filter)]
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    rows = coverage.survey(chosen, checked_z(arguments.z), workers=arguments.workers, progress=progress)
+    text = f"{coverage.summary(rows)}\n\n{coverage.table(rows)}\n"
+    print(text, end="")
+    if arguments.table:
+        arguments.table.parent.mkdir(parents=True, exist_ok=True)
+        arguments.table.write_text(coverage.document(rows, arguments.z))
 
 
 def _prepared(arguments: argparse.Namespace, image: Image) -> _Prepared:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .errors import ArgumentError
+from .inputs import with_output
 from .module import PrunedModule, checked_module
 from .trace import TRACED_BATCH, ancestors, shape_of, trace
 
@@ -42,7 +43,8 @@ def graph_diff(model: nn.Module, gm: fx.GraphModule) -> str:
     module = checked_module(gm)
     if type(model).__name__ != module.plan.name:
         raise ArgumentError(f"graph_diff: gm was made of a {module.plan.name}, not of a {type(model).__name__}")
-    before = trace(model, module.example(), lambda _, name: name in module.plan.opened, training=module.training).graph
+    dense = with_output(model, module.plan.output)
+    before = trace(dense, module.example(), lambda _, name: name in module.plan.opened, training=module.training).graph
     return _unified(before, module)
 
 

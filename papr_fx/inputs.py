@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from .passes import splice_proposal
 MODES = ("auto", "tokens", "pixels")
 _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
 BACKGROUNDS = ("auto", "keep", "zero")
+OUTPUTS = ("logits", "features")
 
 
 def checked_model(model: object) -> nn.Module:
@@ -52,6 +54,25 @@ def checked_model(model: object) -> nn.Module:
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
     return model
+
+
+def with_output(model: nn.Module, output: str) -> nn.Module:
+    """The model itself for "logits"; for "features" one that shares all with it and returns its `forward_features`.
+
+    Raises:
+        ArgumentError: The model has no `forward_features`.
+    """
+    if output == "logits":
+        return model
+    kind = type(model)
+    if not hasattr(kind, "forward_features"):
+        raise ArgumentError(
+            f"output='features' calls forward_features, as timm's models have it, but {kind.__name__} has none: pass the "
+            "backbone itself, whose output is its features"
+        )
+    headless = copy.copy(model)
+    headless.__class__ = type(kind.__name__, (kind,), {"forward": kind.forward_features})
+    return headless
 
 
 def check_no_hooks(module: nn.Module, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ArgumentError
-from .plan import Plan
+from .plan import Choice, Plan
 from .proposal import SignificanceNet
 from .trace import cut, propagate, sandbox
 
@@ -123,6 +123,18 @@ def _checked_images(gm: PrunedModule, images: object) -> Tensor:
 
 
 @torch.no_grad()
+def _chosen(module: PrunedModule, images: Tensor) -> list[tuple[Choice, Tensor, Tensor]]:
+    """For each choice the map (B, h, w) and the indices (B, prefix + k); at z=1 such as at another ratio."""
+    plan = module.plan if module.plan.z < 1 else replace(module.plan, z=0.5)
+    graph = plan.rewrite(module.training)
+    nodes = {node.name: node for node in graph.nodes}
+    choices = plan.choices(module.training)
+    wanted = [nodes[f"{name}{choice.suffix}"] for choice in choices for name in ("papr_psm", "papr_keep")]
+    values = cut(module, graph, *wanted)(_checked_images(module, images))
+    return list(zip(choices, values[::2], values[1::2], strict=True))
+
+
+@torch.no_grad()
 def significance(gm: fx.GraphModule, images: Tensor) -> Tensor:
     """The proposal's significance maps, before they are resized to the token grid (PaPr, Eq. 2).
 
@@ -155,18 +167,46 @@ def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
         ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
     """
     module = checked_module(gm)
-    plan = module.plan if module.plan.z < 1 else replace(module.plan, z=0.5)
-    graph = plan.rewrite(module.training)
-    nodes = {node.name: node for node in graph.nodes}
-    choices = plan.choices(module.training)
-    wanted = [nodes[f"{name}{choice.suffix}"] for choice in choices for name in ("papr_psm", "papr_keep")]
-    values = cut(module, graph, *wanted)(_checked_images(module, images))
     masks: dict[Grid, Tensor] = {}
-    for choice, psm, keep in zip(choices, values[::2], values[1::2], strict=True):
+    for choice, psm, keep in _chosen(module, images):
         kept = keep[:, choice.prefix :] - choice.prefix  # (B, k)
         mask = torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter_(1, kept, True).view_as(psm)  # (B, h, w)
         masks[tuple(psm.shape[1:])] = mask if module.plan.z < 1 else torch.ones_like(mask)
     return masks
+
+
+def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: float | Tensor = 0.0) -> Tensor:
+    """Puts the kept tokens of a headless model back in their places on the grid, for dense heads.
+
+    Args:
+        gm: A token model returned by `transform`, such as with `output="features"`.
+        tokens: What it made of `images`: (B, prefix + k, C), or (B, k, C) without prefix tokens; all tokens at z=1.
+        images: (B, C, H, W), the same.
+        fill: What stands at dropped positions: a number, or a vector (C,) such as a mask token.
+
+    Returns:
+        (B, C, h, w) on the model's token grid.
+
+    Raises:
+        ArgumentError: `gm` is no transformed token model, or `tokens` are not those that it keeps of `images`.
+    """
+    module = checked_module(gm)
+    if module.plan.operator.mode != "tokens":
+        raise ArgumentError("restore_grid is for token models: pixel operators are written back to their grids already")
+    ((choice, psm, keep),) = _chosen(module, images)
+    grid, prefix = psm.shape[1:], choice.prefix
+    places = keep[:, prefix:] - prefix  # (B, k)
+    if module.plan.z == 1:
+        places = torch.arange(grid.numel(), device=keep.device).expand(len(keep), -1)
+    batch, kept = places.shape
+    if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[1] not in (kept, prefix + kept):
+        raise ArgumentError(
+            f"tokens must be (B, {prefix} + {kept}, C) or (B, {kept}, C) for these images, not {tuple(tokens.shape)}"
+        )
+    patches = tokens[:, tokens.shape[1] - kept :]
+    whole = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device).expand(batch, grid.numel(), tokens.shape[2])
+    restored = whole.scatter(1, places.unsqueeze(-1).expand_as(patches), patches)  # (B, h * w, C)
+    return restored.transpose(1, 2).reshape(batch, -1, *grid)
 
 
 def set_keep_ratio(gm: fx.GraphModule, z: float) -> None:

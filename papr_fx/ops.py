@@ -73,6 +73,36 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     return rows.reshape(batch, -1, width)
 
 
+def kept_patches(keep: Tensor, prefix: int) -> Tensor:
+    """The kept patches (B, k), counted without the prefix tokens, of kept tokens (B, prefix + k)."""
+    return keep[:, prefix:] - prefix
+
+
+def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+    """Picks, for each sample, the kept positions of a value that holds something for every position, or pair of positions.
+
+    A rotary table (N, D) that meets queries (B, H, K, D) becomes (B, 1, K, D), with axes=[2] and rank=4; a relative-position
+    bias (1, H, N, N) becomes (B, H, K, K), with axes=[2, 3].
+
+    Args:
+        value: Broadcastable to `rank` axes, of which the first is the batch.
+        keep: Kept positions (B, K).
+        axes: Where positions are counted, one or two of the axes behind the batch.
+        rank: Number of axes of the result.
+
+    Returns:
+        `rank` axes, B first, K along each of `axes`.
+    """
+    value = value.reshape((1,) * (rank - value.ndim) + tuple(value.shape))
+    rows = value.movedim([0, *axes], list(range(len(axes) + 1)))  # (1 or B, N, ..., the rest)
+    count, rest = rows.shape[1], rows.shape[len(axes) + 1 :]
+    index = keep if len(axes) == 1 else keep.unsqueeze(2) * count + keep.unsqueeze(1)  # (B, K) or (B, K, K)
+    first_row = torch.arange(rows.shape[0], device=keep.device) * count ** len(axes)
+    index = index + first_row.view(-1, *[1] * len(axes))
+    kept = rows.reshape(-1, *rest).index_select(0, index.reshape(-1)).view(*index.shape, *rest)
+    return kept.movedim(list(range(len(axes) + 1)), [0, *axes])
+
+
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
     """Kept positions (B, k) of a grid as rows (B * k,) of the batch's B * h * w positions."""
     count = grid[0] * grid[1]

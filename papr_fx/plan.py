@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .errors import NoSiteError
-from .passes import prune_pixels, prune_tokens, splice_proposal
+from .passes import gather_positions, prune_pixels, prune_tokens, splice_proposal
 from .positions import Layout
 
 
@@ -36,9 +36,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens are dropped in front of the first of `blocks`, the qualified names of the trunk's repeated blocks."""
+    """Tokens are dropped in front of the first block.
+
+    Attributes:
+        blocks: Qualified names of the trunk's repeated blocks.
+        positions: What else must change for the blocks to run on fewer tokens, for both values of `training`.
+    """
 
     blocks: tuple[str, ...]
+    positions: Mapping[bool, gather_positions.Found]
     mode = "tokens"
     follows_training = False
 
@@ -49,12 +55,13 @@ class Tokens:
         grid = prune_tokens.runtime_grid(graph, site, before) if plan.dynamic else site.grid
         images = splice_proposal.find_site(graph)
         keep = splice_proposal.rewrite(graph, images, before, grid, plan.z, prefix=site.prefix)
+        gather_positions.rewrite(graph, self.positions[training], keep, site.prefix)
         prune_tokens.rewrite(graph, site, keep)
 
     def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:
         """What is chosen in the dense `graph`: one set of tokens."""
         site = prune_tokens.find_site(graph, self.blocks)
-        where = f"at `{site.stream.name}` in front of `{site.block.target}`"
+        where = f"at `{site.stream.name}` in front of `{site.block}`"
         return (Choice("", site.grid, site.prefix, site.stream.name, "BNC", where),)
 
 
@@ -104,6 +111,7 @@ class Plan:
         dynamic: Whether the model takes several image sizes, so that the grid is read at run time.
         shape: Shape of the images that the graph was traced with, (B, C, H, W).
         z: Keep ratio in (0, 1].
+        output: What the module returns: "logits", as the model's forward does, or "features".
     """
 
     name: str
@@ -113,6 +121,7 @@ class Plan:
     dynamic: bool
     shape: tuple[int, ...]
     z: float
+    output: str = "logits"
 
     @property
     def one_graph(self) -> bool:

@@ -127,7 +127,7 @@ def _token_sites(
     before = ancestors(site.stream)
     after = [node.name for node in site.stream.graph.nodes if node not in before]
     before_macs, after_macs = (sum(macs.get(name, 0) for name in after) for macs in (dense, pruned))
-    name = f"{site.stream.name} -> {site.block.target}"
+    name = f"{site.stream.name} -> {site.block}"
     return (SiteReport(name, site.grid, site.prefix, site.prefix + n, kept, before_macs, after_macs, ""),)
 
 

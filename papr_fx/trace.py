@@ -55,7 +55,7 @@ class Traced:
     """A graph, and what tracing found beside it.
 
     Attributes:
-        graph: Nodes carry `shape`, `dtype` and `joins` in `meta`.
+        graph: Nodes carry `shape`, `dtype` and `joins` in `meta`, and under `inside` the names of the modules around them.
         constants: Tensors that the model's code made while it was traced (`_tensor_constant0`, ...).
         recorded: The graph before dead code was removed. Nodes that Python read as a number, a truth value or a length
             carry `read` in `meta`: what they led to is fixed in `graph`.
@@ -236,6 +236,8 @@ class ValueTracer(fx.Tracer):
         mode: The fake mode that `images` belongs to.
     """
 
+    proxy_buffer_attributes = True  # else what code computes from a buffer would be frozen
+
     def __init__(
         self, opened: Callable[[nn.Module, str], bool], sandbox: nn.Module, images: Tensor, mode: FakeTensorMode
     ) -> None:
@@ -375,6 +377,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         constants = {name: _attribute(root, name) for name in _own_constants(graph, model)}
         for node in graph.nodes:
             node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace
+            node.meta["inside"] = tuple(name for name, _ in node.meta.pop("nn_module_stack", {}).values())
         recorded = copy.deepcopy(graph)
         graph = fx.GraphModule(root, graph).graph  # dead code is told from live by a graph's module
         graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_in_place(node))

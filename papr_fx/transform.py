@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -33,6 +34,7 @@ def transform(
     input_stats: InputStats = "auto",
     saliency: Literal["psm"] = "psm",
     merge: None = None,
+    output: Literal["logits", "features"] = "logits",
     verify: bool = True,
 ) -> PrunedModule:
     """Rewrites a vision model so that it computes for the most significant patches alone (PaPr, ECCV 2024, Sec. 3).
@@ -57,6 +59,8 @@ def transform(
             differ, "shared" hands them over as they are, ((mean, std) of the model, (mean, std) of the proposal) says both.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps.
         merge: Token merging after pruning; none is available.
+        output: "logits", what the model returns, or "features", what its `forward_features` does (timm): of a token model
+            the kept tokens (B, prefix + k, C), which `restore_grid` puts back in their places.
         verify: Whether to prove the rewrite on the model before returning it; `VerifyError` if it fails.
 
     Returns:
@@ -71,6 +75,7 @@ def transform(
     """
     keep_ratio = checked_z(z)
     model = inputs.checked_model(model)
+    model = inputs.with_output(model, inputs.checked_word("output", output, inputs.OUTPUTS))
     inputs.checked_word("mode", mode, inputs.MODES)
     inputs.checked_word("background", background, inputs.BACKGROUNDS)
     inputs.checked_word("saliency", saliency, ("psm",))
@@ -84,6 +89,7 @@ def transform(
     _run_once(model, images)
 
     def finished(gm: PrunedModule) -> PrunedModule:
+        gm.plan = replace(gm.plan, output=output)
         if gm.plan.z != keep_ratio:
             gm.retarget(keep_ratio)
         if os.environ.get("PAPR_FX_DEBUG") == "1":

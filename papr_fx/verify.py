@@ -28,6 +28,7 @@ from .errors import VerifyError
 from .module import PrunedModule, shell
 from .numerics import exact_float32, redraw, relative_error, tensors_of
 from .passes.prune_pixels import mask_branches
+from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
 from .trace import clone, cut
 
@@ -75,7 +76,11 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         _check_traced(_run(dense, values, images), expected, plan.name)
         _check_traced(_run(dense, values, images[:1]), _run(reference, values, images[:1]), plan.name)
         orders = [_random_order(images, choice.grid, random) for choice in choices]
-        permutation = relative_error(_run(free, values, images, *_indices(orders, choices)), expected)
+        some = [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in orders]
+        fewer = _run(free, values, images[:1], *_indices(some, choices))
+        places = _places(plan, choices, _first(expected), fewer, some)
+        permuted = reorder(expected, places, orders[0])
+        permutation = relative_error(_run(free, values, images, *_indices(orders, choices)), permuted)
         if not permutation <= tolerance:
             raise VerifyError(
                 f"permutation: with all positions kept {choices[0].where}, in random order, the output is off by "
@@ -83,7 +88,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
                 "embedding: a rotary table, a relative-position bias, a window, a mask, or a head that picks tokens by index"
             )
         controls = [
-            _control(free, values, images[:1], orders, choices, place, _first(expected)) for place in range(len(choices))
+            _control(free, values, images[:1], orders, choices, place, _first(permuted)) for place in range(len(choices))
         ]
         # One of a stage's thousands of positions moves the output less than one token: there, noise is the floor.
         floor = tolerance / 10 if isinstance(plan.operator, Tokens) else 40 * torch.finfo(dtype).eps
@@ -96,10 +101,9 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
                 )
         allowed = min(tolerance, *controls)  # one wrong position is to show
         _check_geometry(model, root, plan, False, values, images[:1], random)
-        some = [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in orders]
-        fewer = _run(free, values, images[:1], *_indices(some, choices))
         flipped = _run(free, values, images[:1], *_indices([cells.flip(1) for cells in some], choices))
-        order = relative_error(flipped, fewer)
+        backwards = torch.arange(some[0].shape[1], device=images.device).flip(0).unsqueeze(0)
+        order = relative_error(flipped, reorder(fewer, places, backwards))
         if not order <= allowed:
             raise VerifyError(
                 f"lengths: with fewer positions {choices[0].where}, the output depends on their order ({order:.1e}, "
@@ -108,7 +112,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         if isinstance(plan.operator, Pixels):
             _check_masked(root, plan, plan.operator, values, images[:1], some, allowed, fewer)
         if not gm.plan.one_graph and not isinstance(gm.plan.dense[True], str):
-            _check_training(model, gm, values, images, random)
+            _check_training(model, gm, values, images, places, random)
     return Proof(permutation, order, min(controls), tolerance)
 
 
@@ -187,6 +191,20 @@ def _control(
     return relative_error(_run(free, values, images, *_indices(wrong, choices)), expected)
 
 
+def _places(plan: Plan, choices: Sequence[Choice], dense: Any, pruned: Any, kept: Sequence[Tensor]) -> list[Place | None]:
+    """Where the output still holds a value for every token; nowhere in a model of pixel operators, whose grids stay."""
+    if isinstance(plan.operator, Pixels):
+        return [None] * len(tensors_of(dense))
+    (choice,) = choices
+    try:
+        return [
+            find_place(a.shape, b.shape, choice.grid, choice.prefix, kept[0].shape[1])
+            for a, b in zip(tensors_of(dense), tensors_of(pruned), strict=True)
+        ]
+    except ValueError as error:
+        raise VerifyError(f"lengths: {error} with {kept[0].shape[1]} of {choice.grid} patches kept") from error
+
+
 def _first(output: Any) -> Any:
     """The output for the first image."""
     return pytree.tree_map_only(Tensor, lambda t: t[:1], output)
@@ -219,7 +237,12 @@ def _check_masked(
 
 
 def _check_training(
-    model: nn.Module, gm: PrunedModule, values: dict[str, Tensor], images: Tensor, random: torch.Generator
+    model: nn.Module,
+    gm: PrunedModule,
+    values: dict[str, Tensor],
+    images: Tensor,
+    places: Sequence[Place | None],
+    random: torch.Generator,
 ) -> None:
     """Compares the graph for training mode with the model whose traced code is in training mode, all other modules in eval."""
     plan = replace(gm.plan, z=0.5)
@@ -228,7 +251,8 @@ def _check_training(
         reference.get_submodule(name).training = True
     root = clone(shell(gm)).eval()
     choices = plan.choices(True)
-    keeps = _indices([_random_order(images, choice.grid, random) for choice in choices], choices)
+    orders = [_random_order(images, choice.grid, random) for choice in choices]
+    keeps = _indices(orders, choices)
     with torch.random.fork_rng():
         outputs: list[Any] = []
         for module, inputs in (
@@ -241,7 +265,7 @@ def _check_training(
             outputs.append(_run(module, values, *inputs))
     expected, other, traced, permuted = outputs
     _check_traced(traced, expected, f"{plan.name} in training mode")
-    error = relative_error(permuted, expected)
+    error = relative_error(permuted, reorder(expected, places, orders[0]))
     if relative_error(other, expected) > 0:  # function dropout: it would drop other elements of permuted tokens
         return
     if not error <= _TOLERANCES[images.dtype]:

@@ -41,7 +41,7 @@ class Site:
 
     Attributes:
         stream: The node whose value is (B, prefix + n, C).
-        block: The first block that reads it.
+        block: Qualified name of the first block that reads it.
         join: The node where the grid became one axis of n tokens.
         grid: Rows and columns on the traced images, h * w = n.
         axes: Where the grid stands in the tensor that was flattened.
@@ -50,7 +50,7 @@ class Site:
     """
 
     stream: fx.Node
-    block: fx.Node
+    block: str
     join: fx.Node
     grid: tuple[int, ...]
     axes: tuple[int, ...]
@@ -68,23 +68,23 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
     Raises:
         NoSiteError: No stream is found, with the nearest miss.
     """
-    entries = [node for node in graph.nodes if node.op == "call_module" and _holds(node.target, blocks)]
-    if not entries:
+    calls = _calls(graph, blocks)
+    if not calls:
         raise NoSiteError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
-    streams = [(node, stream) for node in entries if (stream := _stream(node)) is not None]
+    streams = [(name, nodes, stream) for name, nodes in calls if (stream := _stream(nodes)) is not None]
     if not streams:
-        first = entries[0]
-        inputs = ", ".join(f"{n.name} {n.meta.get('shape')}" for n in first.all_input_nodes)
+        name, nodes = calls[0]
+        inputs = ", ".join(f"{n.name} {n.meta.get('shape')}" for n in _inputs(nodes))
         raise NoSiteError(
             f"positions keep a spatial layout in the trunk, so tokens cannot be dropped: sought a block that maps (B, N, C) "
-            f"tokens to as many; the nearest miss `{first.target}` maps {inputs} to {first.meta.get('shape')}"
+            f"tokens to as many; the nearest miss `{name}` maps {inputs} to {nodes[-1].meta.get('shape')}"
         )
-    block, stream = streams[0]
-    for other, later in streams[1:]:
-        if block not in ancestors(later):
+    block, first, stream = streams[0]
+    for other, _, later in streams[1:]:
+        if first[-1] not in ancestors(later):
             raise NoSiteError(
-                f"two token streams: `{other.target}` reads `{later.name}`, which does not come from the first block "
-                f"`{block.target}`; a trunk that runs twice, or in parallel branches, is not pruned"
+                f"two token streams: `{other}` reads `{later.name}`, which does not come from the first block "
+                f"`{block}`; a trunk that runs twice, or in parallel branches, is not pruned"
             )
     tokens = stream.meta["shape"][1]
     for node in ancestors(stream):
@@ -134,13 +134,29 @@ def rewrite(graph: fx.Graph, site: Site, keep: fx.Node) -> None:
     site.stream.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
 
 
-def _holds(name: object, blocks: Collection[str]) -> bool:
-    """Whether `name` is a block, a member of one, or an unopened module around blocks."""
-    return any(f"{block}.".startswith(f"{name}.") or f"{name}.".startswith(f"{block}.") for block in blocks)
+def _calls(graph: fx.Graph, blocks: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
+    """The calls of blocks in order, each with its nodes: one if the block is whole, many if it was traced through."""
+    calls: list[tuple[str, list[fx.Node]]] = []
+    before = None
+    for node in graph.nodes:
+        name = next((block for block in blocks for name in node.meta["inside"] if f"{name}.".startswith(f"{block}.")), None)
+        if name is None and node.op == "call_module" and any(f"{block}.".startswith(f"{node.target}.") for block in blocks):
+            name = str(node.target)  # an unopened module around blocks
+        if name is not None and (name != before or node.target == name):
+            calls.append((name, []))
+        if name is not None:
+            calls[-1][1].append(node)
+        before = name
+    return calls
 
 
-def _stream(block: fx.Node) -> fx.Node | None:
+def _inputs(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The values that nodes read from outside."""
+    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in nodes))
+
+
+def _stream(block: list[fx.Node]) -> fx.Node | None:
     """The tokens (B, N, C) that a block maps to as many; a block may return more beside them."""
-    shape = block.meta.get("parts", (block.meta.get("shape"),))[0]
+    shape = block[-1].meta.get("parts", (block[-1].meta.get("shape"),))[0]
     tokens = shape if shape and len(shape) == 3 and shape[0] == TRACED_BATCH else None
-    return next((node for node in block.all_input_nodes if tokens and node.meta.get("shape") == tokens), None)
+    return next((node for node in _inputs(block) if tokens and node.meta.get("shape") == tokens), None)

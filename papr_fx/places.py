@@ -1,0 +1,65 @@
+"""Outputs that hold a value for every token: where, and how they are laid out in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Place(NamedTuple):
+    """Where tokens stand in one tensor of an output.
+
+    Attributes:
+        axis: Their axis; the batch is the first.
+        prefix: Tokens along it in front of the patches.
+        grid: Whether the patches have two axes there, rows and columns, or, when some are kept, k and 1.
+    """
+
+    axis: int
+    prefix: int
+    grid: bool
+
+
+def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...], prefix: int, kept: int) -> Place | None:
+    """Where the tokens stand in an output tensor: where its shape differs when `kept` patches are left; None if nowhere.
+
+    Raises:
+        ValueError: The shapes differ in another way.
+    """
+    if tuple(dense) == tuple(pruned):
+        return None
+    count = prod(grid)
+    for axis in range(1, len(dense)):
+        for place, before, after in (
+            (Place(axis, prefix, False), [prefix + count], [prefix + kept]),
+            (Place(axis, 0, False), [count], [kept]),
+            (Place(axis, 0, True), [*grid], [kept, 1]),
+        ):
+            end = axis + len(before)
+            if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
+                return place
+    raise ValueError(f"an output {tuple(dense)} becomes {tuple(pruned)}")
+
+
+def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
+    """An output with its patches picked by `cells` (B, k): counted as they stand there, prefix tokens left out."""
+    leaves, structure = pytree.tree_flatten(output)
+    remaining = iter(places)
+    return pytree.tree_unflatten(
+        [_picked(leaf, next(remaining, None), cells) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+    )
+
+
+def _picked(tensor: Tensor, place: Place | None, cells: Tensor) -> Tensor:
+    if place is None:
+        return tensor
+    first = torch.arange(place.prefix, device=cells.device).expand(cells.shape[0], place.prefix)
+    index = torch.cat([first, cells + place.prefix], dim=1)
+    rows = tensor.flatten(place.axis, place.axis + 1) if place.grid else tensor
+    kept = torch.stack([sample.index_select(place.axis - 1, i) for sample, i in zip(rows, index, strict=True)])
+    return kept.unsqueeze(place.axis + 1) if place.grid else kept

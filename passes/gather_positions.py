@@ -1,0 +1,275 @@
+"""Gathers position-indexed values where they meet the pruned tokens: rotary tables, relative-position biases, masks.
+
+Before:
+    table  = rope(...)                                 # (n, D), one row for each patch
+    turned = queries * table                           # (B, H, n, D)
+
+Becomes:
+    papr_patches    = kept_patches(papr_keep, prefix)  # (B, k): the kept tokens, counted without the prefix
+    papr_position_0 = gather_positions(table, papr_patches, [2], 4)  # (B, 1, k, D)
+    turned          = queries * papr_position_0        # (B, H, k, D)
+
+Because: with k tokens the operation fails, as its operands differ in length. The one that does not come from the tokens holds
+something for every position, so it is picked by the same indices as the tokens. A value that several blocks compute alike is
+gathered once. That the right axis was picked is proved later, on numbers: all positions in random order must give
+the model's output.
+
+Where the tokens are laid out as their grid again, (B, h, w, C), the kept ones become a grid of k rows and one column, so that
+what treats every position alike, such as pooling, goes on.
+
+Left alone:
+    1. A module that fails: it is to be traced through first (`LengthError`).
+    2. An operation that fails though no operand has the dense length: a reshape to the grid, a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import NoSiteError
+from ..ops import gather_positions, kept_patches
+from ..trace import TRACED_BATCH, fake_like, faking, shape_of
+from . import prune_tokens
+
+
+class Pick(NamedTuple):
+    """How a value is gathered: its axes that count positions, once it has `rank` axes.
+
+    Attributes:
+        axes: They stand at these places.
+        rank: Number of axes of what the value meets; it gets leading ones.
+        patches: Whether they count patches alone, not prefix tokens.
+    """
+
+    axes: tuple[int, ...]
+    rank: int
+    patches: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A position-indexed value that meets the tokens. Nodes are named, so that a site holds for copies of its graph.
+
+    Attributes:
+        value: The value.
+        pick: How it is gathered.
+        users: The operations that read it, or read a value computed alike, with the name of what each reads.
+    """
+
+    value: str
+    pick: Pick
+    users: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where the tokens are laid out as their grid.
+
+    Attributes:
+        user: The operation.
+        place: Where rows stand among the sizes that it is given; columns follow.
+    """
+
+    user: str
+    place: int
+
+
+class Found(NamedTuple):
+    """What must change for the rest of a graph to run on fewer tokens."""
+
+    sites: tuple[Site, ...] = ()
+    views: tuple[View, ...] = ()
+
+
+class LengthError(Exception):
+    """A module refused fewer tokens; traced through, the operation in it that does so can be found.
+
+    Attributes:
+        module: Its qualified name.
+    """
+
+    def __init__(self, module: str, reason: str) -> None:
+        super().__init__(reason)
+        self.module = module
+
+
+def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, images: Tensor) -> Found:
+    """Runs a dense graph on fake tensors, some tokens left out, and notes what must be gathered for it to run.
+
+    Args:
+        root: A sandbox of the modules that the graph calls.
+        graph: A traced graph whose nodes carry `shape` in `meta`.
+        tokens: Where tokens are dropped in it.
+        images: Of the traced shape.
+
+    Raises:
+        LengthError: A module refuses fewer tokens.
+        NoSiteError: An operation does, and no gather mends it.
+    """
+    kept = _other_count(prod(tokens.grid), tokens.prefix)
+    if not kept:
+        return Found()
+    mode, fake = fake_like(images, TRACED_BATCH)
+    run = _ShorterRun(root, graph, tokens, kept)
+    with faking(mode):
+        run.run(fake)
+    return Found(tuple(run.sites.values()), tuple(run.views))
+
+
+def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
+    """Inserts the gathers behind `keep`, one for each site however many users it has, and mends the views."""
+    nodes = {node.name: node for node in graph.nodes}
+    patches = keep
+    if prefix and (found.views or any(site.pick.patches for site in found.sites)):
+        with graph.inserting_after(keep):
+            patches = graph.create_node("call_function", kept_patches, (keep, prefix), name="papr_patches")
+    for number, site in enumerate(found.sites):
+        users = [(nodes[user], nodes[value]) for user, value in site.users]
+        arguments = (nodes[site.value], patches if site.pick.patches else keep, list(site.pick.axes), site.pick.rank)
+        with graph.inserting_before(users[0][0]):
+            gathered = graph.create_node("call_function", gather_positions, arguments, name=f"papr_position_{number}")
+        for user, read in users:
+            user.replace_input_with(read, gathered)
+    for number, view in enumerate(found.views):
+        with graph.inserting_before(nodes[view.user]):
+            count = graph.create_node("call_method", "size", (patches, 1), name=f"papr_count_{number}")
+        _resize(nodes[view.user], view.place, (count, 1))
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """The sizes that a reshape is given."""
+    sizes = list(node.args[1:])
+    return list(cast("Sequence[Any]", sizes[0])) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+
+
+def _resize(node: fx.Node, place: int, grid: tuple[Any, Any]) -> None:
+    sizes = _sizes(node)
+    sizes[place : place + 2] = grid
+    node.args = (node.args[0], tuple(sizes))
+
+
+class _ShorterRun(fx.Interpreter):
+    """Runs a graph with fewer tokens; where an operation fails, tries to gather what it reads beside them."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, kept: int) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # errors are reasons here, and name the node themselves
+        self._stream = tokens.stream
+        self._grid = tokens.grid
+        self._sizes = {False: prod(tokens.grid) + tokens.prefix, True: prod(tokens.grid)}
+        self._kept = {False: kept + tokens.prefix, True: kept}
+        self._pruned = {tokens.stream}
+        self._expressions: dict[object, int] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self.sites: dict[tuple[int, Pick], Site] = {}
+        self.views: list[View] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self._pruned.isdisjoint(n.all_input_nodes):
+            self._pruned.add(n)
+        try:
+            out = super().run_node(n)
+        except Exception as error:  # whatever a module or an operation raises for a length that it was not made for
+            out = self._mended(n, error)
+        return out[:, : self._kept[False]] if n is self._stream else out
+
+    def _mended(self, node: fx.Node, error: Exception) -> Any:
+        inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
+        name = node.target if node.op == "call_module" else node.name
+        reason = f"`{name}` refused {inputs}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if node.op == "call_module":
+            raise LengthError(str(node.target), reason) from error
+        values = {n: self.env[n] for n in node.all_input_nodes if isinstance(self.env[n], Tensor)}
+        rank = max((value.ndim for n, value in values.items() if n in self._pruned), default=0)
+        fixed = {n: self._picks(value, rank) for n, value in values.items() if n not in self._pruned}
+        for picks in product(*fixed.values()):
+            chosen = {n: pick for n, pick in zip(fixed, picks, strict=True) if pick}
+            self.env |= {n: self._gathered(values[n], pick) for n, pick in chosen.items()}
+            try:
+                out = super().run_node(node)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                continue
+            finally:
+                self.env |= values
+            if self._is_shorter(shape_of(node), out):
+                for value, pick in chosen.items():
+                    self._note(value, pick, node)
+                return out
+        if _name(node) in ("reshape", "view") and node in self._pruned:
+            for place in range(len(_sizes(node)) - 1):
+                out = self._viewed(node, place)
+                if out is not None:
+                    self.views.append(View(node.name, place))
+                    return out
+        raise NoSiteError(reason) from error
+
+    def _viewed(self, node: fx.Node, place: int) -> Tensor | None:
+        """The kept patches as a grid of one column, if the sizes at `place` are those of the grid and this is their layout."""
+        known = [self.env[size] if isinstance(size, fx.Node) else size for size in _sizes(node)]
+        dense = shape_of(node)
+        if dense is None or tuple(known[place : place + 2]) != self._grid:
+            return None
+        known[place : place + 2] = [self._kept[True], 1]
+        try:
+            out = self.env[node.all_input_nodes[0]].reshape(known)
+        except RuntimeError:
+            return None
+        expected = (*dense[:place], self._kept[True], 1, *dense[place + 2 :])
+        return out if tuple(out.shape) == expected else None
+
+    def _picks(self, value: Tensor, rank: int) -> list[Pick | None]:
+        """The ways to gather a value: along one or more axes of the dense length, never the batch axis; or not at all."""
+        lead = rank - value.ndim
+        if lead < 0 or (not lead and value.shape[0] not in (1, TRACED_BATCH)):
+            return [None]
+        found: list[Pick | None] = [None]
+        for patches in dict.fromkeys((False, self._sizes[True] != self._sizes[False])):
+            axes = [lead + axis for axis, size in enumerate(value.shape) if size == self._sizes[patches] and lead + axis]
+            found += [Pick(some, rank, patches) for count in (1, 2) for some in combinations(axes, count)]
+        return found
+
+    def _gathered(self, value: Tensor, pick: Pick) -> Tensor:
+        index = torch.zeros((TRACED_BATCH, self._kept[pick.patches]), dtype=torch.int64, device=value.device)
+        return gather_positions(value, index, pick.axes, pick.rank)
+
+    def _is_shorter(self, dense: tuple[int, ...] | None, out: Any) -> bool:
+        """Whether a result has the dense shape but for the number of positions."""
+        if dense is None or not isinstance(out, Tensor) or len(dense) != out.ndim:
+            return dense is None
+        lengths = {(self._sizes[patches], self._kept[patches]) for patches in (False, True)}
+        return all(size == before or (before, size) in lengths for before, size in zip(dense, out.shape, strict=True))
+
+    def _note(self, value: fx.Node, pick: Pick, user: fx.Node) -> None:
+        key = self._number(value), pick
+        site = self.sites.get(key, Site(value.name, pick, ()))
+        self.sites[key] = replace(site, users=(*site.users, (user.name, value.name)))
+
+    def _number(self, node: fx.Node) -> int:
+        """Equal for values that are computed alike from the same tensors."""
+        if node not in self._numbers:
+            pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not str(node.target).endswith("_"))
+            arguments = fx.map_arg((node.args, node.kwargs), self._number) if pure else ()
+            expression = (node.op, node.target, repr(arguments)) if pure else node
+            self._numbers[node] = self._expressions.setdefault(expression, len(self._expressions))
+        return self._numbers[node]
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _other_count(patches: int, prefix: int) -> int:
+    """A number of patches that no operation confuses with all of them, nor stretches; 0 if there is none."""
+    dense = {patches, patches + prefix}
+    return next((k for k in range(2 * patches // 3, 1, -1) if dense.isdisjoint((k, k + prefix))), 0)
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
