@@ -58,7 +58,9 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
         traces = {False: traced, True: in_training}
         dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
         try:
-            positions = {mode: _positions(traces[mode].root(model), dense[mode], blocks, images) for mode in traces}
+            positions = {
+                mode: _positions(type(model).__name__, traces[mode].root(model), dense[mode], blocks, images) for mode in traces
+            }
             break
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
@@ -73,10 +75,16 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
     return traced.root(model), plan, [traced.recorded, in_training.recorded]
 
 
-def _positions(root: nn.Module, graph: fx.Graph | str, blocks: tuple[str, ...], images: Tensor) -> gather_positions.Found:
+def _positions(
+    name: str, root: nn.Module, graph: fx.Graph | str, blocks: tuple[str, ...], images: Tensor
+) -> gather_positions.Found:
     if isinstance(graph, str):
         return gather_positions.Found()
-    return gather_positions.find_sites(sandbox(root), graph, prune_tokens.find_site(graph, blocks), images)
+    site = prune_tokens.find_site(graph, blocks)
+    try:
+        return gather_positions.find_sites(sandbox(root), graph, site, blocks, images)
+    except NoSiteError as error:
+        raise NoSiteError(f"{_REFUSED.format(name)}: {error}") from error
 
 
 def _alike(model: nn.Module, blocks: Collection[str], opened: Collection[str], clash: gather_positions.LengthError) -> set[str]:

@@ -14,17 +14,17 @@ something for every position, so it is picked by the same indices as the tokens.
 gathered once. That the right axis was picked is proved later, on numbers: all positions in random order must give
 the model's output.
 
-Where the tokens are laid out as their grid again, (B, h, w, C), the kept ones become a grid of k rows and one column, so that
-what treats every position alike, such as pooling, goes on.
+Where the tokens are laid out as their grid again behind the blocks, (B, h, w, C), the kept ones become a grid of k rows and
+one column, so that what treats every position alike, such as pooling, goes on.
 
 Left alone:
     1. A module that fails: it is to be traced through first (`LengthError`).
-    2. An operation that fails though no operand has the dense length: a reshape to the grid, a window.
+    2. An operation that fails though no operand has the dense length: a window, a reshape to the grid within a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
@@ -100,13 +100,14 @@ class LengthError(Exception):
         self.module = module
 
 
-def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, images: Tensor) -> Found:
+def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, blocks: Collection[str], images: Tensor) -> Found:
     """Runs a dense graph on fake tensors, some tokens left out, and notes what must be gathered for it to run.
 
     Args:
         root: A sandbox of the modules that the graph calls.
         graph: A traced graph whose nodes carry `shape` in `meta`.
         tokens: Where tokens are dropped in it.
+        blocks: Qualified names of the blocks.
         images: Of the traced shape.
 
     Raises:
@@ -117,7 +118,7 @@ def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, imag
     if not kept:
         return Found()
     mode, fake = fake_like(images, TRACED_BATCH)
-    run = _ShorterRun(root, graph, tokens, kept)
+    run = _ShorterRun(root, graph, tokens, kept, blocks)
     with faking(mode):
         run.run(fake)
     return Found(tuple(run.sites.values()), tuple(run.views))
@@ -158,11 +159,12 @@ def _resize(node: fx.Node, place: int, grid: tuple[Any, Any]) -> None:
 class _ShorterRun(fx.Interpreter):
     """Runs a graph with fewer tokens; where an operation fails, tries to gather what it reads beside them."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, kept: int) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, kept: int, blocks: Collection[str]) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors are reasons here, and name the node themselves
         self._stream = tokens.stream
         self._grid = tokens.grid
+        self._blocks = blocks
         self._sizes = {False: prod(tokens.grid) + tokens.prefix, True: prod(tokens.grid)}
         self._kept = {False: kept + tokens.prefix, True: kept}
         self._pruned = {tokens.stream}
@@ -178,6 +180,9 @@ class _ShorterRun(fx.Interpreter):
             out = super().run_node(n)
         except Exception as error:  # whatever a module or an operation raises for a length that it was not made for
             out = self._mended(n, error)
+        else:
+            if n in self._pruned and not self._is_shorter(shape_of(n), out):  # a size of -1 may have stretched
+                out = self._view(n, out)
         return out[:, : self._kept[False]] if n is self._stream else out
 
     def _mended(self, node: fx.Node, error: Exception) -> Any:
@@ -202,13 +207,20 @@ class _ShorterRun(fx.Interpreter):
                 for value, pick in chosen.items():
                     self._note(value, pick, node)
                 return out
-        if _name(node) in ("reshape", "view") and node in self._pruned:
+        out = self._view(node)
+        if out is not None:
+            return out
+        raise NoSiteError(reason) from error
+
+    def _view(self, node: fx.Node, otherwise: Any = None) -> Any:
+        """What a reshape to the grid behind the blocks makes of the kept patches; `otherwise` if this is none."""
+        if _name(node) in ("reshape", "view") and node in self._pruned and not prune_tokens.block_of(node, self._blocks):
             for place in range(len(_sizes(node)) - 1):
                 out = self._viewed(node, place)
                 if out is not None:
                     self.views.append(View(node.name, place))
                     return out
-        raise NoSiteError(reason) from error
+        return otherwise
 
     def _viewed(self, node: fx.Node, place: int) -> Tensor | None:
         """The kept patches as a grid of one column, if the sizes at `place` are those of the grid and this is their layout."""

@@ -134,12 +134,17 @@ def rewrite(graph: fx.Graph, site: Site, keep: fx.Node) -> None:
     site.stream.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
 
 
+def block_of(node: fx.Node, blocks: Collection[str]) -> str | None:
+    """The block in whose forward a node was recorded."""
+    return next((block for block in blocks for name in node.meta["inside"] if f"{name}.".startswith(f"{block}.")), None)
+
+
 def _calls(graph: fx.Graph, blocks: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
     """The calls of blocks in order, each with its nodes: one if the block is whole, many if it was traced through."""
     calls: list[tuple[str, list[fx.Node]]] = []
     before = None
     for node in graph.nodes:
-        name = next((block for block in blocks for name in node.meta["inside"] if f"{name}.".startswith(f"{block}.")), None)
+        name = block_of(node, blocks)
         if name is None and node.op == "call_module" and any(f"{block}.".startswith(f"{node.target}.") for block in blocks):
             name = str(node.target)  # an unopened module around blocks
         if name is not None and (name != before or node.target == name):

@@ -222,20 +222,16 @@ def test_prefix_tokens_that_the_image_moves_are_refused():
         papr_fx.transform(SummaryToken(Shape()), toy_proposal(), 0.5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["convit_tiny", "beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_relpos_small_patch16_224", "xcit_nano_12_p16_224"],
-)
-def test_positions_beyond_the_embedding_are_refused(name):
+@pytest.mark.parametrize("name", ["convit_tiny", "xcit_nano_12_p16_224"])
+def test_positions_that_no_gather_mends_are_refused(name):
     model = timm.create_model(name, depth=2).eval()
-    with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding.*blocks.0"):
+    with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding"):
         papr_fx.transform(model, toy_proposal(), 0.5, mode="tokens")
 
 
-@pytest.mark.parametrize("name", ["convit_tiny", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
-def test_token_trunks_are_not_taken_for_hierarchical_ones(name):
+def test_token_trunks_are_not_taken_for_hierarchical_ones():
     with pytest.raises(papr_fx.NoSiteError, match="positions beyond the embedding"):
-        papr_fx.transform(timm.create_model(name, depth=2).eval(), toy_proposal(), 0.5)
+        papr_fx.transform(timm.create_model("convit_tiny", depth=2).eval(), toy_proposal(), 0.5)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "samvit_base_patch16_224"])
