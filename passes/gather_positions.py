@@ -14,6 +14,7 @@ something for every position, so it is picked by the same indices as the tokens.
 gathered once. That the right axis was picked is proved later, on numbers: all positions in random order must give
 the model's output.
 
+Where code asks a table how many positions there are, to tell prefix tokens from patches, it is answered the kept number.
 Where the tokens are laid out as their grid again behind the blocks, (B, h, w, C), the kept ones become a grid of k rows and
 one column, so that what treats every position alike, such as pooling, goes on.
 
@@ -81,11 +82,25 @@ class View:
     place: int
 
 
+@dataclass(frozen=True)
+class Count:
+    """A size of a position-indexed value that is reckoned with beside sizes of the tokens.
+
+    Attributes:
+        size: The node.
+        patches: Whether it counts patches alone, not prefix tokens.
+    """
+
+    size: str
+    patches: bool
+
+
 class Found(NamedTuple):
     """What must change for the rest of a graph to run on fewer tokens."""
 
     sites: tuple[Site, ...] = ()
     views: tuple[View, ...] = ()
+    counts: tuple[Count, ...] = ()
 
 
 class LengthError(Exception):
@@ -121,14 +136,14 @@ def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, bloc
     run = _ShorterRun(root, graph, tokens, kept, blocks)
     with faking(mode):
         run.run(fake)
-    return Found(tuple(run.sites.values()), tuple(run.views))
+    return Found(tuple(run.sites.values()), tuple(run.views), tuple(run.counts))
 
 
 def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
-    """Inserts the gathers behind `keep`, one for each site however many users it has, and mends the views."""
+    """Inserts the gathers behind `keep`, one for each site however many users it has, and mends views and counts."""
     nodes = {node.name: node for node in graph.nodes}
     patches = keep
-    if prefix and (found.views or any(site.pick.patches for site in found.sites)):
+    if prefix and (found.views or any(count.patches for count in (*found.counts, *(site.pick for site in found.sites)))):
         with graph.inserting_after(keep):
             patches = graph.create_node("call_function", kept_patches, (keep, prefix), name="papr_patches")
     for number, site in enumerate(found.sites):
@@ -140,8 +155,16 @@ def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
             user.replace_input_with(read, gathered)
     for number, view in enumerate(found.views):
         with graph.inserting_before(nodes[view.user]):
-            count = graph.create_node("call_method", "size", (patches, 1), name=f"papr_count_{number}")
+            count = graph.create_node("call_method", "size", (patches, 1), name=f"papr_rows_{number}")
         _resize(nodes[view.user], view.place, (count, 1))
+    for flag in dict.fromkeys(count.patches for count in found.counts):
+        counted = patches if flag else keep
+        with graph.inserting_after(counted):
+            name = "papr_patch_count" if flag else "papr_token_count"
+            size = graph.create_node("call_method", "size", (counted, 1), name=name)
+        for count in found.counts:
+            if count.patches == flag:
+                nodes[count.size].replace_all_uses_with(size)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
@@ -167,22 +190,20 @@ class _ShorterRun(fx.Interpreter):
         self._blocks = blocks
         self._sizes = {False: prod(tokens.grid) + tokens.prefix, True: prod(tokens.grid)}
         self._kept = {False: kept + tokens.prefix, True: kept}
-        self._pruned = {tokens.stream}
         self._expressions: dict[object, int] = {}
         self._numbers: dict[fx.Node, int] = {}
         self.sites: dict[tuple[int, Pick], Site] = {}
         self.views: list[View] = []
+        self.counts: list[Count] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if not self._pruned.isdisjoint(n.all_input_nodes):
-            self._pruned.add(n)
         try:
             out = super().run_node(n)
         except Exception as error:  # whatever a module or an operation raises for a length that it was not made for
             out = self._mended(n, error)
         else:
-            if n in self._pruned and not self._is_shorter(shape_of(n), out):  # a size of -1 may have stretched
-                out = self._view(n, out)
+            if not self._is_shorter(n, out) and (view := self._view(n)) is not None:  # a size of -1 may have stretched
+                out = view
         return out[:, : self._kept[False]] if n is self._stream else out
 
     def _mended(self, node: fx.Node, error: Exception) -> Any:
@@ -191,9 +212,26 @@ class _ShorterRun(fx.Interpreter):
         reason = f"`{name}` refused {inputs}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if node.op == "call_module":
             raise LengthError(str(node.target), reason) from error
+        out = self._retried(node)
+        if out is None and (counts := self._counts_for(node)):
+            env = dict(self.env)
+            self._count_anew(node, counts)
+            out = self._retried(node)
+            if out is None:
+                self.env = env
+            else:
+                self.counts += counts
+        if out is None:
+            out = self._view(node)
+        if out is None:
+            raise NoSiteError(reason) from error
+        return out
+
+    def _retried(self, node: fx.Node) -> Any:
+        """The result with whatever it takes gathered; None if it still fails."""
         values = {n: self.env[n] for n in node.all_input_nodes if isinstance(self.env[n], Tensor)}
-        rank = max((value.ndim for n, value in values.items() if n in self._pruned), default=0)
-        fixed = {n: self._picks(value, rank) for n, value in values.items() if n not in self._pruned}
+        rank = max((value.ndim for n, value in values.items() if not self._is_dense(n)), default=0)
+        fixed = {n: self._picks(value, rank) for n, value in values.items() if self._is_dense(n)}
         for picks in product(*fixed.values()):
             chosen = {n: pick for n, pick in zip(fixed, picks, strict=True) if pick}
             self.env |= {n: self._gathered(values[n], pick) for n, pick in chosen.items()}
@@ -203,24 +241,50 @@ class _ShorterRun(fx.Interpreter):
                 continue
             finally:
                 self.env |= values
-            if self._is_shorter(shape_of(node), out):
+            if self._is_shorter(node, out):
                 for value, pick in chosen.items():
                     self._note(value, pick, node)
                 return out
-        out = self._view(node)
-        if out is not None:
-            return out
-        raise NoSiteError(reason) from error
+        return None
 
-    def _view(self, node: fx.Node, otherwise: Any = None) -> Any:
-        """What a reshape to the grid behind the blocks makes of the kept patches; `otherwise` if this is none."""
-        if _name(node) in ("reshape", "view") and node in self._pruned and not prune_tokens.block_of(node, self._blocks):
+    def _is_dense(self, node: fx.Node) -> bool:
+        """Whether a value, a tensor or a number, is as long as in the dense graph."""
+        value = self.env[node]
+        return tuple(value.shape) == shape_of(node) if isinstance(value, Tensor) else value == node.meta.get("value")
+
+    def _counts_for(self, node: fx.Node) -> list[Count]:
+        """Sizes as in the dense graph that `node` reads, or that are reckoned with for it, though tokens were left out."""
+        found: list[Count] = []
+        seen = [node]
+        for reader in seen:
+            for n in reader.all_input_nodes:
+                if n in seen or not _is_size(self.env[n]):
+                    continue
+                if not self._is_dense(n):
+                    seen.append(n)
+                elif self.env[n] in self._sizes.values():
+                    found.append(Count(n.name, self.env[n] == self._sizes[True]))
+        return list(dict.fromkeys(found))
+
+    def _count_anew(self, node: fx.Node, counts: list[Count]) -> None:
+        """Puts the kept number for each of `counts`, and what is reckoned from them in front of `node`."""
+        changed = {count.size: self._kept[count.patches] for count in counts}
+        nodes = list(self.graph.nodes)
+        for n in nodes[: nodes.index(node)]:
+            if n.name in changed:
+                self.env[n] = changed[n.name]
+            elif _is_size(self.env.get(n)) and any(m.name in changed for m in n.all_input_nodes):
+                self.env[n] = changed[n.name] = super().run_node(n)
+
+    def _view(self, node: fx.Node) -> Tensor | None:
+        """What a reshape to the grid behind the blocks makes of the kept patches; None if this is none."""
+        if _name(node) in ("reshape", "view") and not prune_tokens.block_of(node, self._blocks):
             for place in range(len(_sizes(node)) - 1):
                 out = self._viewed(node, place)
                 if out is not None:
                     self.views.append(View(node.name, place))
                     return out
-        return otherwise
+        return None
 
     def _viewed(self, node: fx.Node, place: int) -> Tensor | None:
         """The kept patches as a grid of one column, if the sizes at `place` are those of the grid and this is their layout."""
@@ -251,8 +315,9 @@ class _ShorterRun(fx.Interpreter):
         index = torch.zeros((TRACED_BATCH, self._kept[pick.patches]), dtype=torch.int64, device=value.device)
         return gather_positions(value, index, pick.axes, pick.rank)
 
-    def _is_shorter(self, dense: tuple[int, ...] | None, out: Any) -> bool:
+    def _is_shorter(self, node: fx.Node, out: Any) -> bool:
         """Whether a result has the dense shape but for the number of positions."""
+        dense = shape_of(node)
         if dense is None or not isinstance(out, Tensor) or len(dense) != out.ndim:
             return dense is None
         lengths = {(self._sizes[patches], self._kept[patches]) for patches in (False, True)}
@@ -281,6 +346,10 @@ def _other_count(patches: int, prefix: int) -> int:
     """A number of patches that no operation confuses with all of them, nor stretches; 0 if there is none."""
     dense = {patches, patches + prefix}
     return next((k for k in range(2 * patches // 3, 1, -1) if dense.isdisjoint((k, k + prefix))), 0)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shape(value: object) -> object:
