@@ -50,6 +50,12 @@ def checked_model(model: object) -> nn.Module:
             "model.forward was replaced on the instance: define it in a class, for instance one that wraps the model"
         )
     check_no_hooks(model, "model")
+    config = getattr(model, "config", None)
+    for option, wanted in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
+        if getattr(config, option, wanted) is not wanted:
+            raise ArgumentError(
+                f"model.config.{option} is {not wanted}: a graph returns what the model does with {option}={wanted}. Set it so"
+            )
     devices = sorted({str(t.device) for t in _tensors(model)})
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
@@ -129,18 +135,19 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
-    for module in (model, *model.children()):
+    config = getattr(model, "config", None)  # of a transformers model
+    for holder in (model, *model.children(), config, getattr(config, "vision_config", None)):
         for attribute in ("img_size", "image_size"):
-            size = getattr(module, attribute, None)
+            size = getattr(holder, attribute, None)
             if isinstance(size, int):
                 return size, size
             if isinstance(size, tuple | list) and len(cast("tuple[int, ...]", size)) == 2:
                 return cast("tuple[int, int]", tuple(cast("tuple[int, ...]", size)))
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("input_size"):
-        return cast("tuple[int, int]", tuple(cast(Any, config)["input_size"][1:]))
+    pretrained = getattr(model, "pretrained_cfg", None)
+    if isinstance(pretrained, Mapping) and pretrained.get("input_size"):
+        return cast("tuple[int, int]", tuple(cast(Any, pretrained)["input_size"][1:]))
     raise ArgumentError(
-        f"{type(model).__name__} states no image size (img_size, image_size or a timm configuration): "
+        f"{type(model).__name__} states no image size (img_size, image_size, or in its timm or transformers configuration): "
         "pass example_input=torch.zeros(1, 3, 224, 224)"
     )
 

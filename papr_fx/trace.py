@@ -14,7 +14,7 @@ import inspect
 import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -274,6 +274,13 @@ class ValueTracer(fx.Tracer):
         name = _image_parameter(root_fn)
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
+    def create_arg(self, a: Any) -> Any:
+        """A dataclass that is also a dictionary, such as what transformers' models return, stays of its class."""
+        if is_dataclass(a) and isinstance(a, dict):
+            given = {field.name: self.create_arg(value) for field in fields(a) if (value := getattr(a, field.name)) is not None}
+            return self.create_node("call_function", type(a), (), given)
+        return super().create_arg(a)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
@@ -288,7 +295,7 @@ class ValueTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         inside = next(reversed(self.module_stack), "")
         if _contexts() != self._contexts:
             raise TraceError(
@@ -308,7 +315,7 @@ class ValueTracer(fx.Tracer):
             args[0].node = node  # what reads the receiver from here on reads the result
         if joins.joins:
             node.meta["joins"] = joins.joins
-        return proxy
+        return None if value is None else proxy  # code asks `is None`, which no proxy could answer
 
     def _value_of(self, node: fx.Node) -> Any:
         if node not in self.values:  # a buffer: recorded as an argument, with no proxy of its own

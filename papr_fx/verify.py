@@ -150,6 +150,11 @@ def _check_finite(output: object) -> None:
 
 
 def _check_traced(actual: object, expected: object, name: str) -> None:
+    if len(tensors_of(actual)) != len(tensors_of(expected)):
+        raise VerifyError(
+            f"tracing: the graph of {name} returns {len(tensors_of(actual))} tensors where the model returns "
+            f"{len(tensors_of(expected))}"
+        )
     pairs = zip(tensors_of(actual), tensors_of(expected), strict=True)
     if not all(torch.equal(a, e) for a, e in pairs):
         raise VerifyError(

@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import NoSiteError
 from ..ops import gather_positions, kept_patches
-from ..trace import TRACED_BATCH, fake_like, faking, shape_of
+from ..trace import REFUSALS, TRACED_BATCH, fake_like, faking, shape_of
 from . import prune_tokens
 
 
@@ -237,7 +237,7 @@ class _ShorterRun(fx.Interpreter):
             self.env |= {n: self._gathered(values[n], pick) for n, pick in chosen.items()}
             try:
                 out = super().run_node(node)
-            except (RuntimeError, ValueError, TypeError, IndexError):
+            except REFUSALS:
                 continue
             finally:
                 self.env |= values
@@ -345,7 +345,8 @@ def _name(node: fx.Node) -> str:
 def _other_count(patches: int, prefix: int) -> int:
     """A number of patches that no operation confuses with all of them, nor stretches; 0 if there is none."""
     dense = {patches, patches + prefix}
-    return next((k for k in range(2 * patches // 3, 1, -1) if dense.isdisjoint((k, k + prefix))), 0)
+    some = 2 * patches // 3
+    return next((k for k in (*range(some, 1, -1), *range(some + 1, patches)) if dense.isdisjoint((k, k + prefix))), 0)
 
 
 def _is_size(value: object) -> bool:
