@@ -15,7 +15,7 @@ from .module import PrunedModule
 from .passes import gather_positions, prune_tokens
 from .plan import Plan, Tokens
 from .proposal import SignificanceNet
-from .trace import REFUSALS, ancestors, cut, fixed_value, propagate, sandbox, shape_of, trace
+from .trace import REFUSALS, Traced, cut, descendants, fixed_value, propagate, sandbox, shape_of, trace
 
 _REFUSED = (
     "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that no gather mends "
@@ -54,13 +54,17 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
         if dynamic and site.join.op == "call_module" and site.join.target not in opened:
             opened.add(str(site.join.target))  # its sizes must be values of this graph
             continue
+        try:
+            found = _positions(model, traced, traced.graph, blocks, images)
+        except gather_positions.LengthError as clash:
+            opened |= _alike(model, blocks, opened, clash)
+            continue
+        positions = {False: found, True: found}
         in_training = trace(model, images, lambda _, name, opened=opened: name in opened, training=True)
-        traces = {False: traced, True: in_training}
         dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
         try:
-            positions = {
-                mode: _positions(type(model).__name__, traces[mode].root(model), dense[mode], blocks, images) for mode in traces
-            }
+            if dense[True] is not dense[False]:
+                positions[True] = _positions(model, in_training, dense[True], blocks, images)
             break
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
@@ -76,15 +80,15 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
 
 
 def _positions(
-    name: str, root: nn.Module, graph: fx.Graph | str, blocks: tuple[str, ...], images: Tensor
+    model: nn.Module, traced: Traced, graph: fx.Graph | str, blocks: tuple[str, ...], images: Tensor
 ) -> gather_positions.Found:
     if isinstance(graph, str):
         return gather_positions.Found()
     site = prune_tokens.find_site(graph, blocks)
     try:
-        return gather_positions.find_sites(sandbox(root), graph, site, blocks, images)
+        return gather_positions.find_sites(sandbox(traced.root(model)), graph, site, blocks, images)
     except NoSiteError as error:
-        raise NoSiteError(f"{_REFUSED.format(name)}: {error}") from error
+        raise NoSiteError(f"{_REFUSED.format(type(model).__name__)}: {error}") from error
 
 
 def _alike(model: nn.Module, blocks: Collection[str], opened: Collection[str], clash: gather_positions.LengthError) -> set[str]:
@@ -128,7 +132,7 @@ def _check_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Gr
         if isinstance(gm.plan.dense[training], str):
             continue
         stream = prune_tokens.find_site(graph, blocks).stream
-        reads = [node for node in graph.nodes if "read" in node.meta and stream in ancestors(node)]
+        reads = [node for node in descendants(stream) if "read" in node.meta]
         before = {node: fixed_value(node) for node in reads}
         if not reads:
             continue

@@ -12,7 +12,7 @@ from torch import fx, nn
 from .errors import ArgumentError
 from .inputs import with_output
 from .module import PrunedModule, checked_module
-from .trace import TRACED_BATCH, ancestors, shape_of, trace
+from .trace import TRACED_BATCH, descendants, shape_of, trace
 
 # Sizes of groups of nodes that are shown once when they are repeated: from a residual addition and its branch to large blocks.
 _MIN_GROUP, _MAX_GROUP = 3, 120
@@ -59,7 +59,7 @@ def _unified(before: fx.Graph, module: PrunedModule) -> str:
 
 
 def _lines(graph: fx.Graph) -> list[str]:
-    batched = _batched(graph)
+    batched = descendants(*graph.find_nodes(op="placeholder"))  # what depends on the images
     nodes = list(graph.nodes)
     lines: list[str] = []
     start = 0
@@ -197,9 +197,3 @@ def _shape(node: fx.Node, batched: dict[fx.Node, None]) -> str:
         return f"  # {node.meta['value']}" if "value" in node.meta and node not in batched else ""
     sizes = ["B" if axis == 0 and size == TRACED_BATCH and node in batched else str(size) for axis, size in enumerate(shape)]
     return f"  # ({', '.join(sizes)})"
-
-
-def _batched(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes that depend on the images."""
-    images = set(graph.find_nodes(op="placeholder"))
-    return {node: None for node in graph.nodes if images & ancestors(node).keys()}

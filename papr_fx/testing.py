@@ -24,7 +24,7 @@ from .module import PrunedModule, checked_module, checked_z, keep_masks, set_kee
 from .numerics import redraw, relative_error, tensors_of
 from .passes.prune_pixels import mask_branches
 from .plan import Pixels, Tokens
-from .trace import ancestors, cut, shape_of
+from .trace import cut, descendants, shape_of
 from .transform import transform
 
 _TOLERANCE = 1e-9
@@ -161,7 +161,8 @@ def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
 def _hidden_keys(gm: PrunedModule, images: Tensor) -> tuple[float, float]:
     nodes = {node.name: node for node in gm.graph.nodes}
     keep_node, tokens = nodes["papr_keep"], nodes["papr_tokens"]
-    behind = [node for node in gm.graph.nodes if tokens in ancestors(node) and shape_of(node) == shape_of(tokens)]
+    after = descendants(tokens)
+    behind = [node for node in gm.graph.nodes if node in after and shape_of(node) == shape_of(tokens)]
     last = behind[-1].name  # what the head reads
     prefix = cast(int, keep_node.args[2])
     (mask,) = keep_masks(gm, images).values()

@@ -139,6 +139,15 @@ def ancestors(node: fx.Node) -> dict[fx.Node, None]:
     return found
 
 
+def descendants(*nodes: fx.Node) -> dict[fx.Node, None]:
+    """`nodes`, of one graph, and all that is computed from any of them, earliest first."""
+    found = dict.fromkeys(nodes)
+    for node in nodes[0].graph.nodes:
+        if not found.keys().isdisjoint(node.all_input_nodes):
+            found[node] = None
+    return found
+
+
 def annotate(node: fx.Node, value: object) -> None:
     """Records shape and dtype of a node's value: plain data, which survives copies of the graph."""
     for key in ("shape", "dtype", "value", "parts"):

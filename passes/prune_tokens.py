@@ -32,7 +32,7 @@ from torch import fx
 
 from ..errors import NoSiteError
 from ..ops import count_windows, gather_tokens
-from ..trace import TRACED_BATCH, ancestors
+from ..trace import TRACED_BATCH, ancestors, descendants
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
             f"tokens to as many; the nearest miss `{name}` maps {inputs} to {nodes[-1].meta.get('shape')}"
         )
     block, first, stream = streams[0]
+    behind = descendants(first[-1])
     for other, _, later in streams[1:]:
-        if first[-1] not in ancestors(later):
+        if later not in behind:
             raise NoSiteError(
                 f"two token streams: `{other}` reads `{later.name}`, which does not come from the first block "
                 f"`{block}`; a trunk that runs twice, or in parallel branches, is not pruned"
@@ -92,7 +93,7 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
             if len(join.grid) == 2 and prod(join.grid) <= tokens:
                 return Site(stream, block, node, join.grid, join.axes, join.windows, tokens - prod(join.grid))
     raise NoSiteError(
-        f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block.target}`, but no operation before it "
+        f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block}`, but no operation before it "
         "flattens a grid of positions (h, w) of the images into them (a grid of one row or column is none)"
     )
 
