@@ -97,7 +97,11 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_models)
     command.add_argument("--library", choices=coverage.LIBRARIES, nargs="+", default=["timm"])
     command.add_argument(
-        "--filter", nargs="+", default=["*"], metavar="GLOB", help="architectures or families (modules of the library)"
+        "--filter",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="architectures or families, which are modules of the library (default: transformers and what took their shape)",
     )
     command.add_argument("--z", type=float, default=0.5, help="keep ratio")
     command.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Which architectures of timm and torchvision can be pruned: each is tried, with the proof on one member of every structure.
+"""Which architectures of timm, torchvision and transformers can be pruned: each is tried, one of every structure is proved.
 
 Two architectures have one structure if their graphs, opened to the last module, read alike once indices and sizes are
 stripped. The smallest member is transformed with random weights and proved; the others are transformed without weights.
@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
+from math import prod
 
 import timm
 import torch
@@ -23,11 +24,24 @@ from torch import nn
 
 from .errors import ArgumentError, PaprError
 from .inputs import example_images
-from .report import report
+from .ops import keep_count
+from .plan import Pixels
 from .trace import trace
 from .transform import transform
 
-LIBRARIES = ("timm", "torchvision")
+# The families that are tried unless others are asked for: transformers and the networks that took their shape.
+FAMILIES = {
+    "timm": (
+        *("vision_transformer", "vision_transformer_relpos", "vision_transformer_hybrid", "eva", "beit", "deit", "cait"),
+        *("naflexvit", "convit", "qwen3_vit", "gemma4_vit", "deepseek_vit"),
+        *("convnext", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "metaformer", "maxxvit", "focalnet"),
+        *("davit", "xcit", "pvt_v2", "volo", "hiera", "mvitv2", "inception_next", "mambaout", "edgenext", "gcvit", "nest"),
+        *("vitamin", "vision_transformer_sam"),
+    ),
+    "torchvision": ("vision_transformer", "swin_transformer", "convnext", "maxvit"),
+    "transformers": ("*",),
+}
+LIBRARIES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,9 @@ class Architecture:
     """A model that a library builds by name, with random weights.
 
     Attributes:
-        library: "timm" or "torchvision".
+        library: One of `LIBRARIES`.
         family: Its module in the library.
-        name: What the library calls it.
+        name: What the library calls it; of transformers, the class, in its default configuration.
     """
 
     library: str
@@ -48,14 +62,21 @@ class Architecture:
         """Builds it in eval mode, on torch's default device."""
         if self.library == "timm":
             return timm.create_model(self.name).eval()
+        if self.library == "transformers":
+            import transformers
+
+            kind = getattr(transformers, self.name)
+            return kind._from_config(kind.config_class()).eval()
         from torchvision.models import get_model
 
         return get_model(self.name, weights=None).eval()
 
     def images(self, model: nn.Module) -> torch.Tensor:
-        """One image of the size that the model states, or torchvision's usual 224."""
-        shape = torch.zeros(1, 3, 224, 224) if self.library == "torchvision" else None
-        return example_images(model, shape)
+        """One image of the size that the model states, or the usual 224."""
+        try:
+            return example_images(model, None)
+        except ArgumentError:
+            return example_images(model, torch.zeros(1, 3, 224, 224))
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class Structure:
     Attributes:
         key: Equal for architectures of one structure.
         parameters: Number of its parameters.
-        reason: Why it could not be traced, if so.
+        reason: Why it could not be built, if so.
     """
 
     key: str
@@ -80,28 +101,28 @@ class Row:
     Attributes:
         architecture: Which.
         mode: "tokens", "pixels", or nothing where it is refused.
+        output: "logits", or "features" where only `forward_features` can be pruned.
         sites: How many there are.
         positions: Positions of the first site, dense and kept.
-        ratio: Multiply-accumulates, dense over pruned, the proposal left out.
         proof: "proved", or the member of the same structure that was.
         reason: Why it is refused.
     """
 
     architecture: Architecture
     mode: str = ""
+    output: str = "logits"
     sites: int = 0
     positions: str = ""
-    ratio: float = 1.0
     proof: str = ""
     reason: str = ""
 
 
-def architectures(library: str, patterns: Sequence[str] = ("*",)) -> list[Architecture]:
+def architectures(library: str, patterns: Sequence[str] = ()) -> list[Architecture]:
     """The architectures of a library of which a pattern matches the family or the name.
 
     Args:
-        library: "timm" or "torchvision" (classification models).
-        patterns: Shell patterns, such as "eva" or "convnext*".
+        library: "timm", "torchvision" (classification models) or "transformers" (those, vision towers and backbones).
+        patterns: Shell patterns, such as "eva" or "convnext*"; none for `FAMILIES`.
 
     Raises:
         ArgumentError: Another library, or nothing matches.
@@ -115,8 +136,11 @@ def architectures(library: str, patterns: Sequence[str] = ("*",)) -> list[Archit
 
         names = zoo.list_models(module=zoo)
         found = [Architecture(library, zoo.get_model_builder(name).__module__.rpartition(".")[2], name) for name in names]
+    elif library == "transformers":
+        found = [Architecture(library, _family(kind), kind.__name__) for kind in _transformers_classes()]
     else:
         raise ArgumentError(f"library must be one of {', '.join(LIBRARIES)}, not {library!r}")
+    patterns = patterns or FAMILIES[library]
     chosen = [a for a in found if any(fnmatch(a.name, pattern) or fnmatch(a.family, pattern) for pattern in patterns)]
     if not chosen:
         raise ArgumentError(f"{library} has no model or family that matches {' or '.join(map(repr, patterns))}")
@@ -142,7 +166,10 @@ def survey(
         groups: dict[str, list[tuple[int, Architecture]]] = defaultdict(list)
         rows: dict[Architecture, Row] = {}
         for architecture, structure in zip(chosen, pool.map(structure_of, chosen), strict=True):
-            groups[structure.key].append((structure.parameters, architecture))
+            if structure.reason:
+                rows[architecture] = Row(architecture, reason=structure.reason)
+            else:
+                groups[structure.key].append((structure.parameters, architecture))
             progress(f"traced {architecture.name}")
         first = {key: min(members, key=lambda member: member[0])[1] for key, members in groups.items()}
         for key, row in zip(first, pool.map(_proved, first.values(), [z] * len(first)), strict=True):
@@ -159,19 +186,22 @@ def survey(
 
 def structure_of(architecture: Architecture) -> Structure:
     """Traces an architecture without weights, every module opened, and strips indices and sizes."""
-    with torch.device("meta"):
-        model = architecture.create()
+    try:
+        with torch.device("meta"):
+            model = architecture.create()
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # another package is missing, or a default is none
+        return Structure(architecture.name, 0, f"cannot be built: {type(error).__name__}: {str(error).strip()}")
     parameters = sum(p.numel() for p in model.parameters())
     try:
         graph = trace(model, architecture.images(model), lambda module, _: any(True for _ in module.children())).graph
     except PaprError as error:
-        return Structure(f"{type(model).__name__}: {_stripped(str(error))}", parameters, str(error))
+        return Structure(f"{type(model).__name__}: {_stripped(str(error))}", parameters)
     lines = dict.fromkeys(_stripped(str(node.format_node())) for node in graph.nodes)
     classes = sorted({type(module).__name__ for module in model.modules()})
     return Structure(hashlib.sha256("\n".join([*lines, *classes]).encode()).hexdigest(), parameters)
 
 
-def transformed(architecture: Architecture, z: float, *, mode: str = "auto", weights: bool) -> Row:
+def transformed(architecture: Architecture, z: float, *, mode: str = "auto", output: str = "logits", weights: bool) -> Row:
     """Transforms one architecture: proved on random weights, or without weights and unproved."""
     torch.manual_seed(0)
     with torch.device("cpu" if weights else "meta"):
@@ -184,18 +214,22 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", wei
             z,
             example_input=architecture.images(model),
             mode=mode,
-            verify=weights,  # pyright: ignore[reportArgumentType]
+            output=output,
+            verify=weights,
         )
     except PaprError as error:
         return Row(architecture, reason=str(error).splitlines()[0])
-    found = report(gm)
-    site = found.sites[0]
+    except Exception as error:  # a fault of this project: the survey goes on, and shows it
+        return Row(architecture, reason=f"failed: {type(error).__name__}: {error}".splitlines()[0])
+    plan = gm.plan
+    choice = plan.choices(False)[0]
+    patches = prod(choice.grid)
     return Row(
         architecture,
-        found.mode,
-        len(found.sites),
-        f"{site.dense} -> {site.kept}",
-        found.dense_macs / found.pruned_macs,
+        plan.operator.mode,
+        output,
+        len(plan.operator.sites[False]) if isinstance(plan.operator, Pixels) else 1,
+        f"{choice.prefix + patches} -> {choice.prefix + keep_count(patches, z, choice.prefix)}",
         "proved" if weights else "",
     )
 
@@ -206,15 +240,14 @@ def table(rows: Iterable[Row]) -> str:
         (
             r.architecture.family,
             r.architecture.name,
-            r.mode or "refused",
+            (r.mode or "refused") + (" (features)" if r.output == "features" else ""),
             r.sites or "",
             r.positions,
-            f"{r.ratio:.2f}" if r.mode else "",
             r.proof or r.reason,
         )
         for r in rows
     ]
-    headers = ["family", "model", "mode", "sites", "positions", "MAC ratio", "proof, or why not"]
+    headers = ["family", "model", "mode", "sites", "positions", "proof, or why not"]
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -247,12 +280,37 @@ def _one_thread() -> None:
 
 
 def _proved(architecture: Architecture, z: float) -> Row:
-    return transformed(architecture, z, weights=True)
+    row = transformed(architecture, z, weights=True)
+    if row.mode:
+        return row
+    features = transformed(architecture, z, output="features", weights=True)
+    return features if features.mode == "tokens" else row
 
 
 def _alike(architecture: Architecture, proved: Row, z: float) -> Row:
-    row = transformed(architecture, z, mode=proved.mode, weights=False)
+    row = transformed(architecture, z, mode=proved.mode, output=proved.output, weights=False)
     return row if not row.mode else replace(row, proof=f"as {proved.architecture.name}")
+
+
+def _family(kind: type[nn.Module]) -> str:
+    return kind.__module__.rpartition(".")[2].removeprefix("modeling_")
+
+
+def _transformers_classes() -> list[type[nn.Module]]:
+    """Classes whose input is an image: classification models, vision towers, and what backbones are made of."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    models = {key: names if isinstance(names, tuple) else (names,) for key, names in modeling_auto.MODEL_MAPPING_NAMES.items()}
+    chosen: list[str] = []
+    for names in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        chosen += names if isinstance(names, tuple) else (names,)
+    chosen += [name for names in models.values() for name in names if name.endswith("VisionModel")]
+    chosen += [name for key in modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES for name in models.get(key, ())]
+    kinds = [getattr(transformers, name) for name in dict.fromkeys(chosen)]
+    return sorted(
+        (kind for kind in kinds if kind.main_input_name == "pixel_values"), key=lambda kind: (_family(kind), kind.__name__)
+    )
 
 
 def _stripped(line: str) -> str:
