@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from math import prod
+from typing import Any, cast
 
 import timm
 import torch
@@ -213,8 +214,8 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", out
             proposal,
             z,
             example_input=architecture.images(model),
-            mode=mode,
-            output=output,
+            mode=cast(Any, mode),
+            output=cast(Any, output),
             verify=weights,
         )
     except PaprError as error:

@@ -77,7 +77,7 @@ def with_output(model: nn.Module, output: str) -> nn.Module:
             "backbone itself, whose output is its features"
         )
     headless = copy.copy(model)
-    headless.__class__ = type(kind.__name__, (kind,), {"forward": kind.forward_features})
+    headless.__class__ = type(kind.__name__, (kind,), {"forward": cast(Any, kind).forward_features})
     return headless
 
 

@@ -174,6 +174,8 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if k in _FIXED_ATTRIBUTES and isinstance(self.known, Tensor):
             return getattr(self.known, k)
+        if getattr(self.known, k, "") is None:
+            return None  # code asks `is None`, which no proxy could answer
         return ValueAttribute(self, k)
 
     def __len__(self) -> int:
@@ -223,7 +225,8 @@ class ValueAttribute(ValueProxy):
     @property
     def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._node is None:
-            self._node = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {}).node
+            proxy = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {})
+            self._node = cast(fx.Proxy, proxy).node
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
