@@ -84,6 +84,7 @@ def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> tupl
         inside = Counter(owner for name in alone for owner in owners[name])
         closed = {owner for owner, count in inside.items() if count == whole[owner]}
         visible = [site.merge, site.residual, site.branch, site.origin[0], *site.region, *(name for name, _ in site.entries)]
+        visible += site.moves.path if site.moves else ()
         opened.update(owner for name in visible for owner in owners[name] if owner not in closed)
     return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, left
 

@@ -11,9 +11,9 @@ import multiprocessing
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from typing import Any, cast
@@ -163,24 +163,24 @@ def survey(
         One row for each, in order.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _one_thread, max_tasks_per_child=50) as pool:
+    with context.Pool(workers, _one_thread, maxtasksperchild=50) as pool:  # an executor hangs once its workers were replaced
         groups: dict[str, list[tuple[int, Architecture]]] = defaultdict(list)
         rows: dict[Architecture, Row] = {}
-        for architecture, structure in zip(chosen, pool.map(structure_of, chosen), strict=True):
+        for architecture, structure in zip(chosen, pool.imap(structure_of, chosen), strict=True):
             if structure.reason:
                 rows[architecture] = Row(architecture, reason=structure.reason)
             else:
                 groups[structure.key].append((structure.parameters, architecture))
             progress(f"traced {architecture.name}")
         first = {key: min(members, key=lambda member: member[0])[1] for key, members in groups.items()}
-        for key, row in zip(first, pool.map(_proved, first.values(), [z] * len(first)), strict=True):
+        for key, row in zip(first, pool.imap(partial(_proved, z=z), first.values()), strict=True):
             others = [a for _, a in groups[key] if a != row.architecture]
             rows[row.architecture] = row
             progress(f"{row.architecture.name}: {row.mode or 'refused'}, and {len(others)} alike")
             if not row.mode:
                 rows |= {a: Row(a, reason=row.reason) for a in others}
                 continue
-            for other in pool.map(_alike, others, [row] * len(others), [z] * len(others)):
+            for other in pool.imap(partial(_alike, proved=row, z=z), others):
                 rows[other.architecture] = other
     return [rows[architecture] for architecture in chosen]
 

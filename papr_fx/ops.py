@@ -6,6 +6,7 @@ None of them reads a tensor's content on the host, and every count is a Python i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -110,13 +111,26 @@ def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
     return (keep + first_row).reshape(-1)
 
 
+def number_cells(keep: Tensor, grid: Sequence[int], layout: str) -> Tensor:
+    """The numbers of a grid's cells on the device of `keep`: (1, 1, h, w) for the layout BCHW, (1, h, w, 1) for BHWC."""
+    cells = torch.arange(grid[0] * grid[1], device=keep.device).view(1, 1, grid[0], grid[1])
+    return cells.movedim(1, layout.index("C"))
+
+
+def moved_cells(keep: Tensor, cells: Tensor) -> Tensor:
+    """Where kept cells (B, k) are among positions that hold `cells`, all cells of the grid in another order."""
+    cells = cells.flatten()  # (n,)
+    places = torch.empty_like(cells).index_copy(0, cells, torch.arange(cells.shape[0], device=cells.device))
+    return places[keep]
+
+
 def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> Tensor:
     """Picks kept positions: (B, C, h, w), (B, h, w, C) or (B, h * w, C) become (B, C, k, 1), (B, k, 1, C) or (B, k, C).
 
     Args:
         x: Values of every position.
         rows: Flat indices (B * k,), see `pixel_rows`.
-        grid: Rows and columns that `rows` was made for.
+        grid: Rows and columns that `rows` was made for, or their product where rows of `x` are windows.
         layout: Axes of `x`: BCHW, BHWC, BNC or BCN.
 
     Raises:
@@ -124,7 +138,7 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
     """
     channels = layout.index("C")
     spatial = [x.shape[axis] for axis in range(1, x.ndim) if axis != channels]
-    if spatial != list(grid) and spatial != [grid[0] * grid[1]]:
+    if spatial != list(grid) and (prod(spatial) != prod(grid) or len(spatial) == len(grid)):
         raise ValueError(f"positions were chosen for a grid of {tuple(grid)}, but the value has {spatial}")
     kept = _as_rows(x, channels).index_select(0, rows)  # (B * k, C)
     shape = (x.shape[0], -1, 1, kept.shape[1]) if x.ndim == 4 else (x.shape[0], -1, kept.shape[1])

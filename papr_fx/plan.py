@@ -91,8 +91,7 @@ class Pixels:
                 f"_{grid[0]}x{grid[1]}",
                 grid,
                 0,
-                first[grid].residual,
-                first[grid].layout,
+                *first[grid].ordered,
                 f"on grid {grid}, first for `{first[grid].merge}`",
             )
             for grid in dict.fromkeys(site.grid for site in self.sites[training])

@@ -30,7 +30,7 @@ _GRID = {"B": 2, "H": 5, "W": 4, "N": 20}
 _KEPT = (17, 2, 9, 4, 11, 13, 0)
 _TOLERANCE = 1e-4
 _RANDOM_FUNCTIONS = (F.dropout, torch.dropout)
-_PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
 class Verdict(NamedTuple):
@@ -64,8 +64,8 @@ class Positions:
 
     def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
         """What `node` does, given the layouts of its inputs that hold positions; its other inputs are constants."""
-        name = _called(node)
-        if name in _PERMUTATIONS or name == "flatten":
+        name = called(node)
+        if name in PERMUTATIONS or name == "flatten":
             return _moved(node, name, layouts)
         if name == "getitem" and shape_of(node.all_input_nodes[0]) is None:
             return Verdict(layouts[node.all_input_nodes[0]])  # a part of chunk or split
@@ -134,7 +134,7 @@ def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
     return relative_error(actual, [_gathered(t, layout) for t in tensors]) <= _TOLERANCE
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 

@@ -22,6 +22,9 @@ Left alone:
     2. A branch that starts neither at the residual's source nor at a depthwise convolution.
     3. A branch with an operation that mixes positions or is tied to the grid's size (see `papr_fx.positions`).
     4. Positions in one axis that cannot be traced back to rows and columns.
+
+Where values were moved into windows (MaxViT), the kept positions are had in their order: the nodes that moved them are
+copied onto the numbers of the cells.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ import torch
 from torch import fx, nn
 
 from ..joins import Join
-from ..ops import gather_pixels, mask_positions, pixel_rows, write_pixels
+from ..moves import Moves, copy_moves, find_moves, operands
+from ..ops import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, write_pixels
 from ..positions import Layout, Positions, Verdict
-from ..trace import TRACED_BATCH, shape_of
+from ..trace import shape_of
 from . import splice_proposal
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+# Sizes of a grid, or the number of its positions: known, or read at run time.
+Grid = tuple[int | fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Site:
         origin: The node where sizes of the grid can be read at run time, and their axes.
         masked: Nodes of the region in which dropped positions count as zeros.
         convolution: Whether a depthwise convolution feeds the operator.
+        moves: How its positions left the order of the image, if they did: into windows.
     """
 
     name: str
@@ -76,6 +82,12 @@ class Site:
     origin: tuple[str, tuple[int, int]]
     masked: tuple[tuple[str, Layout], ...]
     convolution: bool
+    moves: Moves | None = None
+
+    @property
+    def ordered(self) -> tuple[str, Layout]:
+        """A value in which its positions are in the order of the image, and its axes."""
+        return (self.moves.origin, self.moves.layout) if self.moves else (self.residual, self.layout)
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,8 @@ def find_sites(graph: fx.Graph, root: nn.Module, positions: Positions) -> tuple[
     left: list[Left] = []
     varying = _varying(graph)
     for merge in graph.nodes:
-        operands = _operands(merge)
-        found = [_match(root, positions, varying, merge, *pair) for pair in (operands, operands[::-1])] if operands else []
+        pair = operands(merge)
+        found = [_match(root, positions, varying, merge, *pair) for pair in (pair[::-1], pair)] if pair else []
         chosen = next((site for site in found if isinstance(site, Site)), None)
         if chosen:
             sites.append(chosen)
@@ -123,13 +135,20 @@ def rewrite(
     """
     nodes = {node.name: node for node in graph.nodes}
     images = splice_proposal.find_site(graph)
-    rows: dict[tuple[int, int], tuple[fx.Node, tuple[int | fx.Node, ...]]] = {}
+    choices: dict[tuple[int, int], tuple[fx.Node, Grid]] = {}
+    rows: dict[tuple[object, object], tuple[fx.Node, Grid]] = {}
     first = images.images.next
     for number, site in enumerate(sites):
-        if site.grid not in rows:
-            before = nodes[site.source].next if dynamic else first
-            rows[site.grid] = _choose(graph, nodes, images, site, z, before, dynamic=dynamic)
-        index, grid = rows[site.grid]
+        before = nodes[site.source].next if dynamic else first
+        if site.grid not in choices:
+            choices[site.grid] = _choose(graph, nodes, images, site, z, before, dynamic=dynamic)
+        order = site.moves and (site.moves.path if dynamic else site.moves.cells)  # other sizes may part what is equal here
+        if (site.grid, order) not in rows:
+            orders = sum(grid == site.grid for grid, _ in rows)
+            name = "x".join(map(str, site.grid)) + (f"_{orders}" if orders else "")
+            with graph.inserting_before(before):
+                rows[site.grid, order] = _index(graph, nodes, site, *choices[site.grid], name)
+        index, grid = rows[site.grid, order]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
     if any(len(site.layout) == 4 and site.layout.index("C") == 1 for site in sites):
         _lay_channels_last(graph, images)
@@ -148,12 +167,21 @@ def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, tr
             masks[grid] = last = graph.placeholder(f"mask_{grid[0]}x{grid[1]}")
     for site in sites:
         merge, mask = nodes[site.merge], masks[site.grid]
+        sizes = site.grid
+        if site.moves:
+            path = [nodes[step] for step in site.moves.path]
+            with graph.inserting_before(path[-1].next):
+                cells = graph.call_method("view", (mask, -1, *((1, *sizes) if site.moves.layout == "BCHW" else (*sizes, 1))))
+                moved = copy_moves(graph, nodes[site.moves.origin], path, cells)[-1]
+                mask = graph.call_method("flatten", (moved, 1))
+            shape = cast("tuple[int, ...]", shape_of(path[-1]))
+            sizes = tuple(shape[site.layout.index(axis)] for axis in "HW")
         zeroed = [site.branch] + ([site.residual] if background_of(site, background, training) == "zero" else [])
         pairs = [(merge, nodes[name], site.layout) for name in zeroed]
         pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
         for user, source, layout in pairs:
             with graph.inserting_before(user):
-                user.replace_input_with(source, graph.call_function(mask_positions, (source, mask, layout, site.grid)))
+                user.replace_input_with(source, graph.call_function(mask_positions, (source, mask, layout, sizes)))
     return graph
 
 
@@ -170,18 +198,6 @@ def is_depthwise(node: fx.Node, root: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d):
         return False
     return module.groups == module.in_channels == module.out_channels > 1 and prod(module.kernel_size) > 1
-
-
-def _operands(merge: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two values of like shape that a node adds."""
-    if merge.target not in _ADDITIONS or len(merge.args) != 2 or merge.kwargs:
-        return None
-    a, b = merge.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
-        return None
-    shape = shape_of(merge)
-    alike = shape is not None and shape_of(a) == shape == shape_of(b)
-    return (b, a) if alike and len(shape) in (3, 4) and shape[0] == TRACED_BATCH else None
 
 
 def _match(
@@ -208,7 +224,8 @@ def _match(
             attempts.append(checked)
             continue
         out = layouts[branch]
-        grid = _grid(sources[-1], out)
+        moves = find_moves(sources[-1], root) if len(out) == 4 else None
+        grid = _grid(_upward(sources[-1], moves.origin), moves.layout) if moves else _grid(sources[-1], out)
         if grid is None:
             shape = shape_of(sources[-1])
             return f"{behind}: the positions of `{sources[-1]}` {shape} cannot be traced back to rows and columns"
@@ -227,6 +244,7 @@ def _match(
             grid[1],
             tuple((node.name, layouts[node]) for node in region if node in checked),
             bool(convolutions),
+            moves,
         )
     return f"{behind}: {max(attempts)[1]}"
 
@@ -292,6 +310,13 @@ def _upstream(node: fx.Node) -> set[fx.Node]:
                 found.add(before)
                 queue.append(before)
     return found
+
+
+def _upward(node: fx.Node, name: str) -> fx.Node:
+    """The node of that name in front of `node`."""
+    while node.name != name:
+        node = node.prev
+    return node
 
 
 def _is_pointwise(node: fx.Node, root: nn.Module) -> bool:
@@ -369,9 +394,9 @@ def _choose(
     before: fx.Node,
     *,
     dynamic: bool,
-) -> tuple[fx.Node, tuple[int | fx.Node, ...]]:
-    """The flat rows of the kept positions of a grid, in front of node `before`, and the grid's sizes."""
-    grid: tuple[int | fx.Node, ...] = site.grid
+) -> tuple[fx.Node, Grid]:
+    """The kept positions of a grid, in front of node `before`, and the grid's sizes."""
+    grid: Grid = site.grid
     name = "x".join(map(str, site.grid))
     with graph.inserting_before(before):
         if dynamic:
@@ -381,9 +406,23 @@ def _choose(
                 graph.create_node("call_function", operator.getitem, (shape, axis), name=f"papr_{word}_{name}")
                 for axis, word in zip(axes, ("rows", "columns"), strict=True)
             )
-    keep = splice_proposal.rewrite(graph, images, before, grid, z, name=name)
-    with graph.inserting_before(before):
-        return graph.create_node("call_function", pixel_rows, (keep, grid), name=f"papr_index_{name}"), grid
+    return splice_proposal.rewrite(graph, images, before, grid, z, name=name), grid
+
+
+def _index(
+    graph: fx.Graph, nodes: Mapping[str, fx.Node], site: Site, keep: fx.Node, grid: Grid, name: str
+) -> tuple[fx.Node, Grid]:
+    """The flat rows of kept positions in the order of the site's values, and the sizes that these have."""
+    sizes = grid
+    if site.moves:
+        cells = graph.create_node("call_function", number_cells, (keep, grid, site.moves.layout), name=f"papr_cells_{name}")
+        path = [nodes[step] for step in site.moves.path]
+        moved = copy_moves(graph, nodes[site.moves.origin], path, cells)[-1]
+        keep = graph.create_node("call_function", moved_cells, (keep, moved), name=f"papr_moved_{name}")
+        sizes = (prod(site.grid),)
+        if grid != site.grid:
+            sizes = (graph.create_node("call_function", operator.mul, grid, name=f"papr_count_{name}"),)
+    return graph.create_node("call_function", pixel_rows, (keep, grid), name=f"papr_index_{name}"), sizes
 
 
 def _rewrite_site(
@@ -392,7 +431,7 @@ def _rewrite_site(
     site: Site,
     number: int,
     index: fx.Node,
-    grid: tuple[int | fx.Node, ...],
+    grid: Grid,
     background: str,
 ) -> None:
     region = [nodes[name] for name in site.region]
