@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .positions import PERMUTATIONS, Layout, called
-from .trace import REFUSALS, TRACED_BATCH, shape_of
+from .trace import REFUSALS, TRACED_BATCH, ancestors, shape_of
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MOVES = (*PERMUTATIONS, "view", "reshape", "flatten", "unflatten", "contiguous", "clone")
@@ -44,9 +44,14 @@ def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     a, b = addition.args
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
         return None
-    shape = shape_of(addition)
-    alike = shape is not None and shape_of(a) == shape == shape_of(b)
-    return (a, b) if alike and len(shape) in (3, 4) and shape[0] == TRACED_BATCH else None
+    shape = shape_of(addition) or ()
+    alike = shape_of(a) == shape == shape_of(b)
+    return (a, b) if alike and len(shape) in (3, 4) and shape[:1] == (TRACED_BATCH,) else None
+
+
+def residual_of(addition: fx.Node) -> fx.Node | None:
+    """The operand of an addition that passes by the other's branch, so is computed from less; None if it does no such thing."""
+    return min(operands(addition) or (), key=lambda node: len(ancestors(node)), default=None)
 
 
 def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
@@ -61,7 +66,7 @@ def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
         before = _moved(node, root)
         if before is not None:
             path.insert(0, node)
-        node = before or min(operands(node) or (), default=None)  # the residual is there before its branch
+        node = before or residual_of(node)
     for start in range(len(path)):
         for layout in ("BCHW", "BHWC"):
             found = _followed(path[start:], layout, root)
@@ -81,9 +86,9 @@ def copy_moves(graph: fx.Graph, origin: fx.Node, path: Sequence[fx.Node], start:
     def copy(node: fx.Node) -> fx.Node:
         if node in copied:
             return copied[node]
-        pair = operands(node)
-        if pair:
-            return copy(min(pair))
+        passed = residual_of(node)
+        if passed:
+            return copy(passed)
         if node.op == "placeholder" or (shape_of(node) is not None and node not in path):
             raise ValueError(f"`{node.name}` does not follow from `{origin.name}` by moves alone")
         args, kwargs = fx.map_arg((node.args, node.kwargs), copy)

@@ -135,6 +135,7 @@ def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
 
 
 def called(node: fx.Node) -> str:
+    """Name of the method or function that a node calls."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 

@@ -161,7 +161,7 @@ def test_masked_branch(name, background):
     gm = papr_fx.transform(model, toy_proposal(), 0.6, example_input=x[:1], background=background)
     blocks = sum(type(m).__name__ == family.block for m in model.modules())
     found = papr_fx.report(gm)
-    assert (found.mode, len(found.sites)) == ("pixels", blocks)
+    assert (found.mode, len(found.sites)) == ("pixels", blocks), found.left_alone
     masks = papr_fx.keep_masks(gm, x)
     assert all(mask.flatten(1).sum(1).tolist() == [int(prod(grid) * 0.6)] * 3 for grid, mask in masks.items())
     rule = family.natural if background == "auto" else background
