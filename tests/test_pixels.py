@@ -18,6 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.convnext import ConvNeXt as TorchvisionConvNeXt
+from torchvision.models.maxvit import MaxVit, PartitionAttentionLayer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
@@ -410,6 +411,55 @@ def test_the_proof_sees_transposed_grids():
 
     with pytest.raises(papr_fx.VerifyError, match="geometry"):
         papr_fx.transform(user_model(Columns()), toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
+
+
+def in_windows(mask, side, *, across):
+    """A mask (B, h, w) as MaxViT orders positions, (B, windows, places, 1); `across` takes every so-manieth position."""
+    rows, columns = mask.shape[1:]
+    windows, places = (rows // side) * (columns // side), side * side
+    out = mask.new_zeros(len(mask), windows, places, 1)
+    for i in range(rows):
+        for j in range(columns):
+            window, place = (i // side) * (columns // side) + j // side, (i % side) * side + j % side
+            out[:, window, place, 0] = mask[:, i, j]
+    return out.transpose(1, 2) if across else out
+
+
+@pytest.mark.parametrize("background", ["keep", "zero"])
+@torch.no_grad()
+def test_positions_that_were_moved_into_windows(background):
+    """Torchvision's MaxViT leaves positions in windows from attention to MLP, and takes the next windows across them."""
+    torch.manual_seed(0)
+    options = {"stem_channels": 8, "partition_size": 4, "head_dim": 4, "stochastic_depth_prob": 0.0, "num_classes": 5}
+    model = MaxVit(input_size=(64, 64), block_channels=[8, 16], block_layers=[2, 1], **options)
+    model = enliven(model).double().eval()
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    gm = papr_fx.transform(model, toy_proposal(), 0.6, example_input=x[:1], background=background)
+    assert [site.grid for site in papr_fx.report(gm).sites] == [(16, 16)] * 4 + [(8, 8)] * 2
+    masks = papr_fx.keep_masks(gm, x)
+    handles = []
+    for layer in (m for m in model.modules() if isinstance(m, PartitionAttentionLayer)):
+        mask = in_windows(masks[layer.grid_size].double(), layer.p, across=layer.partition_type == "grid")
+        target = layer.departition_swap if background == "zero" else layer.mlp_layer
+        handles.append(
+            target.register_forward_pre_hook(lambda _m, inputs, mask=mask: (inputs[0] * mask,))
+            if background == "zero"
+            else target.register_forward_hook(lambda _m, _i, out, mask=mask: out * mask)
+        )
+    expected = model(x)
+    for handle in handles:
+        handle.remove()
+    assert relative_error(gm(x), expected) < 1e-9
+    assert relative_error(model(x), expected) > 1e-6
+    found = papr_fx.testing.check(model, toy_proposal(), 0.5, example_input=x[:1])
+    assert found.masked_branch < 1e-9 < 1e-6 < found.corrupted
+
+
+def test_the_proof_sees_windows_taken_for_rows(monkeypatch):
+    monkeypatch.setattr(prune_pixels, "moved_cells", lambda keep, cells: keep)
+    model = MaxVit((32, 32), 8, 4, [8], [1], head_dim=4, stochastic_depth_prob=0.0, num_classes=5)
+    with pytest.raises(papr_fx.VerifyError, match="regions"):
+        papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt V2", "Swin"])
