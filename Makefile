@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all check bench accept
+.PHONY: setup demo test test-all check bench accept coverage
 
 setup: $(STAMP)
 
@@ -33,3 +33,7 @@ bench: setup
 
 accept: setup
 	$(PYTHON) -m pytest -n 2 --accept tests/test_golden.py
+
+# An hour or two on two cores.
+coverage: setup
+	$(PYTHON) -m papr_fx models --library timm torchvision transformers --workers 2 --table docs/coverage.md

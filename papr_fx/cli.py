@@ -181,8 +181,7 @@ def _models(arguments: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
     rows = coverage.survey(chosen, checked_z(arguments.z), workers=arguments.workers, progress=progress)
-    text = f"{coverage.summary(rows)}\n\n{coverage.table(rows)}\n"
-    print(text, end="")
+    print(coverage.tables(rows))
     if arguments.table:
         arguments.table.parent.mkdir(parents=True, exist_ok=True)
         arguments.table.write_text(coverage.document(rows, arguments.z))

@@ -182,6 +182,8 @@ def survey(
                 continue
             for other in pool.imap(partial(_alike, proved=row, z=z), others):
                 rows[other.architecture] = other
+        pool.close()
+        pool.join()
     return [rows[architecture] for architecture in chosen]
 
 
@@ -236,7 +238,8 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", out
 
 
 def table(rows: Iterable[Row]) -> str:
-    """One line for each architecture."""
+    """One line for each architecture; reasons for refusals are numbered below it."""
+    reasons: dict[str, str] = {}
     cells = [
         (
             r.architecture.family,
@@ -244,12 +247,13 @@ def table(rows: Iterable[Row]) -> str:
             (r.mode or "refused") + (" (features)" if r.output == "features" else ""),
             r.sites or "",
             r.positions,
-            r.proof or r.reason,
+            r.proof if r.mode else reasons.setdefault(r.reason, f"reason {len(reasons) + 1}"),
         )
         for r in rows
     ]
-    headers = ["family", "model", "mode", "sites", "positions", "proof, or why not"]
-    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    headers = ["family", "model", "mode", "sites", "positions", "proof"]
+    lines = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    return "\n".join([lines, "", *(f"{number}: {text}.  " for text, number in reasons.items())]).rstrip()
 
 
 def summary(rows: Iterable[Row]) -> str:
@@ -266,13 +270,21 @@ def summary(rows: Iterable[Row]) -> str:
     return tabulate(cells, headers=["family", "models", "tokens", "pixels", "refused"], tablefmt="github")
 
 
+def tables(rows: Sequence[Row]) -> str:
+    """Summary and table of each library."""
+    libraries = dict.fromkeys(row.architecture.library for row in rows)
+    chosen = {library: [row for row in rows if row.architecture.library == library] for library in libraries}
+    return "\n\n".join(f"## {name} {version(name)}\n\n{summary(some)}\n\n{table(some)}" for name, some in chosen.items())
+
+
 def document(rows: Sequence[Row], z: float) -> str:
-    """Both tables with what they say, as Markdown."""
-    libraries = ", ".join(dict.fromkeys(f"{r.architecture.library} {version(r.architecture.library)}" for r in rows))
+    """The tables with what they say, as Markdown."""
     return (
-        f"# What is pruned\n\n{libraries}, torch {torch.__version__}; keep ratio {z:g}; written by `make coverage`.\n"
-        "A proof on random weights holds for every model of the same structure: the same graph but for sizes and indices.\n\n"
-        f"{summary(rows)}\n\n{table(rows)}\n"
+        f"# What is pruned\n\ntorch {torch.__version__}; keep ratio {z:g}; written by `make coverage`.\n\n"
+        "Every architecture is built with random weights and transformed. Architectures whose graphs, all modules traced "
+        "through, differ in\nsizes and indices only have one structure: the smallest is proved on numbers, the others are "
+        "transformed without weights.\n\n"
+        f"{tables(rows)}\n"
     )
 
 
