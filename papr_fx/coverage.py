@@ -1,7 +1,7 @@
 """Which architectures of timm, torchvision and transformers can be pruned: each is tried, one of every structure is proved.
 
-Two architectures have one structure if their graphs, opened to the last module, read alike once indices and sizes are
-stripped. The smallest member is transformed with random weights and proved; the others are transformed without weights.
+Two architectures of a family have one structure if their graphs, opened to the last module, read alike once indices and sizes
+are stripped. The smallest member is transformed with random weights and proved; the others are transformed without weights.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ FAMILIES = {
 }
 LIBRARIES = tuple(FAMILIES)
 
+# A model of more parameters is proved with so many blocks.
+_LARGE, _FEW_BLOCKS = 100_000_000, 2
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -53,16 +56,19 @@ class Architecture:
         library: One of `LIBRARIES`.
         family: Its module in the library.
         name: What the library calls it; of transformers, the class, in its default configuration.
+        depth: Number of blocks, if another than its own; timm's builders with a `depth` take it.
     """
 
     library: str
     family: str
     name: str
+    depth: int | None = None
 
     def create(self) -> nn.Module:
         """Builds it in eval mode, on torch's default device."""
         if self.library == "timm":
-            return timm.create_model(self.name).eval()
+            options = {} if self.depth is None else {"depth": self.depth}
+            return timm.create_model(self.name, **options).eval()
         if self.library == "transformers":
             import transformers
 
@@ -164,13 +170,13 @@ def survey(
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _one_thread, maxtasksperchild=50) as pool:  # an executor hangs once its workers were replaced
-        groups: dict[str, list[tuple[int, Architecture]]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[tuple[int, Architecture]]] = defaultdict(list)
         rows: dict[Architecture, Row] = {}
         for architecture, structure in zip(chosen, pool.imap(structure_of, chosen), strict=True):
             if structure.reason:
                 rows[architecture] = Row(architecture, reason=structure.reason)
             else:
-                groups[structure.key].append((structure.parameters, architecture))
+                groups[architecture.family, structure.key].append((structure.parameters, architecture))
             progress(f"traced {architecture.name}")
         first = {key: min(members, key=lambda member: member[0])[1] for key, members in groups.items()}
         for key, row in zip(first, pool.imap(partial(_proved, z=z), first.values()), strict=True):
@@ -192,8 +198,8 @@ def structure_of(architecture: Architecture) -> Structure:
     try:
         with torch.device("meta"):
             model = architecture.create()
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # another package is missing, or a default is none
-        return Structure(architecture.name, 0, f"cannot be built: {type(error).__name__}: {str(error).strip()}")
+    except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:  # a package is missing, or a default
+        return Structure(architecture.name, 0, f"cannot be built: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
     parameters = sum(p.numel() for p in model.parameters())
     try:
         graph = trace(model, architecture.images(model), lambda module, _: any(True for _ in module.children())).graph
@@ -281,9 +287,10 @@ def document(rows: Sequence[Row], z: float) -> str:
     """The tables with what they say, as Markdown."""
     return (
         f"# What is pruned\n\ntorch {torch.__version__}; keep ratio {z:g}; written by `make coverage`.\n\n"
-        "Every architecture is built with random weights and transformed. Architectures whose graphs, all modules traced "
-        "through, differ in\nsizes and indices only have one structure: the smallest is proved on numbers, the others are "
-        "transformed without weights.\n\n"
+        "Every architecture is built with random weights and transformed. Architectures of a family whose graphs, all modules "
+        "traced through, differ\nin sizes and indices only have one structure. The smallest of each is proved on numbers (with "
+        "two blocks where it has more than 100 M\nparameters and its structure allows), the others are transformed without "
+        "weights.\n\n"
         f"{tables(rows)}\n"
     )
 
@@ -293,16 +300,28 @@ def _one_thread() -> None:
 
 
 def _proved(architecture: Architecture, z: float) -> Row:
-    row = transformed(architecture, z, weights=True)
-    if row.mode:
-        return row
-    features = transformed(architecture, z, output="features", weights=True)
-    return features if features.mode == "tokens" else row
+    small = _shallow(architecture)
+    row = transformed(small, z, weights=True)
+    if not row.mode:
+        features = transformed(small, z, output="features", weights=True)
+        row = features if features.mode == "tokens" else row
+    if not row.mode or small is architecture:
+        return replace(row, architecture=architecture)
+    return _alike(architecture, replace(row, architecture=architecture), z, f"proved with {small.depth} blocks")
 
 
-def _alike(architecture: Architecture, proved: Row, z: float) -> Row:
+def _shallow(architecture: Architecture) -> Architecture:
+    """A large architecture with fewer blocks, if that has its structure."""
+    structure = structure_of(architecture)
+    small = replace(architecture, depth=_FEW_BLOCKS)
+    if structure.parameters < _LARGE or architecture.library != "timm":
+        return architecture
+    return small if structure_of(small).key == structure.key else architecture
+
+
+def _alike(architecture: Architecture, proved: Row, z: float, proof: str = "") -> Row:
     row = transformed(architecture, z, mode=proved.mode, output=proved.output, weights=False)
-    return row if not row.mode else replace(row, proof=f"as {proved.architecture.name}")
+    return row if not row.mode else replace(row, proof=proof or f"as {proved.architecture.name}")
 
 
 def _family(kind: type[nn.Module]) -> str:
