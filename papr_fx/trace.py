@@ -29,7 +29,7 @@ from .joins import RecordJoins
 TRACED_BATCH = 2
 
 # What the code of models raises for images that it does not take.
-REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)
+REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
 
 # Facts of a tensor that tracing never changes: answered at once, never recorded.
 _FIXED_ATTRIBUTES = frozenset(
