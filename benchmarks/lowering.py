@@ -25,7 +25,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import Unsupported, UserError
 from torch._inductor import compile_fx
 from torch._inductor.async_compile import CompiledTritonKernels
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
@@ -153,7 +153,7 @@ def lower(
             images = torch.empty(tuple(shape), dtype=dtype, device="cuda")
             try:
                 torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(images)
-            except Unsupported as refusal:
+            except (Unsupported, UserError) as refusal:
                 lowering.breaks.append(str(refusal))
         torch.compiler.reset()
     for code in lowering.code:
@@ -293,9 +293,13 @@ def _observed(lowering: Lowering, *, compile_kernels: bool) -> Generator[None]:
         return reason
 
     def deduce(folder: Any, node: fx.Node) -> Any:
-        if node.target is torch.ops.aten.full.default and len(node.args) == 2 and not isinstance(node.args[1], fx.Node):
-            return torch.full([1], node.args[1], **{**node.kwargs, "device": torch.device("cpu")})  # pyright: ignore
-        return deduce_value(folder, node)
+        given = node.kwargs
+        if "device" in given:
+            node.kwargs = {**given, "device": torch.device("cpu")}
+        try:
+            return deduce_value(folder, node)
+        finally:
+            node.kwargs = given
 
     with (
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(save_output_code)),
