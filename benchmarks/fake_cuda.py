@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch._inductor.utils
 import torch.utils._triton
+from torch import Tensor
 from torch._dynamo import device_interface
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
@@ -123,6 +124,14 @@ def _properties(gpu: Gpu) -> SimpleNamespace:
     )
 
 
+def _convolution_format(images: Tensor, kernel: Tensor, _backend: object) -> torch.memory_format:
+    """How cuDNN lays its result out; without a device the slow fallback is asked, whose results are contiguous."""
+    for tensor in (images, kernel):
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
 @contextmanager
 def present(gpu: Gpu) -> Generator[None]:
     """Lets PyTorch, inductor and Triton believe that `gpu` is there."""
@@ -168,6 +177,7 @@ def present(gpu: Gpu) -> Generator[None]:
         torch._C._ensureCUDADeviceGuardSet()  # pyright: ignore[reportAttributeAccessIssue]  # a guard that does nothing
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
+        stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _convolution_format))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         for function in cached:
             function.cache_clear()
