@@ -26,6 +26,12 @@ from benchmarks.lowering import lower
 
 from .models import toy_proposal
 
+
+def separable_proposal():
+    depthwise = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), depthwise, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+
 SHAPE = (4, 3, 64, 64)
 MODELS = {
     "ViT": lambda: timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64),
@@ -34,6 +40,7 @@ MODELS = {
         "swin_tiny_patch4_window7_224", img_size=64, embed_dim=32, depths=(1, 2), num_heads=(2, 4)
     ),
 }
+PROPOSALS = {"ViT": toy_proposal, "ConvNeXt": toy_proposal, "Swin": separable_proposal}
 GRIDS = {"ViT": 1, "ConvNeXt": 4, "Swin": 2}
 
 
@@ -102,7 +109,7 @@ def lower_all(path: Path) -> None:
 
     for name, build in MODELS.items():
         model = build().eval()
-        gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, *SHAPE[1:]), verify=False)
+        gm = papr_fx.transform(model, PROPOSALS[name](), 0.5, example_input=torch.zeros(1, *SHAPE[1:]), verify=False)
         dense, proposal = lowered(model), lowered(gm.papr_proposal)
         pruned = lowered(gm, compile_kernels=name == "ViT")
         parts = {"dense": dense, "proposal": proposal, "pruned": pruned}
@@ -154,6 +161,12 @@ def test_bytes_and_time_are_those_of_an_h100(found, name, part):
     assert lowered["bytes"] > 4 * 3 * 64 * 64 * 2  # the images are read
     assert lowered["ms"] >= lowered["bytes"] / 3.4e9  # 3.35 TB/s
     assert lowered["ms"] < lowered["bytes"] / 1e9
+
+
+def test_a_depthwise_convolution_joins_the_kernels_around_it(found):
+    proposal = found["Swin"]["proposal"]
+    assert proposal["calls"] == {"convolution": 2}  # the pointwise ones
+    assert proposal["count"] <= 5  # layout, two convolutions, what lies between them, the mean
 
 
 def test_attention_is_one_call(found):
