@@ -56,7 +56,8 @@ class Architecture:
         library: One of `LIBRARIES`.
         family: Its module in the library.
         name: What the library calls it; of transformers, the class, in its default configuration.
-        depth: Number of blocks, if another than its own; timm's builders with a `depth` take it.
+        depth: Number of blocks, if another than its own; timm's builders with a `depth` take it, and transformers' configurations
+            with `num_hidden_layers`.
     """
 
     library: str
@@ -73,7 +74,8 @@ class Architecture:
             import transformers
 
             kind = getattr(transformers, self.name)
-            return kind._from_config(kind.config_class()).eval()
+            options = {} if self.depth is None else {"num_hidden_layers": self.depth}
+            return kind._from_config(kind.config_class(**options)).eval()
         from torchvision.models import get_model
 
         return get_model(self.name, weights=None).eval()
@@ -314,7 +316,7 @@ def _shallow(architecture: Architecture) -> Architecture:
     """A large architecture with fewer blocks, if that has its structure."""
     structure = structure_of(architecture)
     small = replace(architecture, depth=_FEW_BLOCKS)
-    if structure.parameters < _LARGE or architecture.library != "timm":
+    if structure.parameters < _LARGE or architecture.library == "torchvision":
         return architecture
     return small if structure_of(small).key == structure.key else architecture
 

@@ -161,11 +161,24 @@ def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, ba
     channels = layout.index("C")
     dense, kept = _as_rows(residual, channels), _as_rows(branch, channels)  # (B * h * w, C), (B * k, C)
     dtype = torch.promote_types(dense.dtype, kept.dtype)
-    if background == "keep":
+    if torch.compiler.is_compiling() and rows.is_cuda and not torch.is_grad_enabled():
+        out = _looked_up(dense.to(dtype), kept.to(dtype), rows, background)
+    elif background == "keep":
         out = dense.to(dtype).index_add(0, rows, kept.to(dtype))
     else:
         out = torch.zeros_like(dense, dtype=dtype).index_copy(0, rows, dense.index_select(0, rows) + kept)
     return out.view(residual.movedim(channels, -1).shape).movedim(-1, channels)
+
+
+def _looked_up(dense: Tensor, kept: Tensor, rows: Tensor, background: str) -> Tensor:
+    """Has every position look up its branch: one CUDA kernel, where a scatter takes several, or a library call in bfloat16.
+
+    Not for gradients: all dropped positions would add theirs, of zero, to one row.
+    """
+    numbers = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    places = torch.full_like(dense[:, 0], -1, dtype=torch.int32).index_copy(0, rows, numbers)  # (B * h * w,)
+    added = dense + kept.index_select(0, places.clamp(min=0))
+    return torch.where(places.unsqueeze(1) >= 0, added, dense if background == "keep" else 0)
 
 
 def mask_positions(x: Tensor, mask: Tensor, layout: str, grid: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 
+from .depthwise import replace_depthwise
 from .errors import ArgumentError, ProposalError, TraceError, VerifyError
 from .fold import fold_batch_norms, kernel_size
 from .macs import count_macs
@@ -126,6 +127,7 @@ def build_proposal(
         scale, shift = (t.to(where, images.dtype).view(-1, 1, 1) for t in statistics)
         statistics = scale, shift
     trunk = trunk.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    replace_depthwise(trunk)
     return SignificanceNet(trunk, channel_axis=axis, size=size, renormalise=statistics)
 
 

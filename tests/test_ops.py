@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papr_fx.ops import gather_tokens, keep_count, resize_map, top_positions
+from papr_fx.ops import _looked_up, gather_tokens, keep_count, pixel_rows, resize_map, top_positions, write_pixels
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,16 @@ def test_resize_map_keeps_corners_and_orientation():
     assert psm.shape == (1, 3, 7)
     assert torch.allclose(psm[0][[0, 0, -1, -1], [0, -1, 0, -1]], torch.tensor([1.0, 2.0, 3.0, 5.0]), atol=1e-6, rtol=0)
     assert resize_map(corners.half(), (3, 7)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("background", ["keep", "zero"])
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_looking_branches_up_equals_writing_them(background, batch, rows, columns, width, data):
+    residual = torch.randn(batch, rows * columns, width, dtype=torch.float64)
+    k = data.draw(st.integers(1, rows * columns))
+    keep = torch.stack([torch.randperm(rows * columns)[:k] for _ in range(batch)])
+    branch = torch.randn(batch, k, width, dtype=torch.float64)
+    index = pixel_rows(keep, (rows, columns))
+    written = write_pixels(residual, branch, index, "BNC", background)
+    looked_up = _looked_up(residual.flatten(0, 1), branch.flatten(0, 1), index, background)
+    assert torch.equal(written.flatten(0, 1), looked_up)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import papr_fx
 from papr_fx.cli import lite0
+from papr_fx.depthwise import DepthwiseConv2d, add_shifted, replace_depthwise
 from papr_fx.numerics import relative_error
 from papr_fx.proposal import SignificanceNet, build_proposal
 
@@ -117,7 +118,9 @@ def test_mobileone_is_merged_into_single_branches_and_channels_last():
     branches = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
     merged = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert len(merged) < len(branches) / 2
-    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in merged)
+    dense = [conv for conv in merged if type(conv) is nn.Conv2d]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in dense)
+    assert len(merged) - len(dense) == 21  # depthwise, laid out tap by tap
 
 
 class OwnMap(nn.Module):
@@ -242,3 +245,32 @@ def test_convolution_used_twice_is_not_folded():
     x = torch.randn(2, 3, 96, 128)
     with torch.no_grad():
         assert relative_error(built(network)(x), network(x).mean(1)) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), ((1, 3), (1, 2), (0, 2)), (2, 1, 1)]
+)
+def test_depthwise_convolutions_equal_sums_of_shifted_images(kernel, stride, padding, bias):
+    conv = nn.Conv2d(5, 5, kernel, stride, padding, groups=5, bias=bias).double()
+    x = torch.randn(2, 5, 7, 10, dtype=torch.float64)
+    network = nn.Sequential(conv)
+    expected = network(x)
+    replace_depthwise(network)
+    assert type(network[0]) is DepthwiseConv2d
+    for result in (network(x), copy.deepcopy(network)(x), add_shifted(network[0], x)):
+        assert torch.allclose(result, expected, atol=1e-12, rtol=0)
+
+
+def test_other_convolutions_stay_as_they_are():
+    convolutions = [
+        nn.Conv2d(4, 4, 5, groups=4),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Conv2d(4, 4, 3, groups=4, dilation=2),
+        nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, groups=4, padding="same"),
+    ]
+    network = nn.Sequential(*convolutions)
+    replace_depthwise(network)
+    assert list(network) == convolutions
