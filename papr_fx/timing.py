@@ -10,16 +10,23 @@ from typing import Any
 import torch
 
 
-def median_times(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1) -> dict[str, float]:
-    """Median wall-clock time of each variant, interleaved.
+def interleaved_times(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 7,
+    warmup: int = 1,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Wall-clock times of each variant, interleaved.
 
     Args:
         variants: Functions to time, by name. They are called without gradients.
         rounds: Timed calls of each.
         warmup: Calls of each beforehand.
+        progress: Called behind every call.
 
     Returns:
-        Milliseconds, by name.
+        Milliseconds of each round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():
@@ -29,6 +36,13 @@ def median_times(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, 
                 call()
                 if turn >= warmup:
                     times[name].append((_now() - start) * 1e3)
+                progress()
+    return times
+
+
+def median_times(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1) -> dict[str, float]:
+    """Median milliseconds of each variant, from `interleaved_times`."""
+    times = interleaved_times(variants, rounds=rounds, warmup=warmup)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
