@@ -83,7 +83,10 @@ class Positions:
             module = sandbox(self._root.get_submodule(target)).eval()
             for part in module.modules():
                 part.training = self._training and isinstance(part, _NormBase)
-            values = redraw(module, self._random, torch.float32)
+            try:
+                values = redraw(module, self._random, torch.float32)
+            except NotImplementedError:  # a buffer on the meta device: what it holds is not known
+                return Verdict(reason="holds a buffer without values (meta device)")
             self._known[key] = self._try(
                 node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
             )

@@ -31,7 +31,7 @@ def test_the_transcription_of_pixel_operators_is_the_same_model(name, background
 
 @torch.no_grad()
 def test_the_transcription_of_tokens_is_the_same_model():
-    gm = papr_fx.transform(ToyViT(Shape()).double(), toy_proposal(), 0.5)
+    gm = papr_fx.transform(ToyViT(Shape()).double().eval(), toy_proposal(), 0.5)
     x = images(Shape(), 3)
     assert relative_error(peers.transcribed(gm)(x), gm(x)) < 1e-12
 
@@ -103,7 +103,7 @@ def test_rows(tmp_path, capsys, suffix):
     arguments = ["--z", "0.5", "--peers", "transcription", "merging", "--proposal", "resnet10t", "--results-file", str(file)]
     counts = ["--batch-size", "1", "2", "--num-bench-iter", "2", "--num-warm-iter", "0", "--img-size", "64"]
     assert main(["bench", "--model", "vit_tiny_patch16_224", *arguments, *counts]) == 0
-    rows = list(csv.DictReader(file.open())) if suffix == ".csv" else json.loads(file.read_text())
+    rows = list(csv.DictReader(file.read_text().splitlines())) if suffix == ".csv" else json.loads(file.read_text())
     assert len(rows) == 2 * 5
     pruned = next(row for row in rows if row["variant"] == "papr z=0.5")
     dense = next(row for row in rows if row["variant"] == "dense")

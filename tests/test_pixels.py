@@ -529,11 +529,15 @@ def test_compiles_as_one_graph_in_inductor(name):
     assert relative_error(compiled(x), gm(x)) < 1e-4
 
 
-def test_meta_models_are_planned_without_numbers():
+@pytest.mark.parametrize(
+    ("build", "sites"), [(timm_model("convnext_tiny"), 18), (torchvision.models.swin_t, 12)], ids=["convnext", "swin"]
+)
+def test_meta_models_are_planned_without_numbers(build, sites):
     with torch.device("meta"):
-        model = timm.create_model("convnext_tiny").eval()
-    gm = papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, verify=False)
-    assert len(papr_fx.report(gm).sites) == 18
+        model = build().eval()
+    example = torch.zeros(1, 3, 224, 224)
+    gm = papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, example_input=example, verify=False)
+    assert len(papr_fx.report(gm).sites) == sites
 
 
 @pytest.mark.parametrize(
