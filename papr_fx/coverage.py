@@ -40,7 +40,12 @@ FAMILIES = {
         *("vitamin", "vision_transformer_sam"),
     ),
     "torchvision": ("vision_transformer", "swin_transformer", "convnext", "maxvit"),
-    "transformers": ("*",),
+    "transformers": (
+        *("aimv2", "beit", "chinese_clip", "clip", "convnext", "convnextv2", "cvt", "data2vec_vision", "deit", "dinov2"),
+        *("dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "donut_swin", "focalnet", "hiera", "ijepa", "internvl"),
+        *("levit", "metaclip_2", "mlcd", "mobilevit", "mobilevitv2", "pixio", "poolformer", "pvt", "pvt_v2", "segformer"),
+        *("siglip", "siglip2", "swiftformer", "swin", "swinv2", "tipsv2", "vit", "vit_msn", "vitdet"),
+    ),
 }
 LIBRARIES = tuple(FAMILIES)
 
@@ -129,7 +134,8 @@ def architectures(library: str, patterns: Sequence[str] = ()) -> list[Architectu
     """The architectures of a library of which a pattern matches the family or the name.
 
     Args:
-        library: "timm", "torchvision" (classification models) or "transformers" (those, vision towers and backbones).
+        library: "timm", "torchvision" (classification models) or "transformers" (those, vision towers and backbones, each in
+            its default configuration).
         patterns: Shell patterns, such as "eva" or "convnext*"; none for `FAMILIES`.
 
     Raises:
