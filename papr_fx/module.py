@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .errors import ArgumentError
 from .plan import Choice, Plan
 from .proposal import SignificanceNet
-from .trace import cut, propagate, sandbox
+from .trace import cut, propagate, remove_dead_code, sandbox
 
 Grid = tuple[int, ...]
 
@@ -36,8 +36,7 @@ class PrunedModule(fx.GraphModule):
         self._parameters.update(root._parameters)
         self._buffers.update(root._buffers)
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
-        self.plan = plan
-        self._annotate()
+        self._finish(plan)
 
     def example(self) -> Tensor:
         """Uninitialised images of the traced shape (B, C, H, W), in the model's dtype and on its device."""
@@ -55,10 +54,12 @@ class PrunedModule(fx.GraphModule):
 
     def _follow(self, plan: Plan, training: bool) -> None:
         self.graph = plan.rewrite(training)
-        self.plan = plan
-        self._annotate()
+        self._finish(plan)
 
-    def _annotate(self) -> None:
+    def _finish(self, plan: Plan) -> None:
+        self.plan = plan
+        remove_dead_code(self.graph)  # dense values in whose place kept ones stand
+        self.recompile()
         propagate(self.for_shapes(), self.graph, self.example())
 
     def for_shapes(self) -> nn.Module:

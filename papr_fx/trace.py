@@ -399,7 +399,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
             node.meta["inside"] = tuple(name for name, _ in node.meta.pop("nn_module_stack", {}).values())
         recorded = copy.deepcopy(graph)
         graph = fx.GraphModule(root, graph).graph  # dead code is told from live by a graph's module
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_in_place(node))
+        remove_dead_code(graph)
         graph.lint()
         graph._tracer_cls = None  # else a pickled graph asks for a tracer built without arguments
         return Traced(copy.deepcopy(graph), constants, recorded)  # copies: a graph keeps its module, and is pickled with it
@@ -441,6 +441,11 @@ class _Annotate(fx.Interpreter):
             raise TraceError(f"`{n.target}` refused {inputs}: {_first_line(error)}", str(n.target)) from error
         annotate(n, value)
         return value
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Removes what leads to no output; a method such as `add_` may be called for what it does to its receiver."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_in_place(node))
 
 
 def fixed_value(node: fx.Node) -> object:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 
 import papr_fx
 from papr_fx.testing import assert_golden
@@ -27,6 +28,12 @@ MODELS = {
     "caformer_s18": lambda: timm.create_model("caformer_s18"),
     "torchvision_convnext_tiny": lambda: torchvision.models.convnext_tiny(),
     "torchvision_swin_v2_t": lambda: torchvision.models.swin_v2_t(),
+    "torchvision_maxvit_t": lambda: torchvision.models.maxvit_t(),
+    "eva02_tiny_patch14_224": lambda: timm.create_model("eva02_tiny_patch14_224"),
+    "vit_small_patch16_dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", img_size=224),
+    "beit_base_patch16_224": lambda: timm.create_model("beit_base_patch16_224"),
+    "vit_srelpos_small_patch16_224": lambda: timm.create_model("vit_srelpos_small_patch16_224"),
+    "transformers_vit": lambda: transformers.ViTForImageClassification._from_config(transformers.ViTConfig()),
 }
 
 
