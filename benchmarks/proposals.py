@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from papr_fx.cli import LITE0_STATISTICS, lite0
+from papr_fx.macs import count_module_macs
 from papr_fx.ops import keep_count, resize_map, top_positions
-from papr_fx.peers import count_module_macs
 from papr_fx.proposal import SignificanceNet, build_proposal
 from papr_fx.timing import median_times
 

@@ -7,7 +7,7 @@ import csv
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .peers import count_module_macs, merged_at, transcribed
+from .macs import count_module_macs
+from .module import PrunedModule, shell
+from .peers import merged_at, transcribed
 from .proposal import InputStats
 from .report import report
 from .timing import interleaved_times
@@ -100,24 +102,24 @@ def variants(
     macs = count_module_macs(model, images)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found = {"dense": Variant(model, macs), "dense channels-last": Variant(last, macs, channels_last=True)}
+    proved = transform(
+        model,
+        proposal,
+        ratios[0],
+        example_input=images,
+        mode=cast(Any, mode),
+        input_stats=input_stats,
+        proposal_size=proposal_size,
+    )
     for z in ratios:
-        gm = transform(
-            model,
-            proposal,
-            z,
-            example_input=images,
-            mode=cast(Any, mode),
-            input_stats=input_stats,
-            proposal_size=proposal_size,
-            verify=False,
-        )
+        gm = PrunedModule(shell(proved), replace(proved.plan, z=z))
         total = report(gm).total_macs
         found[f"papr z={z:g}"] = Variant(gm, total)
         if "transcription" in peers:
             found[f"transcription z={z:g}"] = Variant(transcribed(gm), total)
         if "merging" in peers:
             merged = merged_at(model, images, total)
-            found[f"merging r={merged.r}"] = Variant(merged.eval(), count_module_macs(merged, images))
+            found[f"merging r={merged.r} for z={z:g}"] = Variant(merged.eval(), count_module_macs(merged, images))
     return found
 
 

@@ -33,3 +33,15 @@ class NoSiteError(PaprError):
 
 class VerifyError(PaprError):
     """The rewritten model failed its proof, so it was not returned."""
+
+
+class GeometryError(VerifyError):
+    """Positions are not where the map scores them.
+
+    Attributes:
+        merges: Names of the residual additions of the pixel operators concerned; none for tokens.
+    """
+
+    def __init__(self, message: str, merges: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.merges = merges

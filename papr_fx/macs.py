@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .trace import fake_like, faking, sandbox
+from .trace import TRACED_BATCH, fake_like, faking, sandbox
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -16,7 +16,7 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
     return sdpa_flop_count(query, key, value)
 
 
-FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
 class _CountNodes(fx.Interpreter):
@@ -27,7 +27,7 @@ class _CountNodes(fx.Interpreter):
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             value = super().run_node(n)
         self.counts[n.name] = counter.get_total_flops() // 2
         return value
@@ -39,13 +39,28 @@ def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict
     Convolutions and matrix products are counted. `root` should be a copy, as for `propagate`.
     """
     mode, fake = fake_like(images, 1)
-    for module in root.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = None if parameter is None else cast(nn.Parameter, parameter.detach())
+    _detach(root)
     counting = _CountNodes(root, graph)
     with faking(mode):
         counting.run(fake)
     return counting.counts
+
+
+def count_module_macs(module: nn.Module, images: Tensor) -> int:
+    """MACs of one forward pass of any module over one sample shaped like `images` (B, C, H, W)."""
+    mode, fake = fake_like(images, TRACED_BATCH)
+    copied = sandbox(module)
+    _detach(copied)
+    with faking(mode), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        copied(fake)
+    return counter.get_total_flops() // 2 // TRACED_BATCH
+
+
+def _detach(root: nn.Module) -> None:
+    """Gives a copy of a module tensors that share memory with its parameters, and ask for no gradients."""
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else cast(nn.Parameter, parameter.detach())
 
 
 def count_macs(gm: fx.GraphModule, images: Tensor) -> int:

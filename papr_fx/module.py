@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from numbers import Real
 from typing import Any, cast
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ArgumentError
-from .plan import Choice, Plan
+from .plan import Choice, Pixels, Plan
 from .proposal import SignificanceNet
 from .trace import cut, propagate, remove_dead_code, sandbox
 
@@ -35,7 +36,8 @@ class PrunedModule(fx.GraphModule):
         self._modules = dict(root._modules)  # whole, where GraphModule copies only what its graph calls
         self._parameters.update(root._parameters)
         self._buffers.update(root._buffers)
-        self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+        constants = set(self._buffers) - set(root._buffers)  # plain tensors of the model, no part of its state
+        self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         self._finish(plan)
 
     def example(self) -> Tensor:
@@ -45,6 +47,14 @@ class PrunedModule(fx.GraphModule):
     def retarget(self, z: float) -> None:
         """Rewrites the graph for keep ratio `z`, in place."""
         self._follow(replace(self.plan, z=z), self.training)
+
+    def leave_alone(self, merges: Collection[str], reason: str) -> bool:
+        """Makes the pixel operators that feed `merges` dense again; False, and nothing done, if no other would be left."""
+        operator = self.plan.operator
+        if not isinstance(operator, Pixels) or not operator.without(merges, reason).sites[self.training]:
+            return False
+        self._follow(replace(self.plan, operator=operator.without(merges, reason)), self.training)
+        return True
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode."""

@@ -122,7 +122,9 @@ def _followed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves
     part = fx.Graph()
     try:
         part.output(tuple(copy_moves(part, origin, path, part.placeholder("cells"))))
-        values: tuple[Tensor, ...] = fx.GraphModule(root, part)(numbers.view(shapes[layout]))
+        trial = fx.Interpreter(root, graph=part)
+        trial.extra_traceback = False  # a failure is an answer here
+        values: tuple[Tensor, ...] = trial.run(numbers.view(shapes[layout]))
     except REFUSALS:
         return None
     cells = values[-1].flatten()

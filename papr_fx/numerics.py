@@ -36,8 +36,14 @@ def relative_error(actual: Any, expected: Any) -> float:
     pairs = list(zip(tensors_of(actual), tensors_of(expected), strict=False))
     if not pairs or len(tensors_of(actual)) != len(tensors_of(expected)) or any(a.shape != e.shape for a, e in pairs):
         return float("inf")
-    errors = [((a - e).abs().max() / e.abs().max().clamp_min(torch.finfo(e.dtype).tiny)).item() for a, e in pairs]
+    errors = [_error(a, e) for a, e in pairs]
     return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)).item()
 
 
 def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import ops
 from .errors import ArgumentError
-from .macs import FORMULAS
+from .macs import count_module_macs
 from .module import PrunedModule, shell
-from .trace import TRACED_BATCH, fake_like, faking, sandbox
 
 
 def transcribed(gm: PrunedModule) -> fx.GraphModule:
@@ -166,15 +164,6 @@ def merged_at(model: nn.Module, images: Tensor, macs: int) -> MergedViT:
         low, high = (middle, high) if count_module_macs(MergedViT(model, middle), images) > macs else (low, middle)
     candidates = [MergedViT(model, r) for r in (low, high)]
     return min(candidates, key=lambda merged: abs(count_module_macs(merged, images) - macs))
-
-
-def count_module_macs(module: nn.Module, images: Tensor) -> int:
-    """Multiply-accumulates of a module for one image shaped like `images` (B, C, H, W), counted on shapes alone."""
-    mode, fake = fake_like(images, TRACED_BATCH)
-    copied = sandbox(module).requires_grad_(False)
-    with faking(mode), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        copied(fake)
-    return counter.get_total_flops() // 2 // TRACED_BATCH
 
 
 def _has(module: object, path: str) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -82,6 +82,16 @@ class Pixels:
     def rewrite(self, graph: fx.Graph, plan: Plan, training: bool) -> None:
         """Rewrites a traced graph of the model, in place."""
         prune_pixels.rewrite(graph, self.sites[training], plan.z, self.background, training=training, dynamic=plan.dynamic)
+
+    def without(self, merges: Collection[str], reason: str) -> Pixels:
+        """The same but for the operators that feed `merges`, which are left alone."""
+        sites = dict(self.sites)
+        left = dict(self.left)
+        for mode, some in self.sites.items():
+            sites[mode] = tuple(site for site in some if site.merge not in merges)
+            dropped = (site for site in some if site.merge in merges)
+            left[mode] = (*left[mode], *(prune_pixels.Left(site.merge, f"`{site.name}`: {reason}") for site in dropped))
+        return replace(self, sites=sites, left=left)
 
     def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:
         """What is chosen in the dense graph: one set of positions for each grid."""

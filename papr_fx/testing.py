@@ -1,9 +1,4 @@
-"""For your own test suite: every oracle that applies to your model, and its graph diff kept under review.
-
-def test_pruned():
-papr_fx.testing.check(MyViT(), proposal, z=0.5)
-papr_fx.testing.assert_golden(papr_fx.transform(MyViT(), proposal, 0.5), "tests/my_vit.diff")
-"""
+"""For your own test suite: every oracle that applies to your model (`check`), its graph diff under review (`assert_golden`)."""
 
 from __future__ import annotations
 
@@ -13,13 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from .diff import graph_changes
 from .errors import ArgumentError, VerifyError
-from .inputs import checked_model, example_images
+from .hidden_keys import HiddenKeys
+from .inputs import checked_model, example_images, with_output
 from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio
 from .numerics import redraw, relative_error, tensors_of
 from .passes.prune_pixels import mask_branches
@@ -43,52 +37,6 @@ class Checked(NamedTuple):
     hidden_keys: float | None
     masked_branch: float | None
     corrupted: float
-
-
-class HiddenKeys(TorchFunctionMode):
-    """While active, every attention over `hidden.shape[1]` keys gives no weight to hidden ones.
-
-    What an unpruned model computes for the other tokens is then what a pruned one must compute (PaPr, Sec. 3.3).
-
-    Args:
-        hidden: (B, N) bool, True for the tokens to hide; N counts the prefix tokens.
-    """
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.seen = 0
-        self._weights_follow = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        count = self.hidden.shape[1]
-        if func is F.scaled_dot_product_attention and args[1].shape[-2] == count:
-            kwargs["attn_mask"] = self._bias(args[0]) + self._given(
-                args[3] if len(args) > 3 else kwargs.get("attn_mask"), args[0]
-            )
-            args = args[:3] + args[4:] if len(args) > 3 else args
-            self.seen += 1
-        elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
-            kwargs["key_padding_mask"] = self.hidden
-            self.seen += 1
-        elif func in (torch.softmax, F.softmax, Tensor.softmax) and args[0].ndim == 4 and args[0].shape[-1] == count:
-            args = (args[0] + self._bias(args[0]), *args[1:])
-            self.seen += 1
-            self._weights_follow = True
-        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._weights_follow and args[0].shape[-1] == count:
-            args = (args[0], args[1].masked_fill(self.hidden[:, None, :, None], 0))  # weights may be mixed behind the softmax
-            self._weights_follow = False
-        return func(*args, **kwargs)
-
-    def _bias(self, like: Tensor) -> Tensor:
-        bias = torch.zeros(self.hidden.shape, dtype=like.dtype, device=like.device)
-        return bias.masked_fill(self.hidden, float("-inf"))[:, None, None, :]  # (B, 1, 1, N)
-
-    def _given(self, mask: Tensor | None, like: Tensor) -> Tensor | float:
-        if mask is None:
-            return 0.0
-        return torch.where(mask, 0.0, float("-inf")).to(like.dtype) if mask.dtype == torch.bool else mask
 
 
 @torch.no_grad()
@@ -120,7 +68,8 @@ def check(
     gm = transform(wide, proposal, z, example_input=example, **options)
     images = torch.randn((3, *example.shape[1:]), generator=random, dtype=torch.float64)
     set_keep_ratio(gm, 1.0)
-    if not all(torch.equal(a, b) for a, b in zip(tensors_of(gm(images)), tensors_of(wide(images)), strict=True)):
+    whole = with_output(wide, gm.plan.output)(images)
+    if not all(torch.equal(a, b) for a, b in zip(tensors_of(gm(images)), tensors_of(whole), strict=True)):
         raise VerifyError("z=1: the traced model differs from the model")
     set_keep_ratio(gm, z)
     operator = gm.plan.operator

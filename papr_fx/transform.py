@@ -15,7 +15,7 @@ from . import inputs
 from .by_pixels import keeps_space, prune_by_pixels
 from .by_tokens import prune_by_tokens
 from .diff import graph_text
-from .errors import ArgumentError, NoSiteError, VerifyError
+from .errors import ArgumentError, GeometryError, NoSiteError, VerifyError
 from .module import PrunedModule, checked_z
 from .proposal import InputStats, SignificanceNet, build_proposal
 from .trace import REFUSALS, sandbox
@@ -95,7 +95,7 @@ def transform(
         if os.environ.get("PAPR_FX_DEBUG") == "1":
             print(graph_text(gm.graph))
         if verify:
-            prove(model, gm)
+            _prove_all(model, gm)
         return gm
 
     @cache
@@ -118,6 +118,18 @@ def transform(
             hint = "mode='pixels' would prune its MLPs alone, where that is sound"
             raise type(error)(f"{error} ({hint})") from error
     return finished(gm)
+
+
+def _prove_all(model: nn.Module, gm: PrunedModule) -> None:
+    """Proves `gm`; pixel operators whose positions are not in order are left alone, if others are."""
+    while True:
+        try:
+            prove(model, gm)
+        except GeometryError as error:
+            if not error.merges or not gm.leave_alone(error.merges, str(error)):
+                raise
+        else:
+            return
 
 
 def _run_once(model: nn.Module, images: Tensor) -> None:

@@ -9,6 +9,7 @@ scale first: trained or fresh ones may be so small (layer scales of 1e-6, bias t
 4. Geometry: changing one patch of the image moves the position that the map scores for it, and no prefix token.
 5. Lengths: with some positions only, the output does not depend on their order.
 6. Regions, for pixel operators: with some positions only, the output is that of the dense graph with masked branches.
+7. Hidden keys, for tokens: with some tokens only, they are those of the dense graph in which no attention sees the others.
 
 A model whose code differs in training mode has a second graph: it is compared with the model in that mode, dropout off.
 """
@@ -25,14 +26,16 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .errors import VerifyError
+from .errors import GeometryError, VerifyError
+from .hidden_keys import HiddenKeys
 from .module import PrunedModule, shell
 from .moves import residual_of
 from .numerics import exact_float32, redraw, relative_error, tensors_of
 from .passes.prune_pixels import mask_branches
 from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
-from .trace import clone, cut
+from .positions import Layout
+from .trace import clone, cut, descendants, shape_of
 
 # Not the batch size that was traced: a frozen one shows.
 _BATCH = 3
@@ -95,13 +98,14 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         # One of a stage's thousands of positions moves the output less than one token: there, noise is the floor.
         floor = tolerance / 10 if isinstance(plan.operator, Tokens) else 40 * torch.finfo(dtype).eps
         for choice, control in zip(choices, controls, strict=True):
-            if not control > max(floor, 10 * permutation):
+            if control is not None and not control > max(floor, 10 * permutation):
                 raise VerifyError(
                     f"negative control: with one position replaced {choice.where}, the output moves by {control:.1e} only, "
                     f"beside an error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model "
                     "is right to ignore single positions"
                 )
-        allowed = min(tolerance, *controls)  # one wrong position is to show
+        seen = [control for control in controls if control is not None]
+        allowed = min(tolerance, *seen)  # one wrong position is to show
         _check_geometry(model, root, plan, False, values, images[:1], random)
         flipped = _run(free, values, images[:1], *_indices([cells.flip(1) for cells in some], choices))
         backwards = torch.arange(some[0].shape[1], device=images.device).flip(0).unsqueeze(0)
@@ -113,9 +117,11 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
             )
         if isinstance(plan.operator, Pixels):
             _check_masked(root, plan, plan.operator, values, images[:1], some, allowed, fewer)
+        else:
+            _check_hidden(root, plan, choices[0], free, values, images[:1], _indices(some, choices)[0], tolerance)
         if not gm.plan.one_graph and not isinstance(gm.plan.dense[True], str):
             _check_training(model, gm, values, images, places, random)
-    return Proof(permutation, order, min(controls), tolerance)
+    return Proof(permutation, order, min(seen, default=tolerance), tolerance)
 
 
 def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
@@ -189,8 +195,13 @@ def _control(
     choices: Sequence[Choice],
     place: int,
     expected: Any,
-) -> float:
-    """How far the output moves when a grid's last cell is replaced: by the first, or dropped if it is the only one."""
+) -> float | None:
+    """How far the output moves when a grid's last cell is replaced: by the first, or dropped if it is the only token.
+
+    None for a grid of one position, without which a convolution would not run.
+    """
+    if orders[place].shape[1] == 1 and choices[place].layout != "BNC":
+        return None
     wrong = [cells[:1].clone() for cells in orders]
     wrong[place][:, -1] = wrong[place][:, 0]
     if wrong[place].shape[1] == 1:
@@ -240,6 +251,40 @@ def _check_masked(
         raise VerifyError(
             f"regions: with fewer positions the output is off by {error:.1e} from the dense model with masked branches "
             f"({allowed:.0e} is allowed): an operator mixes positions"
+        )
+
+
+def _check_hidden(
+    root: nn.Module,
+    plan: Plan,
+    choice: Choice,
+    free: fx.GraphModule,
+    values: dict[str, Tensor],
+    image: Tensor,
+    keep: Tensor,
+    tolerance: float,
+) -> None:
+    """Compares kept tokens with the dense graph in which the others are hidden from every attention."""
+    graph = plan.dense_graph(False)
+    stream = next(node for node in graph.nodes if node.name == choice.stream)
+    last = [node for node in descendants(stream) if shape_of(node) == shape_of(stream)][-1]  # what the head reads
+    shape = cast("tuple[int, ...]", shape_of(stream))
+    hidden = torch.ones((1, shape[1]), dtype=torch.bool, device=image.device).scatter(1, keep, False)
+    with HiddenKeys(hidden) as attention:
+        dense = cast(Tensor, _run(cut(root, graph, last), values, image))
+    if not attention.seen:
+        raise VerifyError(
+            f"hidden keys: no attention over the {shape[1]} tokens was seen behind `{choice.stream}` (neither "
+            "scaled_dot_product_attention nor nn.MultiheadAttention, nor a softmax over keys). Tokens that are mixed in "
+            "another way cannot be left out"
+        )
+    kept = next(node for node in free.graph.nodes if node.name == last.name)
+    pruned = _run(cut(root, free.graph, kept), values, image, keep)
+    error = relative_error(pruned, dense.gather(1, keep.unsqueeze(-1).expand(-1, -1, dense.shape[-1])))
+    if not error <= tolerance:
+        raise VerifyError(
+            f"hidden keys: the kept tokens of `{last.name}` are off by {error:.1e} from those of the dense model in which no "
+            f"attention sees the others ({tolerance:.0e} is allowed): something else mixes tokens, or normalises over them"
         )
 
 
@@ -302,16 +347,35 @@ def _check_geometry(
         passed = residual_of(node)
         if passed:
             node.op, node.target, node.args = "call_function", operator.pos, (passed,)
-    for choice in choices:
-        moved, cells = _moved(root, graph, choice, values, image, random)
-        places = torch.tensor(cells, device=moved.device).unsqueeze(1)
-        lesser = (moved < moved.gather(1, places)).sum(1) / max(1, moved.shape[1] - 1)  # 1: the changed patch moves most
-        if moved.shape[1] > 1 and not lesser.mean() > 0.9:
-            raise VerifyError(
-                f"geometry: changing patches {cells} of {choice.grid} moves other positions of `{choice.stream}` more than "
-                "these: they are not in row-major order of this grid"
-            )
+    operators = plan.operator.sites[training]
+    places = dict.fromkeys((*site.ordered, site.grid) for site in operators)
+    wrong = {place for place in places if not _in_order(root, graph, *place, values, image, random)}
+    if wrong:
+        sites = [site for site in operators if (*site.ordered, site.grid) in wrong]
+        where = ", ".join(f"`{stream}` on grid {grid}" for stream, _, grid in wrong)
+        raise GeometryError(
+            f"geometry: changing patches of the image moves other positions more than these in {where}: positions are not in "
+            "row-major order of the grid there",
+            tuple(site.merge for site in sites),
+        )
     return None
+
+
+def _in_order(
+    root: nn.Module,
+    graph: fx.Graph,
+    stream: str,
+    layout: Layout,
+    grid: tuple[int, int],
+    values: dict[str, Tensor],
+    image: Tensor,
+    random: torch.Generator,
+) -> bool:
+    """Whether the positions of a value move most where the image was changed."""
+    moved, cells = _moved(root, graph, Choice("", grid, 0, stream, layout, ""), values, image, random)
+    places = torch.tensor(cells, device=moved.device).unsqueeze(1)
+    lesser = (moved < moved.gather(1, places)).sum(1) / max(1, moved.shape[1] - 1)  # 1: the changed patch moves most
+    return moved.shape[1] == 1 or bool(lesser.mean() > 0.9)
 
 
 def _check_tokens(choice: Choice, moved: Tensor, cells: list[int]) -> None:
