@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -18,7 +18,7 @@ from .passes.prune_pixels import Left, Site
 from .plan import Pixels, Plan
 from .positions import Positions, Verdict
 from .proposal import SignificanceNet
-from .trace import Traced, cut, propagate, sandbox, trace
+from .trace import Traced, cut, propagate, sandbox, shape_of, trace
 
 
 def prune_by_pixels(
@@ -35,6 +35,7 @@ def prune_by_pixels(
     for name in opened:
         inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
     traces = {mode: trace(model, images, lambda _, name: name in opened, training=mode) for mode in (False, True)}
+    traces[True] = traces[True].beside(traces[False])
     found = {mode: _sites(model, traced, known, training=mode) for mode, traced in traces.items()}
     if not found[False][0]:
         raise _no_site(model, found[False][1])
@@ -45,8 +46,8 @@ def prune_by_pixels(
     left = {False: alone, True: found[True][1]}
     if not sites[True]:
         dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
-    root = traces[False].root(model)
-    dynamic = _takes_other_sizes(root, traces[False].graph, images)
+    root = traces[False].root(model, traces[True])
+    dynamic = _takes_other_sizes(root, traces[False].graph, images, sites[False])
     operator = Pixels(sites, left, background)
     plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
@@ -120,14 +121,34 @@ def _no_site(model: nn.Module, left: Iterable[Left]) -> NoSiteError:
     )
 
 
-def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor) -> bool:
-    """Whether the model runs on images of twice the size, or of another aspect; tried on shapes alone."""
+def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor, sites: Sequence[Site]) -> bool:
+    """Whether the model runs on images of other sizes, and its grids follow them; tried on shapes alone.
+
+    They do not where a grid holds padding, or where two grids are alike at the traced size by chance.
+    """
     height, width = images.shape[-2:]
     whole = cut(sandbox(root), graph, *graph.output_node().all_input_nodes)
-    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
-        try:
-            propagate(whole, whole.graph, images.new_empty((1, images.shape[1], rows, columns)))
-        except TraceError:
-            continue
-        return True
-    return False
+    rows, columns = height // sites[0].grid[0], width // sites[0].grid[1]  # of one position, in pixels
+    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), (height + rows, width + 3 * columns)]
+    taken = [size for size in sizes if _follows(whole, images, size, sites) is not None]
+    return bool(taken) and all(_follows(whole, images, size, sites) for size in taken)
+
+
+def _follows(whole: fx.GraphModule, images: Tensor, size: tuple[int, int], sites: Sequence[Site]) -> bool | None:
+    """Whether grids grow with the image, and like ones alike, on images of that size; None if the model refuses it."""
+    try:
+        propagate(whole, whole.graph, images.new_empty((1, images.shape[1], *size)))
+    except TraceError:
+        return None
+    shapes = {node.name: shape_of(node) or () for node in whole.graph.nodes}
+    grids: dict[tuple[int, int], set[tuple[int, ...]]] = defaultdict(set)
+    for site in sites:
+        name, axes = site.origin
+        grids[site.grid].add(tuple(shapes[name][axis] for axis in axes))
+    scale = [new / old for new, old in zip(size, images.shape[-2:], strict=True)]
+    return all(
+        abs(count - before * by) < 1
+        for grid, found in grids.items()
+        for counts in found
+        for count, before, by in zip(counts, grid, scale, strict=True)
+    ) and all(len(found) == 1 for found in grids.values())

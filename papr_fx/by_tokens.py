@@ -45,10 +45,14 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
             f"{type(model).__name__} has no repeated blocks: sought composite modules (modules of modules), found none"
         )
     opened = ancestors_of(blocks)
+
+    def is_opened(_: nn.Module, name: str) -> bool:
+        return name in opened
+
     while True:
         for name in opened:
             inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-        traced = trace(model, images, lambda _, name, opened=opened: name in opened)
+        traced = trace(model, images, is_opened)
         site = prune_tokens.find_site(traced.graph, blocks)
         dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
         if dynamic and site.join.op == "call_module" and site.join.target not in opened:
@@ -60,7 +64,8 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
             opened |= _alike(model, blocks, opened, clash)
             continue
         positions = {False: found, True: found}
-        in_training = trace(model, images, lambda _, name, opened=opened: name in opened, training=True)
+        in_training = trace(model, images, is_opened, training=True)
+        in_training = in_training.beside(traced)
         dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
         try:
             if dense[True] is not dense[False]:
@@ -76,7 +81,7 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
     operator = Tokens(blocks, positions)
     plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
     plan.dense_graph(model.training)
-    return traced.root(model), plan, [traced.recorded, in_training.recorded]
+    return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 
 
 def _positions(

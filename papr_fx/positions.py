@@ -104,6 +104,8 @@ class Positions:
                     given = fixed | {n: change(value, layout) for n, value in varying.items()}
                     return call(*fx.map_arg((node.args, node.kwargs), lambda n: given[n]))
 
+                if not all(bool(t.isfinite().all()) for t in tensors_of(run(_same)) if t.is_floating_point()):
+                    varying = {n: value.abs() for n, value in varying.items()}  # a root, a logarithm
                 actual, whole, masked = run(_gathered), run(_same), run(_masked)
         except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
             return Verdict(reason=f"is made for other inputs ({type(error).__name__})")

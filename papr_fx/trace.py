@@ -65,12 +65,23 @@ class Traced:
     constants: dict[str, Tensor]
     recorded: fx.Graph
 
-    def root(self, model: nn.Module) -> nn.Module:
-        """A clone of `model` in which every target of the graph is found."""
+    def root(self, model: nn.Module, *others: Traced) -> nn.Module:
+        """A clone of `model` in which every target of the graph, and of those of `others`, is found."""
         root = clone(model)
-        for name, constant in self.constants.items():
+        for name, constant in [pair for traced in (self, *others) for pair in traced.constants.items()]:
             root.register_buffer(name, constant, persistent=False)
         return root
+
+    def beside(self, other: Traced) -> Traced:
+        """The same with constants that are not those of `other` under names of their own."""
+        names = {
+            name: name if name in other.constants and torch.equal(constant, other.constants[name]) else f"training{name}"
+            for name, constant in self.constants.items()
+        }
+        for graph in (self.graph, self.recorded):
+            for node in graph.find_nodes(op="get_attr"):
+                node.target = names.get(str(node.target), node.target)
+        return Traced(self.graph, {names[name]: constant for name, constant in self.constants.items()}, self.recorded)
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -383,6 +394,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
 
         root = sandbox(model).train(training)
         mode, fake = fake_like(images, TRACED_BATCH)
+        before = torch.get_rng_state()
         tracer = ValueTracer(pick, sandbox(root), fake, mode)
         try:
             graph = tracer.trace(root)
@@ -393,6 +405,11 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
             continue
         except Exception as error:
             raise TraceError(f"{type(model).__name__}.forward cannot be traced: {_first_line(error)}") from error
+        if not torch.equal(torch.get_rng_state(), before):
+            raise TraceError(
+                f"{type(model).__name__}.forward draws random numbers of a fixed size{' in training' if training else ''}, "
+                "which a graph would fix: draw them like a value of the images (torch.rand_like), or in a module of their own"
+            )
         constants = {name: _attribute(root, name) for name in _own_constants(graph, model)}
         for node in graph.nodes:
             node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace

@@ -138,15 +138,17 @@ def rewrite(
     choices: dict[tuple[int, int], tuple[fx.Node, Grid]] = {}
     rows: dict[tuple[object, object], tuple[fx.Node, Grid]] = {}
     first = images.images.next
+    leads = {site.grid: site for site in sorted(sites, key=lambda site: nodes[site.region[0]], reverse=True)}
     for number, site in enumerate(sites):
-        before = nodes[site.source].next if dynamic else first
+        lead = leads[site.grid]  # the first to run; additions may come in another order
         if site.grid not in choices:
-            choices[site.grid] = _choose(graph, nodes, images, site, z, before, dynamic=dynamic)
+            before = nodes[lead.source].next if dynamic else first
+            choices[site.grid] = _choose(graph, nodes, images, lead, z, before, dynamic=dynamic)
         order = site.moves and (site.moves.path if dynamic else site.moves.cells)  # other sizes may part what is equal here
         if (site.grid, order) not in rows:
             orders = sum(grid == site.grid for grid, _ in rows)
             name = "x".join(map(str, site.grid)) + (f"_{orders}" if orders else "")
-            with graph.inserting_before(before):
+            with graph.inserting_before(choices[site.grid][0].next):
                 rows[site.grid, order] = _index(graph, nodes, site, *choices[site.grid], name)
         index, grid = rows[site.grid, order]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
