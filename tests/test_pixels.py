@@ -578,3 +578,89 @@ def test_torchvision_models_whole():
         torchvision.models.convnext_tiny().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64)
     )
     assert len(papr_fx.report(gm).sites) == 18
+
+
+class Rolled(nn.Module):
+    """Rolls its grid, mixes it, treats positions alone, and rolls it back."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift = (shift, shift)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        x = torch.roll(x.permute(0, 2, 3, 1), self.shift, (1, 2))
+        x = x + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.mlp(x)
+        return torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2)).permute(0, 3, 1, 2)
+
+
+def test_positions_out_of_order_are_left_alone():
+    """All share a grid: that its first operator is in order says nothing of the others."""
+    model = enliven(user_model(Rolled(0), Rolled(2), Rolled(0)))
+    found = papr_fx.report(papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE))
+    assert [site.name for site in found.sites] == ["1.mlp", "3.mlp"]
+    assert "`2.mlp`: geometry" in found.left_alone[-1]
+    with pytest.raises(papr_fx.VerifyError, match="geometry"):
+        papr_fx.transform(enliven(user_model(Rolled(2), Rolled(1))), toy_proposal(), 0.5, example_input=EXAMPLE)
+
+
+class Crossed(nn.Module):
+    """Its first branch is added last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Sequential(*mlp()), nn.Sequential(*mlp())
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        branch = self.early(x)
+        y = self.conv(x)
+        y = y + self.late(y)
+        return x + branch + y
+
+
+@torch.no_grad()
+def test_branches_that_run_before_they_are_added():
+    model = enliven(user_model(Crossed())).double()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE)
+    x = torch.randn(2, 3, 64, 32, dtype=torch.float64)
+    mask = papr_fx.keep_masks(gm, x)[16, 8].double().unsqueeze(1)
+    y = model[0](x)
+    z = model[1].conv(y)
+    assert relative_error(gm(x), model[2:](y + mask * model[1].early(y) + z + mask * model[1].late(z))) < 1e-12
+
+
+class Padded(nn.Module):
+    """Pads its grid to a multiple of four and stays there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(*mlp())
+
+    def forward(self, x):
+        y = nn.functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        y = y + self.mlp(y)
+        return y[:, :, : x.shape[2], : x.shape[3]]
+
+
+@torch.no_grad()
+def test_a_grid_that_holds_padding_at_other_sizes_keeps_to_the_traced_one():
+    gm = papr_fx.transform(enliven(user_model(Padded())), toy_proposal(), 0.5, example_input=EXAMPLE)
+    assert gm(torch.randn(1, *EXAMPLE.shape[1:])).shape == (1, 5)
+    with pytest.raises(ValueError, match="chosen for a grid"):
+        gm(torch.randn(1, 3, 40, 56))
+
+
+def test_norms_with_a_square_root_are_position_wise():
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(*mlp())
+
+        def forward(self, x):
+            return x + self.mlp(x * torch.rsqrt(x.square().mean(1, keepdim=True)))
+
+    gm = papr_fx.transform(enliven(user_model(Root())), toy_proposal(), 0.5, example_input=EXAMPLE)
+    assert len(papr_fx.report(gm).sites) == 1

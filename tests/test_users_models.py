@@ -11,7 +11,7 @@ import papr_fx
 from papr_fx.numerics import relative_error
 from papr_fx.testing import check
 
-from .models import Attention, Block, Shape, ToyViT, enliven, toy_proposal
+from .models import Attention, Block, Shape, ToyViT, enliven, images, toy_proposal
 
 
 def toy(**options) -> ToyViT:
@@ -389,3 +389,51 @@ def test_report_of_a_meta_model():
     gm = papr_fx.transform(toy().to("meta"), toy_proposal(), 0.5, verify=False)
     real = papr_fx.transform(toy(), toy_proposal(), 0.5)
     assert papr_fx.report(gm) == papr_fx.report(real)
+
+
+class Doubled(ToyViT):
+    """Scales its tokens by a constant that differs in training; with `more`, has one in training alone."""
+
+    def __init__(self, *, more: bool) -> None:
+        super().__init__(Shape())
+        self.more = more
+
+    def tokens(self, x):
+        x = super().tokens(x)
+        if self.more:
+            return x * torch.tensor([2.0] * 8) if self.training else x
+        return x * (torch.tensor(2.0) if self.training else torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_constants_of_training(more):
+    model = Doubled(more=more).eval()
+    for block in model.blocks:
+        block.mlp[2].p = 0.0
+    gm = papr_fx.transform(model, toy_proposal(), 1.0)
+    x = images(Shape(), 2, dtype=torch.float32)
+    assert torch.equal(gm(x), model(x))
+    gm.train()
+    assert torch.equal(gm(x), model.train()(x))
+
+
+class Noisy(ToyViT):
+    def tokens(self, x):
+        return super().tokens(x) + (torch.randn(8) if self.training else torch.zeros(8))
+
+
+def test_random_numbers_of_a_fixed_size_are_refused():
+    with pytest.raises(papr_fx.TraceError, match="draws random numbers of a fixed size in training"):
+        papr_fx.transform(Noisy(Shape()), toy_proposal(), 0.5)
+
+
+class Labels(ToyViT):
+    def forward(self, x):
+        logits = super().forward(x)
+        return {"logits": logits, "label": logits.argmax(1), "sure": logits.amax(1) > 0}
+
+
+def test_outputs_that_are_no_floating_point_numbers():
+    gm = papr_fx.transform(Labels(Shape()).eval(), toy_proposal(), 0.5)
+    out = gm(images(Shape(), 2, dtype=torch.float32))
+    assert torch.equal(out["label"], out["logits"].argmax(1))

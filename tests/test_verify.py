@@ -14,7 +14,7 @@ from papr_fx import ops
 from papr_fx.passes import prune_tokens
 from papr_fx.verify import prove, redraw
 
-from .models import Attention, Shape, ToyViT, toy_proposal
+from .models import Attention, Shape, ToyViT, enliven, toy_proposal
 
 
 class BiasedAttention(Attention):
@@ -258,3 +258,42 @@ def test_redrawn_parameters_hide_nothing():
         assert 0.5 < values[name].std() < 2
     features = F.linear(torch.randn(64, 192), values["blocks.0.mlp.fc1.weight"])
     assert 0.5 < features.std() < 2
+
+
+class Mixing(nn.Module):
+    """A block of an MLP-Mixer: tokens meet in a matrix of their number."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.matrix = nn.Parameter(torch.randn(count, count))
+        self.layer = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.layer(self.matrix @ self.norm(x))
+
+
+class Static(Attention):
+    """Attention beside weights that do not depend on the image: normalised over all tokens, they cannot be cut."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(8, 2, False)
+        self.table = nn.Parameter(torch.randn(1, 2, count, count))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = self.scores(q, k).softmax(-1) + self.table.softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def test_what_a_permutation_cannot_see_hidden_keys_do():
+    model = ToyViT(Shape(prefix=0))
+    model.blocks = nn.ModuleList(Mixing(16) for _ in range(2))
+    with pytest.raises(papr_fx.VerifyError, match="hidden keys: no attention over the 16 tokens"):
+        papr_fx.transform(enliven(model), toy_proposal(), 0.5)
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = Static(17)
+    with pytest.raises(papr_fx.VerifyError, match="hidden keys: the kept tokens of `norm` are off"):
+        papr_fx.transform(enliven(model), toy_proposal(), 0.5)
