@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -219,15 +220,23 @@ def check_suffix(path: Path) -> None:
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """Writes rows as JSON or, for a name that ends in .csv, as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes rows as JSON or, for a name that ends in .csv, as CSV.
+
+    Raises:
+        ArgumentError: The file cannot be written.
+    """
+    text = io.StringIO()
     if path.suffix == ".json":
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        text.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    else:
+        writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.getvalue())
+    except OSError as error:
+        raise ArgumentError(f"--results-file {path} cannot be written: {error}") from error
 
 
 def _call(variant: Variant, batch: Tensor, *, compiled: bool, autocast: torch.dtype | None) -> Callable[[], Any]:

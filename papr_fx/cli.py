@@ -96,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 at least, not {number}")
+    return number
+
+
 def _add_bench(command: argparse.ArgumentParser) -> None:
     """Options are named as in timm's benchmark.py."""
     command.set_defaults(run=_bench)
@@ -107,7 +115,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--z", type=float, nargs="+", default=[0.5], help="keep ratios")
     command.add_argument("--mode", choices=inputs.MODES, default="auto", help="what is pruned (default: %(default)s)")
     command.add_argument("--peers", nargs="*", choices=bench.PEERS, default=[], help="what to measure beside it")
-    command.add_argument("--batch-size", "-b", type=int, nargs="+", default=[1, 8, 32], help="images in a batch")
+    command.add_argument("--batch-size", "-b", type=_positive, nargs="+", default=[1, 8, 32], help="images in a batch")
     command.add_argument("--img-size", type=int, help="side of the images, in pixels (default: the model's)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     command.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of weights (default: %(default)s)")
@@ -115,7 +123,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--amp-dtype", choices=[*_PRECISIONS][1:], default="bfloat16", help="default: %(default)s")
     command.add_argument("--torchcompile", action="store_true", help="compiled too, beside eager")
     command.add_argument("--num-warm-iter", type=int, default=2, help="untimed calls (default: %(default)s)")
-    command.add_argument("--num-bench-iter", type=int, default=10, help="timed calls (default: %(default)s)")
+    command.add_argument("--num-bench-iter", type=_positive, default=10, help="timed calls (default: %(default)s)")
     command.add_argument("--threads", type=int, help="threads on a CPU (default: torch's)")
     command.add_argument("--results-file", type=Path, help=".csv or .json file to write")
     command.add_argument("--pretrained", action="store_true", help="load pretrained weights; times do not depend on them")
@@ -132,7 +140,7 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         help="architectures or families, which are modules of the library (default: transformers and what took their shape)",
     )
     command.add_argument("--z", type=float, default=0.5, help="keep ratio")
-    command.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: %(default)s)")
+    command.add_argument("--workers", type=_positive, default=1, help="processes, of one thread each (default: %(default)s)")
     command.add_argument("--table", type=Path, help="also write the tables to this Markdown file")
 
 
@@ -203,8 +211,11 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentError("--device cuda: no CUDA device is available")
     if arguments.results_file:
         bench.check_suffix(arguments.results_file)
+        bench.write([], arguments.results_file)  # a file that cannot be written shows before the work is done
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -212,9 +223,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     kinds = [False, True] if arguments.torchcompile else [False]
     rows: list[bench.Row] = []
     for name in arguments.model:
-        options = {"img_size": arguments.img_size} if arguments.img_size else {}
-        model = _created(name, pretrained=arguments.pretrained, **options).to(device, dtype)
+        model = _created(name, pretrained=arguments.pretrained).to(device, dtype)
         images = inputs.example_images(model, None)
+        if arguments.img_size and arguments.img_size not in images.shape[2:]:
+            images = images.new_zeros((*images.shape[:2], arguments.img_size, arguments.img_size))
+            if hasattr(model, "set_input_size"):
+                cast(Any, model).set_input_size(arguments.img_size)
         proposal, statistics = _proposal(arguments, model)
         chosen = bench.variants(
             model,
@@ -299,13 +313,13 @@ def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Modul
     return lite0(), ((config["mean"], config["std"]), LITE0_STATISTICS)
 
 
-def _created(name: str, *, pretrained: bool, checkpoint: str = "", **options: object) -> nn.Module:
+def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
     if not timm.is_model(name):
         raise ArgumentError(
             f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **cast(Any, options)).eval()
+        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
     except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
         source = checkpoint or "timm's hub"
         raise ArgumentError(

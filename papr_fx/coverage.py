@@ -205,7 +205,15 @@ def structure_of(architecture: Architecture) -> Structure:
     try:
         with torch.device("meta"):
             model = architecture.create()
-    except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:  # a package is missing, or a default
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+    ) as error:  # a package is missing, or a default
         return Structure(architecture.name, 0, f"cannot be built: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
     parameters = sum(p.numel() for p in model.parameters())
     try:
@@ -297,7 +305,7 @@ def document(rows: Sequence[Row], z: float) -> str:
         "Every architecture is built with random weights and transformed. Architectures of a family whose graphs, all modules "
         "traced through, differ\nin sizes and indices only have one structure. The smallest of each is proved on numbers (with "
         "two blocks where it has more than 100 M\nparameters and its structure allows), the others are transformed without "
-        "weights.\n\n"
+        "weights; where the smallest is refused, so are they.\n\n"
         f"{tables(rows)}\n"
     )
 

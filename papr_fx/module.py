@@ -192,7 +192,8 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
     Args:
         gm: A token model returned by `transform`, such as with `output="features"`.
         tokens: What it made of `images`: (B, prefix + k, C), or (B, k, C) without prefix tokens; all tokens at z=1.
-        images: (B, C, H, W), the same.
+        images: (B, C, H, W), the same. The choice is made again, so the precision must be the same too: under autocast if
+            the tokens were had under it.
         fill: What stands at dropped positions: a number, or a vector (C,) such as a mask token.
 
     Returns:
@@ -210,12 +211,16 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
     if module.plan.z == 1:
         places = torch.arange(grid.numel(), device=keep.device).expand(len(keep), -1)
     batch, kept = places.shape
-    if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[1] not in (kept, prefix + kept):
+    found = tuple(tokens.shape) if isinstance(cast(object, tokens), Tensor) else ()
+    if len(found) != 3 or found[0] != batch or found[1] not in (kept, prefix + kept):
         raise ArgumentError(
-            f"tokens must be (B, {prefix} + {kept}, C) or (B, {kept}, C) for these images, not {tuple(tokens.shape)}"
+            f"tokens must be (B, {prefix} + {kept}, C) or (B, {kept}, C) for these images, not {found or type(tokens).__name__}"
         )
     patches = tokens[:, tokens.shape[1] - kept :]
-    whole = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device).expand(batch, grid.numel(), tokens.shape[2])
+    whole = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
+    if tuple(whole.shape) not in ((), (found[2],)):
+        raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(whole.shape)}")
+    whole = whole.expand(batch, grid.numel(), found[2])
     restored = whole.scatter(1, places.unsqueeze(-1).expand_as(patches), patches)  # (B, h * w, C)
     return restored.transpose(1, 2).reshape(batch, -1, *grid)
 

@@ -36,6 +36,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import NoSiteError
 from ..ops import gather_positions, kept_patches
+from ..positions import called
 from ..trace import REFUSALS, TRACED_BATCH, fake_like, faking, shape_of
 from . import prune_tokens
 
@@ -278,7 +279,7 @@ class _ShorterRun(fx.Interpreter):
 
     def _view(self, node: fx.Node) -> Tensor | None:
         """What a reshape to the grid behind the blocks makes of the kept patches; None if this is none."""
-        if _name(node) in ("reshape", "view") and not prune_tokens.block_of(node, self._blocks):
+        if called(node) in ("reshape", "view") and not prune_tokens.block_of(node, self._blocks):
             for place in range(len(_sizes(node)) - 1):
                 out = self._viewed(node, place)
                 if out is not None:
@@ -331,15 +332,16 @@ class _ShorterRun(fx.Interpreter):
     def _number(self, node: fx.Node) -> int:
         """Equal for values that are computed alike from the same tensors."""
         if node not in self._numbers:
-            pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not str(node.target).endswith("_"))
+            pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not _is_impure(node))
             arguments = fx.map_arg((node.args, node.kwargs), self._number) if pure else ()
             expression = (node.op, node.target, repr(arguments)) if pure else node
             self._numbers[node] = self._expressions.setdefault(expression, len(self._expressions))
         return self._numbers[node]
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a call may give something else the next time: it changes its receiver, or draws random numbers."""
+    return called(node).endswith("_") or "rand" in called(node) or called(node) in ("dropout", "bernoulli", "multinomial")
 
 
 def _other_count(patches: int, prefix: int) -> int:

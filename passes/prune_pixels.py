@@ -43,7 +43,7 @@ from ..joins import Join
 from ..moves import Moves, copy_moves, find_moves, operands
 from ..ops import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, write_pixels
 from ..positions import Layout, Positions, Verdict
-from ..trace import shape_of
+from ..trace import ancestors, descendants, shape_of
 from . import splice_proposal
 
 # Sizes of a grid, or the number of its positions: known, or read at run time.
@@ -108,7 +108,7 @@ def find_sites(graph: fx.Graph, root: nn.Module, positions: Positions) -> tuple[
     """
     sites: list[Site] = []
     left: list[Left] = []
-    varying = _varying(graph)
+    varying = set(descendants(*graph.find_nodes(op="placeholder")))
     for merge in graph.nodes:
         pair = operands(merge)
         found = [_match(root, positions, varying, merge, *pair) for pair in (pair[::-1], pair)] if pair else []
@@ -212,7 +212,7 @@ def _match(
     if not layers:
         return None
     behind = f"`{layers[-1].target}`"
-    fed = {node for conv in convolutions for node in _upstream(conv)}
+    fed = {node for conv in convolutions for node in ancestors(conv)}
     fed |= {part for node in fed if shape_of(node) is None for part in node.users}  # what passes beside it, of one split
     odd = [entry for entry in entries if entry not in fed and entry not in sources and entry not in convolutions]
     if odd or not entries:
@@ -293,25 +293,6 @@ def _region(
             entries[user] = None
     # both were met latest first
     return list(region)[::-1], list(entries)[::-1], [n for n in entries if is_depthwise(n, root)]
-
-
-def _varying(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on the images."""
-    found = set(graph.find_nodes(op="placeholder"))
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _upstream(node: fx.Node) -> set[fx.Node]:
-    found, queue = {node}, [node]
-    while queue:
-        for before in queue.pop().all_input_nodes:
-            if before not in found:
-                found.add(before)
-                queue.append(before)
-    return found
 
 
 def _upward(node: fx.Node, name: str) -> fx.Node:
