@@ -27,7 +27,7 @@ from .errors import ArgumentError, PaprError
 from .inputs import example_images
 from .ops import keep_count
 from .plan import Pixels
-from .trace import trace
+from .trace import REFUSALS, trace
 from .transform import transform
 
 # The families that are tried unless others are asked for: transformers and the networks that took their shape.
@@ -205,15 +205,7 @@ def structure_of(architecture: Architecture) -> Structure:
     try:
         with torch.device("meta"):
             model = architecture.create()
-    except (
-        ImportError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        AttributeError,
-        KeyError,
-    ) as error:  # a package is missing, or a default
+    except (*REFUSALS, ImportError, KeyError) as error:  # another package is missing, or a default is none
         return Structure(architecture.name, 0, f"cannot be built: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
     parameters = sum(p.numel() for p in model.parameters())
     try:
