@@ -291,14 +291,17 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def document(rows: Sequence[Row], z: float) -> str:
-    """The tables with what they say, as Markdown."""
+    """The tables with what they say, as Markdown; families of the default selection that are not among `rows` are named."""
+    tried = {(row.architecture.library, row.architecture.family) for row in rows}
+    every = dict.fromkeys((a.library, a.family) for library in LIBRARIES for a in architectures(library))
+    missing = [f"{family} ({library})" for library, family in every if (library, family) not in tried]
     return (
         f"# What is pruned\n\ntorch {torch.__version__}; keep ratio {z:g}; written by `make coverage`.\n\n"
         "Every architecture is built with random weights and transformed. Architectures of a family whose graphs, all modules "
         "traced through, differ\nin sizes and indices only have one structure. The smallest of each is proved on numbers (with "
         "two blocks where it has more than 100 M\nparameters and its structure allows), the others are transformed without "
         "weights; where the smallest is refused, so are they.\n\n"
-        f"{tables(rows)}\n"
+        f"Not tried: {', '.join(missing) or 'none'}.\n\n{tables(rows)}\n"
     )
 
 
