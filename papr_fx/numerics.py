@@ -58,7 +58,11 @@ def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) 
         if parameter.is_floating_point():
             values[name] = drawn.setdefault(parameter, unit_scale(parameter.shape, random, dtype))
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        values[name] = buffer.to(random.device, dtype if buffer.is_floating_point() else None, copy=True)
+        kind = dtype if buffer.is_floating_point() else buffer.dtype
+        if buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim):  # an index cannot be made up
+            values[name] = torch.ones(buffer.shape, dtype=kind, device=random.device)
+        else:
+            values[name] = buffer.to(random.device, kind, copy=True)
     return values
 
 

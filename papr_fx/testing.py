@@ -16,9 +16,10 @@ from .hidden_keys import HiddenKeys
 from .inputs import checked_model, example_images, with_output
 from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio
 from .numerics import redraw, relative_error, tensors_of
+from .passes import prune_tokens
 from .passes.prune_pixels import mask_branches
 from .plan import Pixels, Tokens
-from .trace import cut, descendants, shape_of
+from .trace import cut
 from .transform import transform
 
 _TOLERANCE = 1e-9
@@ -110,17 +111,16 @@ def assert_golden(gm: fx.GraphModule, path: str | Path) -> None:
 def _hidden_keys(gm: PrunedModule, images: Tensor) -> tuple[float, float]:
     nodes = {node.name: node for node in gm.graph.nodes}
     keep_node, tokens = nodes["papr_keep"], nodes["papr_tokens"]
-    after = descendants(tokens)
-    behind = [node for node in gm.graph.nodes if node in after and shape_of(node) == shape_of(tokens)]
-    last = behind[-1].name  # what the head reads
     prefix = cast(int, keep_node.args[2])
     (mask,) = keep_masks(gm, images).values()
     kept_patches = mask.flatten(1)  # (B, n)
     hidden = torch.cat([torch.zeros(len(images), prefix, dtype=torch.bool), ~kept_patches], dim=1)
     order = cast(Tensor, cut(gm, gm.graph, keep_node)(images)).unsqueeze(-1)  # (B, K, 1)
-    pruned = cast(Tensor, cut(gm, gm.graph, nodes[last])(images))
     graph = gm.plan.dense_graph(False)
-    unpruned = cut(gm, graph, next(node for node in graph.nodes if node.name == last))
+    stream = next(node for node in graph.nodes if node.name == tokens.all_input_nodes[0].name)
+    end = prune_tokens.last_tokens(graph, stream, cast(Tokens, gm.plan.operator).blocks)
+    pruned = cast(Tensor, cut(gm, gm.graph, nodes[end.name])(images))
+    unpruned = cut(gm, graph, end)
 
     def error(hide: Tensor) -> float:
         with HiddenKeys(hide) as mode:

@@ -31,11 +31,12 @@ from .hidden_keys import HiddenKeys
 from .module import PrunedModule, shell
 from .moves import residual_of
 from .numerics import exact_float32, redraw, relative_error, tensors_of
+from .passes import prune_tokens
 from .passes.prune_pixels import mask_branches
 from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
 from .positions import Layout
-from .trace import clone, cut, descendants, shape_of
+from .trace import clone, cut, shape_of
 
 # Not the batch size that was traced: a frozen one shows.
 _BATCH = 3
@@ -118,7 +119,9 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         if isinstance(plan.operator, Pixels):
             _check_masked(root, plan, plan.operator, values, images[:1], some, allowed, fewer)
         else:
-            _check_hidden(root, plan, choices[0], free, values, images[:1], _indices(some, choices)[0], tolerance)
+            _check_hidden(
+                root, plan, plan.operator, choices[0], free, values, images[:1], _indices(some, choices)[0], tolerance
+            )
         if not gm.plan.one_graph and not isinstance(gm.plan.dense[True], str):
             _check_training(model, gm, values, images, places, random)
     return Proof(permutation, order, min(seen, default=tolerance), tolerance)
@@ -257,6 +260,7 @@ def _check_masked(
 def _check_hidden(
     root: nn.Module,
     plan: Plan,
+    tokens: Tokens,
     choice: Choice,
     free: fx.GraphModule,
     values: dict[str, Tensor],
@@ -267,7 +271,7 @@ def _check_hidden(
     """Compares kept tokens with the dense graph in which the others are hidden from every attention."""
     graph = plan.dense_graph(False)
     stream = next(node for node in graph.nodes if node.name == choice.stream)
-    last = [node for node in descendants(stream) if shape_of(node) == shape_of(stream)][-1]  # what the head reads
+    last = prune_tokens.last_tokens(graph, stream, tokens.blocks)
     shape = cast("tuple[int, ...]", shape_of(stream))
     hidden = torch.ones((1, shape[1]), dtype=torch.bool, device=image.device).scatter(1, keep, False)
     with HiddenKeys(hidden) as attention:

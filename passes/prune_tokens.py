@@ -135,6 +135,16 @@ def rewrite(graph: fx.Graph, site: Site, keep: fx.Node) -> None:
     site.stream.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
 
 
+def last_tokens(graph: fx.Graph, stream: fx.Node, blocks: Collection[str]) -> fx.Node:
+    """The tokens that the last block returns: the last value of the stream's shape that a block computes."""
+    shape = stream.meta["shape"]
+    for node in reversed(graph.nodes):
+        source = node.all_input_nodes[0] if node.target is operator.getitem else node  # a block may return more beside them
+        if node.meta.get("shape") == shape and (source.target in blocks or block_of(source, blocks)):
+            return node
+    return stream
+
+
 def block_of(node: fx.Node, blocks: Collection[str]) -> str | None:
     """The block in whose forward a node was recorded."""
     return next((block for block in blocks for name in node.meta["inside"] if f"{name}.".startswith(f"{block}.")), None)

@@ -6,7 +6,7 @@ from skimage.data import coffee
 from timm.data import create_transform
 
 import papr_fx
-from papr_fx.cli import _LITE0_STATISTICS, lite0
+from papr_fx.cli import LITE0_STATISTICS, lite0
 
 
 def test_the_map_keeps_the_subject():
@@ -15,7 +15,7 @@ def test_the_map_keeps_the_subject():
     half = (0.5,) * 3
     preprocess = create_transform(input_size=(3, 224, 224), crop_pct=0.9, interpolation="bicubic", mean=half, std=half)
     images = preprocess(fromarray(coffee()))[None]
-    gm = papr_fx.transform(model, lite0(), 0.3, input_stats=((half, half), _LITE0_STATISTICS))
+    gm = papr_fx.transform(model, lite0(), 0.3, input_stats=((half, half), LITE0_STATISTICS))
     (mask,) = papr_fx.keep_masks(gm, images).values()
     subject = mask[0, 1:8, 3:11]
     chance = mask.sum() / mask.numel()

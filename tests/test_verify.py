@@ -295,5 +295,5 @@ def test_what_a_permutation_cannot_see_hidden_keys_do():
     model = ToyViT(Shape())
     for block in model.blocks:
         block.attn = Static(17)
-    with pytest.raises(papr_fx.VerifyError, match="hidden keys: the kept tokens of `norm` are off"):
+    with pytest.raises(papr_fx.VerifyError, match="hidden keys: the kept tokens of `add_6` are off"):
         papr_fx.transform(enliven(model), toy_proposal(), 0.5)
