@@ -45,20 +45,25 @@ def pair(name: str) -> tuple[nn.Module, torch.fx.GraphModule, tuple[int, ...]]:
     return model, papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, *shape), verify=False), shape
 
 
-def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
-    """How often a module is compiled while it is called with each batch."""
-    torch.compiler.reset()
-    count = 0
+class Counting:
+    """A backend that counts how often it compiles."""
 
-    def backend(gm, inputs):
-        nonlocal count
-        count += 1
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.count = 0
+
+    def __call__(self, gm, inputs):
+        self.count += 1
         return aot_eager(gm, inputs)
 
+
+def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
+    """How often a module is compiled while it is called with each batch."""
+    backend = Counting()
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     for batch in batches:
         compiled(batch)
-    return count
+    return backend.count
 
 
 @pytest.mark.parametrize(
@@ -85,20 +90,13 @@ def test_one_compilation_for_a_dynamic_batch(name):
 def test_another_keep_ratio_is_compiled_once_more():
     _, gm, shape = pair("ViT")
     batch = torch.randn(2, *shape)
-    torch.compiler.reset()
-    count = 0
-
-    def backend(graph, inputs):
-        nonlocal count
-        count += 1
-        return aot_eager(graph, inputs)
-
+    backend = Counting()
     compiled = torch.compile(gm, backend=backend, fullgraph=True)
     first = compiled(batch)
     papr_fx.set_keep_ratio(gm, 0.25)
     second = compiled(batch)
     compiled(batch)
-    assert count == 2
+    assert backend.count == 2
     assert relative_error(first, second) > 1e-3
     assert relative_error(second, gm(batch)) < 1e-5
 
