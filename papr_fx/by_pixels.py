@@ -13,7 +13,7 @@ from . import inputs
 from .blocks import find_blocks
 from .errors import NoSiteError, TraceError
 from .module import PrunedModule
-from .passes import prune_pixels
+from .passes import prune_pixels, prune_tokens
 from .passes.prune_pixels import Left, Site
 from .plan import Pixels, Plan
 from .positions import Positions, Verdict
@@ -59,11 +59,15 @@ def prune_by_pixels(
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
-    """Whether the model is hierarchical, not a trunk of tokens: by its layout, several grids, or convolutions in its blocks."""
+    """Whether the model is no trunk of tokens: by its layout, several grids, or what its blocks return or convolve."""
     choices = gm.plan.choices(gm.training)
     if len(choices) > 1 or any(len(choice.layout) == 4 for choice in choices):
         return True
-    inside = (module for name in find_blocks(model) for module in model.get_submodule(name).modules())
+    blocks = find_blocks(model)
+    calls = prune_tokens.calls(gm.plan.dense_graph(gm.training), blocks)
+    if any(len(shape_of(nodes[-1]) or ()) == 4 for _, nodes in calls):
+        return True
+    inside = (module for name in blocks for module in model.get_submodule(name).modules())
     return any(isinstance(module, nn.Conv2d) and prod(module.kernel_size) > 1 for module in inside)
 
 

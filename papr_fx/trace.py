@@ -308,12 +308,15 @@ class ValueTracer(fx.Tracer):
         if self._evaluating:
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except TraceError:
             raise
         except Exception as error:
             name = self.path_of_module(m)
             raise TraceError(f"`{name}` ({type(m).__name__}) cannot be traced: {_first_line(error)}", name) from error
+        if isinstance(result, ValueProxy) and type(result.known) in (list, tuple):
+            return type(result.known)(result)  # code asks `isinstance(x, list)`, which no proxy could answer
+        return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -467,6 +470,8 @@ def remove_dead_code(graph: fx.Graph) -> None:
 
 def fixed_value(node: fx.Node) -> object:
     """What Python could read of a node's recorded value: a number, a length; None where that is nothing of size."""
+    if "parts" in node.meta:
+        return len(node.meta["parts"])
     return node.meta.get("value", (shape_of(node) or (None,))[0])
 
 

@@ -68,12 +68,12 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
     Raises:
         NoSiteError: No stream is found, with the nearest miss.
     """
-    calls = _calls(graph, blocks)
-    if not calls:
+    every = calls(graph, blocks)
+    if not every:
         raise NoSiteError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
-    streams = [(name, nodes, stream) for name, nodes in calls if (stream := _stream(nodes)) is not None]
+    streams = [(name, nodes, stream) for name, nodes in every if (stream := _stream(nodes)) is not None]
     if not streams:
-        name, nodes = calls[0]
+        name, nodes = every[0]
         inputs = ", ".join(f"{n.name} {n.meta.get('shape')}" for n in _inputs(nodes))
         raise NoSiteError(
             f"positions keep a spatial layout in the trunk, so tokens cannot be dropped: sought a block that maps (B, N, C) "
@@ -150,20 +150,20 @@ def block_of(node: fx.Node, blocks: Collection[str]) -> str | None:
     return next((block for block in blocks for name in node.meta["inside"] if f"{name}.".startswith(f"{block}.")), None)
 
 
-def _calls(graph: fx.Graph, blocks: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
+def calls(graph: fx.Graph, blocks: Collection[str]) -> list[tuple[str, list[fx.Node]]]:
     """The calls of blocks in order, each with its nodes: one if the block is whole, many if it was traced through."""
-    calls: list[tuple[str, list[fx.Node]]] = []
+    found: list[tuple[str, list[fx.Node]]] = []
     before = None
     for node in graph.nodes:
         name = block_of(node, blocks)
         if name is None and node.op == "call_module" and any(f"{block}.".startswith(f"{node.target}.") for block in blocks):
             name = str(node.target)  # an unopened module around blocks
         if name is not None and (name != before or node.target == name):
-            calls.append((name, []))
+            found.append((name, []))
         if name is not None:
-            calls[-1][1].append(node)
+            found[-1][1].append(node)
         before = name
-    return calls
+    return found
 
 
 def _inputs(nodes: list[fx.Node]) -> list[fx.Node]:

@@ -152,6 +152,36 @@ class Normalised(ToyViT):
         nn.utils.parametrizations.weight_norm(self.blocks[0].attn.qkv)
 
 
+class Pyramid(nn.Conv2d):
+    """Returns a list of maps, as backbones of features do."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, super().forward(x)]
+
+
+class HybridEmbedding(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.backbone(x)
+        if isinstance(x, list | tuple):
+            x = x[-1]
+        return x.flatten(2).transpose(1, 2)
+
+
+class Hybrid(ToyViT):
+    """An embedding that asks whether its backbone returns one map or several; no position table."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape(prefix=0))
+        self.proj = HybridEmbedding(Pyramid(3, 8, self.shape.patch, self.shape.patch))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
 class Dictionary(ToyViT):
     def __init__(self) -> None:
         super().__init__(Shape())
@@ -181,6 +211,7 @@ MODELS = {
     OtherFirstBlock: "blocks.0",
     OtherClassFirst: "blocks.0",
     Normalised: "blocks.0",
+    Hybrid: "blocks.0",
     Dictionary: "blocks.0",
 }
 

@@ -87,6 +87,18 @@ class Deaf(ToyViT):
         return self.head(self.norm(x)[:, 0] * 0 + self.query[:, 0])
 
 
+class Faint(ToyViT):
+    """What its tokens do to the output drowns in the noise of float32."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.query.sum() + 1e-6 * super().classify(x)
+
+
+class FaintlyPicksAToken(PicksAToken):
+    def classify(self, x: Tensor) -> Tensor:
+        return self.query.sum() + 1e-6 * super().classify(x)
+
+
 class CountsTokens(ToyViT):
     """Reads the number of tokens as a Python number behind the blocks, where pruning changes it."""
 
@@ -124,6 +136,7 @@ CAUGHT = {
     "frozen batch size": (lambda: FrozenBatch(Shape()), "tracing"),
     "windows": (lambda: Windowed(Shape()), "permutation"),
     "no effect": (lambda: Deaf(Shape()), "negative control"),
+    "faint, and by index": (lambda: FaintlyPicksAToken(Shape()), "permutation"),
 }
 
 
@@ -164,6 +177,13 @@ def test_the_proof_of_a_sound_rewrite():
     found = prove(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
     assert max(found.permutation, found.order) < 1e-12
     assert found.control > 1e-3
+
+
+def test_a_model_that_float32_is_too_coarse_for_is_proved_in_float64():
+    model = Faint(Shape()).eval()
+    found = prove(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    assert found.tolerance == 1e-9
+    assert found.control > 10 * found.permutation
 
 
 def next_sample(tokens: Tensor, keep: Tensor) -> Tensor:
