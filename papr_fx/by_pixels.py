@@ -22,7 +22,7 @@ from .trace import Traced, cut, propagate, sandbox, shape_of, trace
 
 
 def prune_by_pixels(
-    model: nn.Module, images: Tensor, proposal: Callable[[], SignificanceNet], z: float, background: str
+    model: nn.Module, images: Tensor, layout: str, proposal: Callable[[], SignificanceNet], z: float, background: str
 ) -> PrunedModule:
     """Builds the model whose pixel operators run on `z` of the positions, below 1; not yet proved.
 
@@ -47,9 +47,9 @@ def prune_by_pixels(
     if not sites[True]:
         dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
     root = traces[False].root(model, traces[True])
-    dynamic = _takes_other_sizes(root, traces[False].graph, images, sites[False])
+    dynamic = _takes_other_sizes(root, traces[False].graph, images, layout, sites[False])
     operator = Pixels(sites, left, background)
-    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
+    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), layout, z)
     plan.dense_graph(model.training)
     root.papr_proposal = proposal()
     try:
@@ -125,31 +125,33 @@ def _no_site(model: nn.Module, left: Iterable[Left]) -> NoSiteError:
     )
 
 
-def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor, sites: Sequence[Site]) -> bool:
+def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor, layout: str, sites: Sequence[Site]) -> bool:
     """Whether the model runs on images of other sizes, and its grids follow them; tried on shapes alone.
 
     They do not where a grid holds padding, or where two grids are alike at the traced size by chance.
     """
     height, width = images.shape[-2:]
     whole = cut(sandbox(root), graph, *graph.output_node().all_input_nodes)
-    rows, columns = height // sites[0].grid[0], width // sites[0].grid[1]  # of one position, in pixels
-    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), (height + rows, width + 3 * columns)]
-    taken = [size for size in sizes if _follows(whole, images, size, sites) is not None]
-    return bool(taken) and all(_follows(whole, images, size, sites) for size in taken)
+    rows, columns = (side // count for side, count in zip((height, width), sites[0].grid[-2:], strict=True))  # of a position
+    shapes = inputs.other_sizes(images, layout, (height + rows, width + 3 * columns))
+    answers = [_follows(whole, images, layout, shape, sites) for shape in shapes]
+    taken = [answer for answer in answers if answer is not None]
+    return bool(taken) and all(taken)
 
 
-def _follows(whole: fx.GraphModule, images: Tensor, size: tuple[int, int], sites: Sequence[Site]) -> bool | None:
+def _follows(whole: fx.GraphModule, images: Tensor, layout: str, shape: tuple[int, ...], sites: Sequence[Site]) -> bool | None:
     """Whether grids grow with the image, and like ones alike, on images of that size; None if the model refuses it."""
     try:
-        propagate(whole, whole.graph, images.new_empty((1, images.shape[1], *size)))
+        propagate(whole, whole.graph, images.new_empty(shape))
     except TraceError:
         return None
     shapes = {node.name: shape_of(node) or () for node in whole.graph.nodes}
-    grids: dict[tuple[int, int], set[tuple[int, ...]]] = defaultdict(set)
+    grids: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
     for site in sites:
         name, axes = site.origin
         grids[site.grid].add(tuple(shapes[name][axis] for axis in axes))
-    scale = [new / old for new, old in zip(size, images.shape[-2:], strict=True)]
+    axes = [layout.index(letter) for letter in "THW" if letter in layout]
+    scale = [shape[axis] / images.shape[axis] for axis in axes]
     return all(
         abs(count - before * by) < 1
         for grid, found in grids.items()

@@ -23,7 +23,9 @@ _REFUSED = (
 )
 
 
-def prune_by_tokens(model: nn.Module, images: Tensor, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
+def prune_by_tokens(
+    model: nn.Module, images: Tensor, layout: str, proposal: Callable[[], SignificanceNet], z: float
+) -> PrunedModule:
     """Builds the model that runs on `z` of its tokens, below 1; not yet proved.
 
     Raises:
@@ -31,14 +33,16 @@ def prune_by_tokens(model: nn.Module, images: Tensor, proposal: Callable[[], Sig
         TraceError: The model's forward cannot be recorded.
     """
     blocks = tuple(find_blocks(model))
-    root, plan, recorded = _plan(model, images, z, blocks)
+    root, plan, recorded = _plan(model, images, layout, z, blocks)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
     _check_reads(gm, blocks, recorded)
     return gm
 
 
-def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+def _plan(
+    model: nn.Module, images: Tensor, layout: str, z: float, blocks: tuple[str, ...]
+) -> tuple[nn.Module, Plan, list[fx.Graph]]:
     """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
     if not blocks:
         raise NoSiteError(
@@ -54,7 +58,7 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
             inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
         traced = trace(model, images, is_opened)
         site = prune_tokens.find_site(traced.graph, blocks)
-        dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images)
+        dynamic = _takes_other_sizes(cut(sandbox(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
         if dynamic and site.join.op == "call_module" and site.join.target not in opened:
             opened.add(str(site.join.target))  # its sizes must be values of this graph
             continue
@@ -79,7 +83,7 @@ def _plan(model: nn.Module, images: Tensor, z: float, blocks: tuple[str, ...]) -
             f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
         )
     operator = Tokens(blocks, positions)
-    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), z)
+    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), layout, z)
     plan.dense_graph(model.training)
     return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 
@@ -155,13 +159,12 @@ def _check_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Gr
                 )
 
 
-def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor) -> bool:
-    """Whether the part of the model in front of the blocks runs on images of twice the size, or of another aspect."""
-    height, width = images.shape[-2:]
-    for rows, columns in ((2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width)):
+def _takes_other_sizes(embedding: fx.GraphModule, images: Tensor, layout: str) -> bool:
+    """Whether the part of the model in front of the blocks runs on images of other sizes."""
+    for shape in inputs.other_sizes(images, layout):
         try:
             with torch.no_grad():
-                fx.Interpreter(embedding).run(images.new_zeros((1, images.shape[1], rows, columns)))
+                fx.Interpreter(embedding).run(images.new_zeros(shape))
         except REFUSALS:
             continue
         return True

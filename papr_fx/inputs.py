@@ -13,11 +13,13 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .errors import ArgumentError
 from .module import PrunedModule
 from .passes import splice_proposal
+from .proposal import takes_clips
 
 MODES = ("auto", "tokens", "pixels")
 _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
 BACKGROUNDS = ("auto", "keep", "zero")
 OUTPUTS = ("logits", "features")
+_LIKELY = {False: "1, 3, 224, 224", True: "1, 3, 16, 224, 224"}
 
 
 def checked_model(model: object) -> nn.Module:
@@ -90,25 +92,59 @@ def check_no_hooks(module: nn.Module, name: str) -> None:
 
 
 def example_images(model: nn.Module, given: object) -> Tensor:
-    """Images of the shape to trace with, in the model's dtype and on its device; their content does not matter.
+    """Images or clips of the shape to trace with, in the model's dtype and on its device; their content does not matter.
 
     Args:
         model: The model.
-        given: A batch (B, C, H, W), or None to read the shape from the model's own attributes or its timm configuration.
+        given: A batch (B, C, H, W), (B, C, T, H, W) or (B, T, C, H, W), or None to read the shape from the model's own
+            attributes or its timm or transformers configuration.
 
     Raises:
         ArgumentError: `given` is no such batch, or None and the model states no size.
     """
     parameter = next((t for t in _tensors(model) if t.is_floating_point()), torch.empty(0))
     if given is None:
-        shape = (1, _channels(model), *_image_size(model))
+        shape = (1, *_frames(model), _channels(model), *_image_size(model))
     elif not isinstance(given, Tensor):
         raise ArgumentError(f"example_input must be a tensor (B, C, H, W), not {type(given).__name__}")
-    elif given.ndim != 4 or 0 in given.shape:
-        raise ArgumentError(f"example_input must be a batch of images (B, C, H, W), not {tuple(given.shape)}")
+    elif given.ndim not in (4, 5) or 0 in given.shape:
+        raise ArgumentError(
+            f"example_input must be a batch of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), not "
+            f"{tuple(given.shape)}"
+        )
     else:
         shape = tuple(given.shape)
     return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def layout_of(model: nn.Module, images: Tensor) -> str:
+    """Axes of what a model takes, by letter: BCHW for images, BCTHW or BTCHW for clips of T frames.
+
+    Raises:
+        ArgumentError: Clips with as many frames as channels, or with another number of channels than the model takes.
+    """
+    if images.ndim == 4:
+        return "BCHW"
+    channels = _channels(model)
+    found = [layout for layout in ("BCTHW", "BTCHW") if images.shape[layout.index("C")] == channels]
+    if len(found) != 1:
+        raise ArgumentError(
+            f"clips {tuple(images.shape)} do not tell frames from the {channels} channels: give example_input with another "
+            "number of frames, as (B, C, T, H, W) or (B, T, C, H, W)"
+        )
+    return found[0]
+
+
+def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes of single images or clips of other sizes: twice as large, of another aspect, (H, W) of `more`, twice as long."""
+    height, width = images.shape[-2:]
+    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), *more]
+    shapes: list[tuple[int, ...]] = [(1, *images.shape[1:-2], *size) for size in sizes]
+    if "T" in layout:
+        shape = [1, *images.shape[1:]]
+        shape[layout.index("T")] *= 2
+        shapes.append(tuple(shape))
+    return shapes
 
 
 def checked_word(name: str, value: object, words: Iterable[str]) -> str:
@@ -119,15 +155,20 @@ def checked_word(name: str, value: object, words: Iterable[str]) -> str:
     return value
 
 
-def checked_size(size: object) -> int | tuple[int, int] | None:
-    """Returns `proposal_size` if it is None, a positive number of pixels or a pair of them, else raises `ArgumentError`."""
+def checked_size(size: object, images: Tensor) -> int | tuple[int, ...] | None:
+    """Returns `proposal_size` if it is None, a number of pixels or a size for such images, else raises `ArgumentError`."""
     if size is None:
         return None
     sides = list(cast("tuple[object, ...]", size)) if isinstance(size, tuple | list) else [size]
     valid = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
-    if not valid or len(sides) not in ((2,) if isinstance(size, tuple | list) else (1,)):
-        raise ArgumentError(f"proposal_size must be a shorter side in pixels, or (rows, columns), each above 0; not {size!r}")
-    return cast(int, size) if len(sides) == 1 else (cast(int, sides[0]), cast(int, sides[1]))
+    ranks = (2, 3)[: images.ndim - 3]  # of images (rows, columns), of clips (frames, rows, columns) too
+    if not valid or len(sides) not in (ranks if isinstance(size, tuple | list) else (1,)):
+        frames = ", or (frames, rows, columns)" if 3 in ranks else ""
+        raise ArgumentError(
+            f"proposal_size must be a shorter side in pixels, or (rows, columns){frames}, each above 0; not {size!r}"
+        )
+    numbers = tuple(cast("list[int]", sides))
+    return numbers if isinstance(size, tuple | list) else numbers[0]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -137,7 +178,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _image_size(model: nn.Module) -> tuple[int, int]:
     config = getattr(model, "config", None)  # of a transformers model
     for holder in (model, *model.children(), config, getattr(config, "vision_config", None)):
-        for attribute in ("img_size", "image_size"):
+        for attribute in ("img_size", "image_size", "crop_size"):
             size = getattr(holder, attribute, None)
             if isinstance(size, int):
                 return size, size
@@ -148,12 +189,22 @@ def _image_size(model: nn.Module) -> tuple[int, int]:
         return cast("tuple[int, int]", tuple(cast(Any, pretrained)["input_size"][1:]))
     raise ArgumentError(
         f"{type(model).__name__} states no image size (img_size, image_size, or in its timm or transformers configuration): "
-        "pass example_input=torch.zeros(1, 3, 224, 224)"
+        f"pass example_input=torch.zeros({_LIKELY[takes_clips(model)]})"
     )
+
+
+def _frames(model: nn.Module) -> tuple[int, ...]:
+    """The number of frames of a clip model of transformers, whose clips are (B, T, C, H, W); none for images."""
+    config = getattr(model, "config", None)
+    for attribute in ("num_frames", "frames_per_clip"):
+        frames = getattr(config, attribute, None)
+        if isinstance(frames, int):
+            return (frames,)
+    return ()
 
 
 def _channels(model: nn.Module) -> int:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             return module.in_channels
     return 3

@@ -41,7 +41,7 @@ class PrunedModule(fx.GraphModule):
         self._finish(plan)
 
     def example(self) -> Tensor:
-        """Uninitialised images of the traced shape (B, C, H, W), in the model's dtype and on its device."""
+        """Uninitialised images of the traced shape, in the model's dtype and on its device."""
         return _images_like(self, self.plan.shape)
 
     def retarget(self, z: float) -> None:
@@ -124,12 +124,12 @@ def checked_module(gm: object) -> PrunedModule:
 
 
 def _checked_images(gm: PrunedModule, images: object) -> Tensor:
-    shape = gm.plan.shape
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != shape[1]:
+    shape, layout = gm.plan.shape, gm.plan.layout
+    axis = layout.index("C")
+    if not isinstance(images, Tensor) or images.ndim != len(layout) or images.shape[axis] != shape[axis]:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError(
-            f"images must be a tensor (B, {shape[1]}, H, W) such as (1, {', '.join(map(str, shape[1:]))}), not {found}"
-        )
+        axes = ", ".join(layout.replace("C", str(shape[axis])))
+        raise ArgumentError(f"images must be a tensor ({axes}) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
     return images
 
 
@@ -151,10 +151,10 @@ def significance(gm: fx.GraphModule, images: Tensor) -> Tensor:
 
     Args:
         gm: A module returned by `transform`.
-        images: (B, C, H, W), normalised as the model expects them.
+        images: (B, C, H, W), or clips as the model takes them, normalised as it expects.
 
     Returns:
-        (B, h, w), float32 or wider.
+        (B, h, w), of clips (B, t, h, w), float32 or wider.
 
     Raises:
         ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
@@ -169,10 +169,10 @@ def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
 
     Args:
         gm: A module returned by `transform`.
-        images: (B, C, H, W), normalised as the model expects them.
+        images: (B, C, H, W), or clips as the model takes them, normalised as it expects.
 
     Returns:
-        For each grid (h, w) a boolean mask (B, h, w), True where kept; all True at z=1.
+        For each grid (h, w) a boolean mask (B, h, w), of clips (t, h, w) and (B, t, h, w), True where kept; all True at z=1.
 
     Raises:
         ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
@@ -197,7 +197,7 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
         fill: What stands at dropped positions: a number, or a vector (C,) such as a mask token.
 
     Returns:
-        (B, C, h, w) on the model's token grid.
+        (B, C, h, w) on the model's token grid, of clips (B, C, t, h, w).
 
     Raises:
         ArgumentError: `gm` is no transformed token model, or `tokens` are not those that it keeps of `images`.

@@ -14,17 +14,18 @@ from torch import Tensor
 
 
 def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resizes significance maps (B, h, w) to a token grid (PaPr, Sec. 3.2), bicubic with aligned corners.
+    """Resizes significance maps to a token grid (PaPr, Sec. 3.2): bicubic, or trilinear for clips, with aligned corners.
 
     Args:
-        significance: Maps (B, h, w).
-        grid: Rows and columns of the target grid.
+        significance: Maps (B, h, w), or of clips (B, t, h, w).
+        grid: Rows and columns of the target grid, of clips (frames, rows, columns).
 
     Returns:
         The Patch Significance Map (B, *grid), float32 or the wider dtype of `significance`.
     """
     maps = significance.unsqueeze(1).to(torch.promote_types(significance.dtype, torch.float32))  # (B, 1, h, w)
-    return F.interpolate(maps, size=tuple(grid), mode="bicubic", align_corners=True).squeeze(1)
+    mode = "bicubic" if len(grid) == 2 else "trilinear"
+    return F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=True).squeeze(1)
 
 
 def keep_count(positions: int, z: float, prefix: int = 0) -> int:
@@ -42,7 +43,7 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
     """Indices of the most significant positions (PaPr, Eq. 3), behind those of the prefix tokens.
 
     Args:
-        psm: Significance of each position, (B, h, w).
+        psm: Significance of each position, (B, h, w) or (B, t, h, w).
         z: Keep ratio in (0, 1].
         prefix: Tokens in front of the grid, all kept.
 

@@ -17,12 +17,12 @@ class Place(NamedTuple):
     Attributes:
         axis: Their axis; the batch is the first.
         prefix: Tokens along it in front of the patches.
-        grid: Whether the patches have two axes there, rows and columns, or, when some are kept, k and 1.
+        axes: How many axes the patches have there: one, or those of the grid, which are k, 1, ... when some are kept.
     """
 
     axis: int
     prefix: int
-    grid: bool
+    axes: int
 
 
 def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...], prefix: int, kept: int) -> Place | None:
@@ -36,9 +36,9 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...
     count = prod(grid)
     for axis in range(1, len(dense)):
         for place, before, after in (
-            (Place(axis, prefix, False), [prefix + count], [prefix + kept]),
-            (Place(axis, 0, False), [count], [kept]),
-            (Place(axis, 0, True), [*grid], [kept, 1]),
+            (Place(axis, prefix, 1), [prefix + count], [prefix + kept]),
+            (Place(axis, 0, 1), [count], [kept]),
+            (Place(axis, 0, len(grid)), [*grid], [kept, *[1] * (len(grid) - 1)]),
         ):
             end = axis + len(before)
             if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
@@ -60,6 +60,6 @@ def _picked(tensor: Tensor, place: Place | None, cells: Tensor) -> Tensor:
         return tensor
     first = torch.arange(place.prefix, device=cells.device).expand(cells.shape[0], place.prefix)
     index = torch.cat([first, cells + place.prefix], dim=1)
-    rows = tensor.flatten(place.axis, place.axis + 1) if place.grid else tensor
+    rows = tensor.flatten(place.axis, place.axis + place.axes - 1)
     kept = torch.stack([sample.index_select(place.axis - 1, i) for sample, i in zip(rows, index, strict=True)])
-    return kept.unsqueeze(place.axis + 1) if place.grid else kept
+    return kept.unflatten(place.axis, (-1, *[1] * (place.axes - 1))) if place.axes > 1 else kept

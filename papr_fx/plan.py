@@ -19,7 +19,7 @@ class Choice:
 
     Attributes:
         suffix: Ends the names of its nodes: `papr_psm{suffix}`, `papr_keep{suffix}`.
-        grid: Rows and columns on the traced images.
+        grid: Rows and columns on the traced images, of clips (frames, rows, columns).
         prefix: Tokens in front of the grid, always kept.
         stream: The node of the dense graph whose positions are in this order.
         layout: Axes of its value.
@@ -98,7 +98,7 @@ class Pixels:
         first = {site.grid: site for site in reversed(self.sites[training])}
         return tuple(
             Choice(
-                f"_{grid[0]}x{grid[1]}",
+                f"_{'x'.join(map(str, grid))}",
                 grid,
                 0,
                 *first[grid].ordered,
@@ -118,7 +118,8 @@ class Plan:
         operator: What is pruned.
         opened: Qualified names of the modules that were traced through.
         dynamic: Whether the model takes several image sizes, so that the grid is read at run time.
-        shape: Shape of the images that the graph was traced with, (B, C, H, W).
+        shape: Shape of the images that the graph was traced with.
+        layout: Its axes by letter: BCHW, or BCTHW or BTCHW for clips.
         z: Keep ratio in (0, 1].
         output: What the module returns: "logits", as the model's forward does, or "features".
     """
@@ -129,6 +130,7 @@ class Plan:
     opened: frozenset[str]
     dynamic: bool
     shape: tuple[int, ...]
+    layout: str
     z: float
     output: str = "logits"
 

@@ -1,8 +1,9 @@
 """Any ConvNet classifier as a significance network: cut before its global pooling, frozen, fused, channels-last.
 
 Where to cut is read from the dataflow, not from a model's name: the features are the last value that still has the
-images' two spatial axes (PaPr, Sec. 3.1: the last convolutional layer, after its activation). The classifier behind the
-pooling is dropped, which is the paper's replacement of its class weights by uniform ones.
+images' two spatial axes (PaPr, Sec. 3.1: the last convolutional layer, after its activation), or the three of clips. The
+classifier behind the pooling is dropped, which is the paper's replacement of its class weights by uniform ones. A network
+of images serves clips too, on each frame alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
 class SignificanceNet(nn.Module):
     """Images (B, C, H, W) to significance maps (B, h, w): the mean over a ConvNet's last feature maps (PaPr, Eq. 2).
 
+    Clips (B, C, T, H, W) or (B, T, C, H, W) become maps (B, t, h, w), or (B, T, h, w) by a network of images.
+
     Frozen: its parameters take no gradient and it stays in eval mode whatever `train` is asked for.
     """
 
@@ -44,20 +47,27 @@ class SignificanceNet(nn.Module):
         trunk: nn.Module,
         *,
         channel_axis: int | None,
-        size: int | tuple[int, int] | None = None,
+        layout: str = "BCHW",
+        per_frame: bool = False,
+        size: int | tuple[int, ...] | None = None,
         renormalise: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Wraps a trunk.
 
         Args:
             trunk: Images to features.
-            channel_axis: Axis of the features to average over; None where the trunk returns (B, h, w) maps.
-            size: Shorter side, or (rows, columns), to which images are resized first, in pixels.
+            channel_axis: Axis of the features to average over; None where the trunk returns maps without channels.
+            layout: Axes of the images or clips: BCHW, BCTHW or BTCHW.
+            per_frame: Whether the trunk takes the frames of clips as images; one of clips takes (B, C, T, H, W).
+            size: Shorter side, or (rows, columns), to which images are resized first, in pixels; of clips also
+                (frames, rows, columns).
             renormalise: Scale and shift per channel, (C, 1, 1), from the target's normalisation to the proposal's.
         """
         super().__init__()
         self.trunk = trunk
         self.channel_axis = channel_axis
+        self.layout = layout
+        self.per_frame = per_frame
         self.size = size
         scale, shift = renormalise or (None, None)
         self.register_buffer("scale", scale, persistent=False)
@@ -71,13 +81,23 @@ class SignificanceNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        if self.layout == "BCTHW":
+            images = images.transpose(1, 2)  # as all else is (..., C, H, W)
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
+        if "T" in self.layout:
+            images = images.transpose(1, 2)  # (B, C, T, H, W)
         if self.size is not None:
-            images = F.interpolate(images, size=resized(images.shape[-2:], self.size), mode="bilinear", align_corners=False)
-        features: Tensor = self.trunk(images.contiguous(memory_format=torch.channels_last))
+            mode = "trilinear" if "T" in self.layout else "bilinear"
+            images = F.interpolate(images, size=resized(images.shape[2:], self.size), mode=mode, align_corners=False)
+        frames = images.shape[2]
+        if self.per_frame:
+            images = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
+        packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+        features: Tensor = self.trunk(images.contiguous(memory_format=packed))
         wide = torch.promote_types(features.dtype, torch.float32)
-        return features.to(wide) if self.channel_axis is None else features.mean(self.channel_axis, dtype=wide)
+        maps = features.to(wide) if self.channel_axis is None else features.mean(self.channel_axis, dtype=wide)
+        return maps.unflatten(0, (-1, frames)) if self.per_frame else maps
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,8 @@ def build_proposal(
     model: nn.Module,
     images: Tensor,
     *,
-    size: int | tuple[int, int] | None,
+    layout: str = "BCHW",
+    size: int | tuple[int, ...] | None,
     input_stats: InputStats,
     verify: bool,
 ) -> SignificanceNet:
@@ -101,9 +122,11 @@ def build_proposal(
 
     Args:
         proposal: A ConvNet classifier, a module that returns a feature map (B, K, h, w) or a map (B, h, w), or the name of
-            a timm model, whose pretrained weights are then loaded.
+            a timm model, whose pretrained weights are then loaded. For clips, one of 3-D convolutions takes them as
+            (B, C, T, H, W), any other takes their frames as images.
         model: The target, for its normalisation statistics, dtype and device.
-        images: A batch such as the target takes, (B, C, H, W).
+        images: A batch such as the target takes.
+        layout: Its axes: BCHW, BCTHW or BTCHW.
         size: See `SignificanceNet`.
         input_stats: "auto", "shared" or ((mean, std) of the target, (mean, std) of the proposal).
         verify: Whether to check the fused network against the one given.
@@ -113,12 +136,20 @@ def build_proposal(
     """
     source = _load(proposal)
     network = _copied(source)
-    statistics = _renormalisation(model, source, images.shape[1], input_stats)
+    channels = images.shape[layout.index("C")]
+    statistics = _renormalisation(model, source, channels, input_stats)
+    clips = takes_clips(network)
+    if clips and "T" not in layout:
+        raise ProposalError(
+            f"proposal ({type(source).__name__}) takes clips, but the model takes images {tuple(images.shape)}: pass a "
+            "network of images"
+        )
+    extent = tuple(size for size, letter in zip(images.shape, layout, strict=True) if letter in "THW")
     parameter = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), None)
-    rows, columns = resized(images.shape[-2:], size) if size is not None else images.shape[-2:]
+    extent = resized(extent, size) if size is not None else extent
     device = images.device if parameter is None else parameter.device
     dtype = images.dtype if parameter is None else parameter.dtype
-    sample = torch.empty((1, images.shape[1], rows, columns), dtype=dtype, device=device)
+    sample = torch.empty((1, channels, *(extent if clips else extent[-2:])), dtype=dtype, device=device)
     trunk, axis = _trunk(network, source, sample, verify=verify)
     if images.device.type != "meta":
         trunk = trunk.to(device=images.device, dtype=images.dtype)
@@ -126,18 +157,39 @@ def build_proposal(
         where = None if images.device.type == "meta" else images.device
         scale, shift = (t.to(where, images.dtype).view(-1, 1, 1) for t in statistics)
         statistics = scale, shift
-    trunk = trunk.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    packed = torch.channels_last_3d if clips else torch.channels_last
+    _pack(trunk, packed)
     replace_depthwise(trunk)
-    return SignificanceNet(trunk, channel_axis=axis, size=size, renormalise=statistics)
+    return SignificanceNet(
+        trunk,
+        channel_axis=axis,
+        layout=layout,
+        per_frame="T" in layout and not clips,
+        size=size,
+        renormalise=statistics,
+    )
 
 
-def resized(shape: Sequence[int], size: int | tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns after resizing (H, W) to `size`: one number sets the shorter side and keeps the aspect."""
+def takes_clips(network: nn.Module) -> bool:
+    """Whether a network is one of clips: it has 3-D convolutions."""
+    return any(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+def resized(shape: Sequence[int], size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W) or (T, H, W) resized to `size`: what it leaves out stays; one number sets the shorter side, keeping the aspect."""
+    *frames, rows, columns = shape
     if isinstance(size, tuple):
-        return size
-    rows, columns = shape
+        return (*frames, *size) if len(size) < len(shape) else size
     shorter = min(rows, columns)
-    return round(rows * size / shorter), round(columns * size / shorter)
+    return (*frames, round(rows * size / shorter), round(columns * size / shorter))
+
+
+def _pack(trunk: nn.Module, packed: torch.memory_format) -> None:
+    """Lays the kernels of a trunk's convolutions out channels-last, as its images are."""
+    ndim = 4 if packed == torch.channels_last else 5
+    for tensor in (*trunk.parameters(), *trunk.buffers()):
+        if tensor.ndim == ndim:
+            tensor.data = tensor.data.contiguous(memory_format=packed)
 
 
 def _load(proposal: object) -> nn.Module:
@@ -214,8 +266,9 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
             out: object = copied(fake)
     except Exception as refusal:
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
-    if isinstance(out, Tensor) and out.ndim in (3, 4) and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
-        return network, None if out.ndim == 3 else 1
+    ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with
+    if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
+        return network, None if out.ndim == ranks[0] else 1
     raise ProposalError(
         f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}"
     )
@@ -234,20 +287,21 @@ def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
             f"proposal returns a {type(output).__name__}, not one tensor: pass a classifier, or a module that returns its "
             "last feature map (B, K, h, w)"
         )
-    if len(shape) == 3 and _covers(shape, sample):
+    rank = sample.ndim - 2
+    if len(shape) == rank + 1 and _covers(shape, sample):
         return _Cut(output, None)
-    spatial = [n for n in _spatial_nodes(gm.graph) if len(shape_of(n) or ()) == 4]
-    last = output if len(shape) == 4 and _covers(shape, sample) else spatial[-1]
+    spatial = [n for n in _spatial_nodes(gm.graph, rank) if len(shape_of(n) or ()) == rank + 2]
+    last = output if len(shape) == rank + 2 and _covers(shape, sample) else spatial[-1]
     # A convolution that leaves one position only pools if its kernel covers the map, as in VGG; else the images are too small.
     whole = (None, (shape_of(last) or ())[2:])
-    shrunk = [user for user in last.users if not _is_spatial(shape_of(user)) and kernel_size(gm, user) not in whole]
+    shrunk = [user for user in last.users if not _is_spatial(shape_of(user), rank) and kernel_size(gm, user) not in whole]
     if last.op == "placeholder" or shrunk:
         raise ProposalError(
             "proposal has no spatial map: sought a value (B, K, h, w) with h * w > 1 computed from images "
             f"{tuple(sample.shape)}, found none. Pass a ConvNet, or give it larger images (proposal_size)"
         )
     _refuse_tokens(gm, last, sample)
-    return _Cut(last, _channel_axis(last))
+    return _Cut(last, _channel_axis(last, rank))
 
 
 def _covers(shape: tuple[int, ...], sample: Tensor) -> bool:
@@ -257,29 +311,29 @@ def _covers(shape: tuple[int, ...], sample: Tensor) -> bool:
     return rows * columns > 1 and abs(rows * width / height - columns) < 1
 
 
-def _spatial_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Values that keep two spatial axes all the way from the images; one that was flattened on the way does not count."""
+def _spatial_nodes(graph: fx.Graph, rank: int) -> list[fx.Node]:
+    """Values that keep `rank` spatial axes all the way from the images; one that was flattened on the way does not count."""
     found = {graph.find_nodes(op="placeholder")[0]: True}
     for node in graph.nodes:
         shapes = node.meta.get("parts", (shape_of(node),))
-        if any(source in found for source in node.all_input_nodes) and all(_is_spatial(shape) for shape in shapes):
+        if any(source in found for source in node.all_input_nodes) and all(_is_spatial(shape, rank) for shape in shapes):
             found[node] = True
     return list(found)
 
 
-def _is_spatial(shape: tuple[int, ...] | None) -> bool:
-    if shape is None or len(shape) < 4 or shape[0] != TRACED_BATCH:
+def _is_spatial(shape: tuple[int, ...] | None, rank: int) -> bool:
+    if shape is None or len(shape) < rank + 2 or shape[0] != TRACED_BATCH:
         return False
-    return max(shape[-2:]) > 1 and max(shape[1:3]) > 1  # neither (B, K, 1, 1) nor (B, 1, 1, K): those are pooled
+    return max(shape[-2:]) > 1 and max(shape[1 : rank + 1]) > 1  # neither (B, K, 1, 1) nor (B, 1, 1, K): those are pooled
 
 
-def _channel_axis(features: fx.Node) -> int:
+def _channel_axis(features: fx.Node, rank: int) -> int:
     """Where the channels are: the axis that the pooling behind the features leaves."""
     shape = cast("tuple[int, ...]", shape_of(features))
     for user in features.users:
         pooled = tuple(size for size in (shape_of(user) or ()) if size != 1)[1:]
-        if pooled == shape[3:] and pooled != shape[1:2]:
-            return 3
+        if pooled == shape[rank + 1 :] and pooled != shape[1:2]:
+            return rank + 1
     return 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from tabulate import tabulate
 from torch import fx
@@ -22,7 +23,7 @@ class SiteReport:
 
     Attributes:
         name: For tokens, the node whose positions are gathered and the module it feeds; for pixels, the operator's last layer.
-        grid: Rows and columns.
+        grid: Rows and columns, of clips (frames, rows, columns).
         prefix: Tokens beside the grid, always kept.
         dense: Positions before, the prefix included.
         kept: Positions after, the prefix included.
@@ -122,7 +123,7 @@ def _token_sites(
     plan: Plan, operator: Tokens, training: bool, dense: Mapping[str, int], pruned: Mapping[str, int]
 ) -> tuple[SiteReport, ...]:
     site = prune_tokens.find_site(plan.dense_graph(training), operator.blocks)
-    n = site.grid[0] * site.grid[1]
+    n = prod(site.grid)
     kept = site.prefix + _kept(plan, n, site.prefix)
     before = ancestors(site.stream)
     after = [node.name for node in site.stream.graph.nodes if node not in before]
@@ -136,7 +137,7 @@ def _pixel_sites(
 ) -> tuple[SiteReport, ...]:
     sites: list[SiteReport] = []
     for site in operator.sites[training]:
-        n = site.grid[0] * site.grid[1]
+        n = prod(site.grid)
         before, after = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
         background = prune_pixels.background_of(site, operator.background, training)
         sites.append(SiteReport(site.name, site.grid, 0, n, _kept(plan, n, 0), before, after, background))

@@ -30,7 +30,7 @@ def transform(
     example_input: Tensor | None = None,
     mode: Literal["auto", "tokens", "pixels"] = "auto",
     background: Literal["auto", "keep", "zero"] = "auto",
-    proposal_size: int | tuple[int, int] | None = None,
+    proposal_size: int | tuple[int, ...] | None = None,
     input_stats: InputStats = "auto",
     saliency: Literal["psm"] = "psm",
     merge: None = None,
@@ -44,17 +44,19 @@ def transform(
     and is written back among zeros. `model` itself is not changed; the result shares its tensors.
 
     Args:
-        model: An image classifier that takes (B, C, H, W), in eval or training mode.
+        model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in eval or training mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns a feature map (B, K, h, w) or a
-            map (B, h, w), or the name of a timm model, whose pretrained weights are then loaded.
+            map (B, h, w), or the name of a timm model, whose pretrained weights are then loaded. For clips, a ConvNet of 3-D
+            convolutions that takes (B, C, T, H, W), or one of images, which then sees each frame alone.
         z: Share of all tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, N counting both; or
-            `int(h * w * z)` positions of each grid. At 1 the result is the traced model.
+            `int(h * w * z)` positions of each grid, times t of clips. At 1 the result is the traced model.
         example_input: Images such as the model takes, of which only the shape matters. Default: what the model states.
         mode: "tokens" gathers tokens in front of the blocks, "pixels" prunes residual pixel operators; "auto" takes tokens
             where that is sound, else pixels.
         background: What stands at dropped positions behind a pixel operator: "keep" leaves the residual, "zero" zeroes it
             too, "auto" zeroes behind depthwise convolutions, and keeps elsewhere and in training. Token models have none.
-        proposal_size: Shorter side in pixels, or (rows, columns), to which images are resized for the proposal, bilinear.
+        proposal_size: Shorter side in pixels, or (rows, columns), to which images are resized for the proposal, bilinear; of
+            clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where the (mean, std) of both networks are known and
             differ, "shared" hands them over as they are, ((mean, std) of the model, (mean, std) of the proposal) says both.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps.
@@ -82,7 +84,8 @@ def transform(
     if merge is not None:
         raise ArgumentError(f"merge must be None, not {merge!r}")
     images = inputs.example_images(model, example_input)
-    size = inputs.checked_size(proposal_size)
+    layout = inputs.layout_of(model, images)
+    size = inputs.checked_size(proposal_size, images)
     if images.is_meta and verify:
         raise ArgumentError("model has no weights (meta device), so nothing can be proved on it: pass verify=False")
 
@@ -100,18 +103,18 @@ def transform(
 
     @cache
     def network() -> SignificanceNet:
-        return build_proposal(proposal, model, images, size=size, input_stats=input_stats, verify=verify)
+        return build_proposal(proposal, model, images, layout=layout, size=size, input_stats=input_stats, verify=verify)
 
     some = min(keep_ratio, 0.9)
     if mode == "pixels":
-        return finished(prune_by_pixels(model, images, network, some, background))
+        return finished(prune_by_pixels(model, images, layout, network, some, background))
     try:
-        return finished(prune_by_tokens(model, images, network, some))
+        return finished(prune_by_tokens(model, images, layout, network, some))
     except (NoSiteError, VerifyError) as error:
         if mode == "tokens":
             raise
         try:
-            gm = prune_by_pixels(model, images, network, some, background)
+            gm = prune_by_pixels(model, images, layout, network, some, background)
         except NoSiteError as other:
             raise type(error)(f"{error}\nAs for pixels: {other}") from other
         if not keeps_space(model, gm):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -194,8 +195,7 @@ def _check_traced(actual: object, expected: object, name: str) -> None:
 
 def _random_order(images: Tensor, grid: tuple[int, ...], random: torch.Generator) -> Tensor:
     """A permutation of the grid's cells for each image, (B, n)."""
-    rows, columns = grid
-    draws = torch.rand((images.shape[0], rows * columns), generator=random, device=images.device)
+    draws = torch.rand((images.shape[0], prod(grid)), generator=random, device=images.device)
     return draws.argsort(dim=1)
 
 
@@ -262,7 +262,7 @@ def _check_masked(
     """Compares a pruned run with the dense graph whose branches are multiplied by the mask: Eq. 4 as it stands."""
     choices = plan.choices(False)
     masks = {
-        choice.grid: image.new_zeros(1, choice.grid[0] * choice.grid[1]).scatter_(1, cells, 1)
+        choice.grid: image.new_zeros(1, prod(choice.grid)).scatter_(1, cells, 1)
         for choice, cells in zip(choices, kept, strict=True)
     }
     graph = mask_branches(plan.dense_graph(False), operator.sites[False], operator.background)
@@ -362,7 +362,7 @@ def _check_geometry(
     graph = plan.dense_graph(training)
     choices = plan.choices(training)
     if isinstance(plan.operator, Tokens):
-        moved, cells = _moved(root, graph, choices[0], values, image, random)
+        moved, cells = _moved(root, graph, choices[0], values, image, plan.layout, random)
         return _check_tokens(choices[0], moved, cells)
     # Each branch spreads a change over the grid; the residuals alone keep it in its place.
     for node in graph.nodes:
@@ -371,7 +371,7 @@ def _check_geometry(
             node.op, node.target, node.args = "call_function", operator.pos, (passed,)
     operators = plan.operator.sites[training]
     places = dict.fromkeys((*site.ordered, site.grid) for site in operators)
-    wrong = {place for place in places if not _in_order(root, graph, *place, values, image, random)}
+    wrong = {place for place in places if not _in_order(root, graph, *place, values, image, plan.layout, random)}
     if wrong:
         sites = [site for site in operators if (*site.ordered, site.grid) in wrong]
         where = ", ".join(f"`{stream}` on grid {grid}" for stream, _, grid in wrong)
@@ -388,13 +388,14 @@ def _in_order(
     graph: fx.Graph,
     stream: str,
     layout: Layout,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     values: dict[str, Tensor],
     image: Tensor,
+    axes: str,
     random: torch.Generator,
 ) -> bool:
     """Whether the positions of a value move most where the image was changed."""
-    moved, cells = _moved(root, graph, Choice("", grid, 0, stream, layout, ""), values, image, random)
+    moved, cells = _moved(root, graph, Choice("", grid, 0, stream, layout, ""), values, image, axes, random)
     places = torch.tensor(cells, device=moved.device).unsqueeze(1)
     lesser = (moved < moved.gather(1, places)).sum(1) / max(1, moved.shape[1] - 1)  # 1: the changed patch moves most
     return moved.shape[1] == 1 or bool(lesser.mean() > 0.9)
@@ -407,9 +408,8 @@ def _check_tokens(choice: Choice, moved: Tensor, cells: list[int]) -> None:
         )
     for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
         if token != choice.prefix + cell:
-            row, column = divmod(cell, choice.grid[1])
             raise VerifyError(
-                f"geometry: changing patch (row {row}, column {column}) of {choice.grid} moves token {token} of "
+                f"geometry: changing patch {_cell(cell, choice.grid)} of {choice.grid} moves token {token} of "
                 f"`{choice.stream}` most, not token {choice.prefix + cell}: tokens are not in row-major order of this grid"
             )
 
@@ -420,22 +420,31 @@ def _moved(
     choice: Choice,
     values: dict[str, Tensor],
     image: Tensor,
+    axes: str,
     random: torch.Generator,
 ) -> tuple[Tensor, list[int]]:
-    """How far each position of the stream moves when a patch is changed, (cells, positions), and which cells were changed."""
-    rows, columns = choice.grid
-    height, width = image.shape[-2:]
-    cells = _probed_cells(rows * columns, random)
-    probes = image.repeat(len(cells) + 1, 1, 1, 1)
+    """How far each position of the stream moves when a patch is changed, (cells, positions), and which cells were changed.
+
+    `axes` are those of the image, by letter.
+    """
+    cells = _probed_cells(prod(choice.grid), random)
+    probes = image.repeat(len(cells) + 1, *[1] * (image.ndim - 1))
     for probe, cell in enumerate(cells, start=1):
-        i, j = divmod(cell, columns)
-        top, bottom = height * i // rows, height * (i + 1) // rows
-        left, right = width * j // columns, width * (j + 1) // columns
-        probes[probe, :, top:bottom, left:right] *= -1
+        patch = probes[probe : probe + 1]
+        for letter, place, count in zip("THW"[-len(choice.grid) :], _cell(cell, choice.grid), choice.grid, strict=True):
+            axis = axes.index(letter)
+            first, end = (image.shape[axis] * edge // count for edge in (place, place + 1))
+            patch = patch.narrow(axis, first, end - first)
+        patch *= -1
     stream = next(node for node in graph.nodes if node.name == choice.stream)
     value = cast(Tensor, _run(cut(root, graph, stream), values, probes))
     positions = value.movedim(choice.layout.index("C"), -1).flatten(1, -2)  # (1 + cells, N, C)
     return (positions[1:] - positions[:1]).abs().sum(-1), cells
+
+
+def _cell(number: int, grid: Sequence[int]) -> tuple[int, ...]:
+    """Where the cell of that number, counted in row-major order, stands in a grid."""
+    return tuple(int(place) for place in torch.unravel_index(torch.tensor(number), grid))
 
 
 def _probed_cells(count: int, random: torch.Generator) -> list[int]:

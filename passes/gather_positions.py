@@ -76,11 +76,13 @@ class View:
 
     Attributes:
         user: The operation.
-        place: Where rows stand among the sizes that it is given; columns follow.
+        place: Where the first of the grid's sizes stands among those that it is given.
+        axes: How many there are.
     """
 
     user: str
     place: int
+    axes: int
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
     for number, view in enumerate(found.views):
         with graph.inserting_before(nodes[view.user]):
             count = graph.create_node("call_method", "size", (patches, 1), name=f"papr_rows_{number}")
-        _resize(nodes[view.user], view.place, (count, 1))
+        _resize(nodes[view.user], view.place, (count, *[1] * (view.axes - 1)))
     for flag in dict.fromkeys(count.patches for count in found.counts):
         counted = patches if flag else keep
         with graph.inserting_after(counted):
@@ -174,9 +176,9 @@ def _sizes(node: fx.Node) -> list[Any]:
     return list(cast("Sequence[Any]", sizes[0])) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 
 
-def _resize(node: fx.Node, place: int, grid: tuple[Any, Any]) -> None:
+def _resize(node: fx.Node, place: int, grid: tuple[Any, ...]) -> None:
     sizes = _sizes(node)
-    sizes[place : place + 2] = grid
+    sizes[place : place + len(grid)] = grid
     node.args = (node.args[0], tuple(sizes))
 
 
@@ -283,7 +285,7 @@ class _ShorterRun(fx.Interpreter):
             for place in range(len(_sizes(node)) - 1):
                 out = self._viewed(node, place)
                 if out is not None:
-                    self.views.append(View(node.name, place))
+                    self.views.append(View(node.name, place, len(self._grid)))
                     return out
         return None
 
@@ -291,14 +293,15 @@ class _ShorterRun(fx.Interpreter):
         """The kept patches as a grid of one column, if the sizes at `place` are those of the grid and this is their layout."""
         known = [self.env[size] if isinstance(size, fx.Node) else size for size in _sizes(node)]
         dense = shape_of(node)
-        if dense is None or tuple(known[place : place + 2]) != self._grid:
+        end = place + len(self._grid)
+        if dense is None or tuple(known[place:end]) != self._grid:
             return None
-        known[place : place + 2] = [self._kept[True], 1]
+        known[place:end] = kept = [self._kept[True], *[1] * (len(self._grid) - 1)]
         try:
             out = self.env[node.all_input_nodes[0]].reshape(known)
         except RuntimeError:
             return None
-        expected = (*dense[:place], self._kept[True], 1, *dense[place + 2 :])
+        expected = (*dense[:place], *kept, *dense[end:])
         return out if tuple(out.shape) == expected else None
 
     def _picks(self, value: Tensor, rank: int) -> list[Pick | None]:

@@ -34,6 +34,8 @@ from ..errors import NoSiteError
 from ..ops import count_windows, gather_tokens
 from ..trace import TRACED_BATCH, ancestors, descendants
 
+_SIZES = ("papr_frames", "papr_rows", "papr_columns")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -43,7 +45,7 @@ class Site:
         stream: The node whose value is (B, prefix + n, C).
         block: Qualified name of the first block that reads it.
         join: The node where the grid became one axis of n tokens.
-        grid: Rows and columns on the traced images, h * w = n.
+        grid: Rows and columns on the traced images, h * w = n; on clips (frames, rows, columns).
         axes: Where the grid stands in the tensor that was flattened.
         windows: Offset and step of the windows along these axes where an image was unfolded, else none.
         prefix: Tokens in front of the patches.
@@ -88,13 +90,15 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
                 f"`{block}`; a trunk that runs twice, or in parallel branches, is not pruned"
             )
     tokens = stream.meta["shape"][1]
+    rank = len(graph.find_nodes(op="placeholder")[0].meta["shape"]) - 2  # (h, w) of images, (t, h, w) of clips
     for node in ancestors(stream):
         for join in reversed(node.meta.get("joins", [])):
-            if len(join.grid) == 2 and prod(join.grid) <= tokens:
+            if len(join.grid) == rank and prod(join.grid) <= tokens:
                 return Site(stream, block, node, join.grid, join.axes, join.windows, tokens - prod(join.grid))
     raise NoSiteError(
         f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block}`, but no operation before it "
-        "flattens a grid of positions (h, w) of the images into them (a grid of one row or column is none)"
+        f"flattens a grid of positions {'(h, w) of the images' if rank == 2 else '(t, h, w) of the clips'} into them (a grid "
+        "of one row or column is none)"
     )
 
 
@@ -118,7 +122,7 @@ def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node,
         shape = graph.create_node("call_function", getattr, (source, "shape"), name="papr_shape")
         sizes = [
             graph.create_node("call_function", operator.getitem, (shape, axis), name=name)
-            for axis, name in zip(site.axes, ("papr_rows", "papr_columns"), strict=True)
+            for axis, name in zip(site.axes, _SIZES[-len(site.axes) :], strict=True)
         ]
         if not site.windows:
             return tuple(sizes)
