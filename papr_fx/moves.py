@@ -46,7 +46,7 @@ def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     shape = shape_of(addition) or ()
     alike = shape_of(a) == shape == shape_of(b)
-    return (a, b) if alike and len(shape) in (3, 4) and shape[:1] == (TRACED_BATCH,) else None
+    return (a, b) if alike and len(shape) in (3, 4, 5) and shape[:1] == (TRACED_BATCH,) else None
 
 
 def residual_of(addition: fx.Node) -> fx.Node | None:

@@ -106,8 +106,8 @@ def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int
 
 
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
-    """Kept positions (B, k) of a grid as rows (B * k,) of the batch's B * h * w positions."""
-    count = grid[0] * grid[1]
+    """Kept positions (B, k) of a grid as rows (B * k,) of the batch's B * h * w (* t) positions."""
+    count = prod(grid)
     first_row = torch.arange(keep.shape[0], device=keep.device).unsqueeze(1) * count  # (B, 1)
     return (keep + first_row).reshape(-1)
 
@@ -131,8 +131,8 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
     Args:
         x: Values of every position.
         rows: Flat indices (B * k,), see `pixel_rows`.
-        grid: Rows and columns that `rows` was made for, or their product where rows of `x` are windows.
-        layout: Axes of `x`: BCHW, BHWC, BNC or BCN.
+        grid: Sizes that `rows` was made for, or their product where rows of `x` are windows.
+        layout: Axes of `x`: BCHW, BHWC, BNC or BCN; of clips, whose grid becomes k x 1 x 1, BCTHW or BTHWC.
 
     Raises:
         ValueError: The positions of `x` are not those of `grid`.
@@ -142,18 +142,17 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
     if spatial != list(grid) and (prod(spatial) != prod(grid) or len(spatial) == len(grid)):
         raise ValueError(f"positions were chosen for a grid of {tuple(grid)}, but the value has {spatial}")
     kept = _as_rows(x, channels).index_select(0, rows)  # (B * k, C)
-    shape = (x.shape[0], -1, 1, kept.shape[1]) if x.ndim == 4 else (x.shape[0], -1, kept.shape[1])
-    return kept.view(shape).movedim(-1, channels)
+    return kept.view(x.shape[0], -1, *[1] * (x.ndim - 3), kept.shape[1]).movedim(-1, channels)
 
 
 def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:
     """Adds a branch computed for kept positions to its residual (PaPr, Eq. 4): zero-padded, the branch has the residual's size.
 
     Args:
-        residual: (B, C, h, w), (B, h, w, C), (B, h * w, C) or (B, C, h * w).
+        residual: (B, C, h, w), (B, h, w, C), (B, h * w, C) or (B, C, h * w), or with a grid (t, h, w).
         branch: The same with k positions (k x 1 of a grid).
         rows: Flat indices (B * k,), see `pixel_rows`.
-        layout: Axes of both: BCHW, BHWC, BNC or BCN.
+        layout: Axes of both: BCHW, BHWC, BNC, BCN, BCTHW or BTHWC.
         background: At dropped positions, "keep" leaves the residual, "zero" leaves nothing.
 
     Returns:
@@ -184,7 +183,7 @@ def _looked_up(dense: Tensor, kept: Tensor, rows: Tensor, background: str) -> Te
 
 def mask_positions(x: Tensor, mask: Tensor, layout: str, grid: Sequence[int]) -> Tensor:
     """Multiplies every position of `x` by its entry in `mask`, (B, h * w)."""
-    sizes = {"B": mask.shape[0], "C": 1, "H": grid[0], "W": grid[1], "N": mask.shape[1]}
+    sizes = {"B": mask.shape[0], "C": 1, "N": mask.shape[1]} | dict(zip("THW"[-len(grid) :], grid, strict=True))
     return x * mask.view([sizes[letter] for letter in layout])
 
 

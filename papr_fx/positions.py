@@ -23,10 +23,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from .numerics import exact_float32, redraw, relative_error, tensors_of, unit_scale
 from .trace import ancestors, sandbox, shape_of
 
-# Axes by letter: batch, channels, rows and columns, or N positions in one axis. ("BCHW", "BHWC", "BNC", "BCN")
+# Axes by letter: batch, channels, rows and columns (of T frames), or N positions in one axis.
 Layout = str
+LAYOUTS = ("BCHW", "BHWC", "BCTHW", "BTHWC", "BNC", "BCN")
 
-_GRID = {"B": 2, "H": 5, "W": 4, "N": 20}
+_COUNT = 20
+_GRIDS = {3: {"B": 2, "N": 20}, 4: {"B": 2, "H": 5, "W": 4}, 5: {"B": 2, "T": 2, "H": 5, "W": 2}}  # by number of axes
 _KEPT = (17, 2, 9, 4, 11, 13, 0)
 _TOLERANCE = 1e-4
 _RANDOM_FUNCTIONS = (F.dropout, torch.dropout)
@@ -110,13 +112,14 @@ class Positions:
         except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
             return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
         for value, is_masked in ((whole, False), (masked, True)):
-            for out in dict.fromkeys((layout, "BCHW", "BHWC", "BNC", "BCN")):  # a module may permute
+            for out in dict.fromkeys((layout, *LAYOUTS)):  # a module may permute
                 if _agree(actual, value, out):
                     return Verdict(out, masked=is_masked)
         return Verdict(reason="mixes positions")
 
     def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
-        sizes = [shape[axis] if letter == "C" else _GRID[letter] for axis, letter in enumerate(layout)]
+        grid = _GRIDS[len(layout)]
+        sizes = [shape[axis] if letter == "C" else grid[letter] for axis, letter in enumerate(layout)]
         return torch.randn(sizes, generator=self._random)
 
     def _constant(self, node: fx.Node) -> Any:
@@ -134,7 +137,7 @@ class Positions:
 def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
     """Whether `actual` is `whole` at the kept positions, both laid out as `layout`."""
     tensors = tensors_of(whole)
-    if not tensors or any(len(layout) != t.ndim or _count(t, layout) != _GRID["N"] for t in tensors):
+    if not tensors or any(len(layout) != t.ndim or _count(t, layout) != _COUNT for t in tensors):
         return False
     return relative_error(actual, [_gathered(t, layout) for t in tensors]) <= _TOLERANCE
 
@@ -151,16 +154,17 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _moved(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Verdict:
-    """The layout after axes were permuted, or rows and columns flattened: had by doing it to numbered axes."""
+    """The layout after axes were permuted, or those of the grid flattened: had by doing it to numbered axes."""
     layout = layouts[node.all_input_nodes[0]]
-    sizes = [{"B": 2, "C": 3, "H": 5, "W": 7, "N": 11}[letter] for letter in layout]
-    letters = dict(zip(sizes, layout, strict=True)) | {5 * 7: "N"}
+    numbers = {"B": 2, "C": 3, "H": 5, "W": 7, "N": 11, "T": 13}
+    sizes = [numbers[letter] for letter in layout]
+    letters = dict(zip(sizes, layout, strict=True)) | {prod(numbers[letter] for letter in layout if letter in "THW"): "N"}
     try:
         value = _call(node, (torch.empty(sizes), *node.args[1:]), node.kwargs)
     except (RuntimeError, TypeError, IndexError) as error:
         return Verdict(reason=f"permutes by sizes of the images ({type(error).__name__})")
     moved = "".join(letters.get(size, "?") for size in value.shape)
-    ordered = moved.find("H") <= moved.find("W")
+    ordered = moved.find("T") <= moved.find("H") <= moved.find("W")
     return Verdict(moved) if "?" not in moved and moved[0] == "B" and ordered else Verdict(reason=f"{name} mixes axes")
 
 
@@ -171,13 +175,13 @@ def _positions(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _laid_out(rows: Tensor, layout: Layout) -> Tensor:
-    """(B, n, C) as a grid of n rows and one column."""
-    grid = rows.unsqueeze(2) if len(layout) == 4 else rows
+    """(B, n, C) as a grid of n x 1 or n x 1 x 1."""
+    grid = rows.unflatten(1, (-1, *[1] * (len(layout) - 3)))
     return grid.movedim(-1, layout.index("C"))
 
 
 def _count(tensor: Tensor, layout: Layout) -> int:
-    return prod(size for size, letter in zip(tensor.shape, layout, strict=True) if letter in "HWN")
+    return prod(size for size, letter in zip(tensor.shape, layout, strict=True) if letter in "THWN")
 
 
 def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
@@ -185,8 +189,9 @@ def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _masked(tensor: Tensor, layout: Layout) -> Tensor:
-    keep = torch.zeros(_GRID["N"]).index_fill(0, torch.tensor(_KEPT), 1)
-    sizes = [_GRID[letter] if letter in "HWN" else 1 for letter in layout]
+    keep = torch.zeros(_COUNT).index_fill(0, torch.tensor(_KEPT), 1)
+    grid = _GRIDS[len(layout)]
+    sizes = [grid[letter] if letter in "THWN" else 1 for letter in layout]
     return tensor * keep.view(sizes)
 
 

@@ -63,7 +63,7 @@ class Site:
         region: The operator's nodes, in order.
         entries: The values that enter it, and their layouts.
         layout: Layout of residual, branch and merge.
-        grid: Rows and columns on the traced images.
+        grid: Rows and columns on the traced images, of clips (frames, rows, columns).
         origin: The node where sizes of the grid can be read at run time, and their axes.
         masked: Nodes of the region in which dropped positions count as zeros.
         convolution: Whether a depthwise convolution feeds the operator.
@@ -78,8 +78,8 @@ class Site:
     region: tuple[str, ...]
     entries: tuple[tuple[str, Layout], ...]
     layout: Layout
-    grid: tuple[int, int]
-    origin: tuple[str, tuple[int, int]]
+    grid: tuple[int, ...]
+    origin: tuple[str, tuple[int, ...]]
     masked: tuple[tuple[str, Layout], ...]
     convolution: bool
     moves: Moves | None = None
@@ -135,7 +135,7 @@ def rewrite(
     """
     nodes = {node.name: node for node in graph.nodes}
     images = splice_proposal.find_site(graph)
-    choices: dict[tuple[int, int], tuple[fx.Node, Grid]] = {}
+    choices: dict[tuple[int, ...], tuple[fx.Node, Grid]] = {}
     rows: dict[tuple[object, object], tuple[fx.Node, Grid]] = {}
     first = images.images.next
     leads = {site.grid: site for site in sorted(sites, key=lambda site: nodes[site.region[0]], reverse=True)}
@@ -152,8 +152,9 @@ def rewrite(
                 rows[site.grid, order] = _index(graph, nodes, site, *choices[site.grid], name)
         index, grid = rows[site.grid, order]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
-    if any(len(site.layout) == 4 and site.layout.index("C") == 1 for site in sites):
-        _lay_channels_last(graph, images)
+    packed = {"BCHW": torch.channels_last, "BCTHW": torch.channels_last_3d}
+    if memory_format := next((packed[site.layout] for site in sites if site.layout in packed), None):
+        _lay_channels_last(graph, images, memory_format)
 
 
 def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, training: bool = False) -> fx.Graph:
@@ -162,11 +163,11 @@ def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, tr
     The masks become further inputs, one for each grid in order; where the background is zero, they multiply the residual too.
     """
     nodes = {node.name: node for node in graph.nodes}
-    masks: dict[tuple[int, int], fx.Node] = {}
+    masks: dict[tuple[int, ...], fx.Node] = {}
     last = graph.find_nodes(op="placeholder")[0]
     for grid in dict.fromkeys(site.grid for site in sites):
         with graph.inserting_after(last):
-            masks[grid] = last = graph.placeholder(f"mask_{grid[0]}x{grid[1]}")
+            masks[grid] = last = graph.placeholder(f"mask_{'x'.join(map(str, grid))}")
     for site in sites:
         merge, mask = nodes[site.merge], masks[site.grid]
         sizes = site.grid
@@ -197,7 +198,7 @@ def background_of(site: Site, background: str, training: bool) -> str:
 def is_depthwise(node: fx.Node, root: nn.Module) -> bool:
     """Whether `node` calls a convolution of one kernel for each channel, over more than one position."""
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, nn.Conv2d | nn.Conv3d):
         return False
     return module.groups == module.in_channels == module.out_channels > 1 and prod(module.kernel_size) > 1
 
@@ -307,13 +308,14 @@ def _is_pointwise(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
         return node.target is torch.nn.functional.linear
     modules = root.get_submodule(str(node.target)).modules()
-    return any(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and prod(m.kernel_size) == 1) for m in modules)
+    return any(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d | nn.Conv3d) and prod(m.kernel_size) == 1) for m in modules)
 
 
 def _hypotheses(entry: fx.Node, convolution: bool) -> tuple[Layout, ...]:
+    axes = len(shape_of(entry) or ())
     if convolution:
-        return ("BCHW",)
-    return ("BHWC", "BCHW") if len(shape_of(entry) or ()) == 4 else ("BNC", "BCN")
+        return ("BCHW" if axes == 4 else "BCTHW",)
+    return {4: ("BHWC", "BCHW"), 5: ("BTHWC", "BCTHW")}.get(axes, ("BNC", "BCN"))
 
 
 def _checked(
@@ -336,31 +338,32 @@ def _checked(
 
 
 def _count(node: fx.Node, layout: Layout) -> int:
-    return prod(size for size, letter in zip(cast("tuple[int, ...]", shape_of(node)), layout, strict=True) if letter in "HWN")
+    return prod(size for size, letter in zip(cast("tuple[int, ...]", shape_of(node)), layout, strict=True) if letter in "THWN")
 
 
-def _grid(entry: fx.Node, layout: Layout) -> tuple[tuple[int, int], tuple[str, tuple[int, int]]] | None:
-    """Rows and columns of the positions in `entry`, and the node and axes where they can be read."""
+def _grid(entry: fx.Node, layout: Layout) -> tuple[tuple[int, ...], tuple[str, tuple[int, ...]]] | None:
+    """The grid of the positions in `entry`, and the node and axes where its sizes can be read."""
     shape = cast("tuple[int, ...]", shape_of(entry))
-    if len(layout) == 4:
-        rows, columns = layout.index("H"), layout.index("W")
-        return (shape[rows], shape[columns]), (entry.name, (rows, columns))
+    axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
+    if axes:
+        return tuple(shape[axis] for axis in axes), (entry.name, axes)
     found = _flattened(entry, layout.index("N"))
     if found is None:
         return None
     node, join = found
-    return cast("tuple[int, int]", join.grid), (node.all_input_nodes[0].name, cast("tuple[int, int]", join.axes))
+    return join.grid, (node.all_input_nodes[0].name, join.axes)
 
 
 def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
     """The node that made one axis of a grid, upstream of `node` through what keeps positions in their places."""
     count = cast("tuple[int, ...]", shape_of(node))[axis]
+    rank = len(shape_of(node.graph.find_nodes(op="placeholder")[0]) or ()) - 2
     while True:
         before = next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
         shape = shape_of(before) if before else None
         if before is None or shape is None or count not in shape[1:]:
             joins = [join for join in node.meta.get("joins", []) if prod(join.grid) == count]
-            return (node, joins[0]) if joins and len(joins[0].grid) == 2 and not joins[0].windows else None
+            return (node, joins[0]) if joins and len(joins[0].grid) == rank and not joins[0].windows else None
         if node.target in ("transpose", "permute", torch.transpose, torch.permute):
             axis = 3 - axis
         if shape[axis] != count or (node.op == "call_method" and node.target not in ("transpose", "permute", "contiguous")):
@@ -387,7 +390,7 @@ def _choose(
             shape = graph.create_node("call_function", getattr, (node, "shape"), name=f"papr_shape_{name}")
             grid = tuple(
                 graph.create_node("call_function", operator.getitem, (shape, axis), name=f"papr_{word}_{name}")
-                for axis, word in zip(axes, ("rows", "columns"), strict=True)
+                for axis, word in zip(axes, ("frames", "rows", "columns")[-len(axes) :], strict=True)
             )
     return splice_proposal.rewrite(graph, images, before, grid, z, name=name), grid
 
@@ -435,10 +438,10 @@ def _rewrite_site(
     nodes[site.merge] = written  # later sites know the sum by its name
 
 
-def _lay_channels_last(graph: fx.Graph, images: splice_proposal.Site) -> None:
+def _lay_channels_last(graph: fx.Graph, images: splice_proposal.Site, memory_format: torch.memory_format) -> None:
     """Positions are rows of memory in channels-last images alone: converted once here, not at each gather."""
     with graph.inserting_after(images.images):
         laid_out = graph.create_node(
-            "call_method", "contiguous", (images.images,), {"memory_format": torch.channels_last}, name="papr_channels_last"
+            "call_method", "contiguous", (images.images,), {"memory_format": memory_format}, name="papr_channels_last"
         )
     images.images.replace_all_uses_with(laid_out, delete_user_cb=lambda user: user is not laid_out)
