@@ -126,7 +126,8 @@ def checked_module(gm: object) -> PrunedModule:
 def _checked_images(gm: PrunedModule, images: object) -> Tensor:
     shape, layout = gm.plan.shape, gm.plan.layout
     axis = layout.index("C")
-    if not isinstance(images, Tensor) or images.ndim != len(layout) or images.shape[axis] != shape[axis]:
+    free = gm.plan.dynamic and isinstance(images, Tensor) and images.ndim == len(layout) and images.shape[axis] == shape[axis]
+    if not isinstance(images, Tensor) or not (free or images.shape[1:] == shape[1:]):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         axes = ", ".join(layout.replace("C", str(shape[axis])))
         raise ArgumentError(f"images must be a tensor ({axes}) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")

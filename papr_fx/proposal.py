@@ -265,7 +265,10 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
         with faking(mode):
             out: object = copied(fake)
     except Exception as refusal:
-        raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
+        raise ProposalError(
+            f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}. Where its head alone refuses "
+            "them, pass the network without it"
+        ) from refusal
     ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with
     if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
         return network, None if out.ndim == ranks[0] else 1

@@ -56,6 +56,7 @@ class Report:
         dense_macs: Multiply-accumulates of the dense model for one image.
         pruned_macs: The same of the rewritten model, the proposal left out.
         proposal_macs: The same of the proposal, 0 at z=1, where it does not run.
+        per_frame: Whether the proposal is a network of images, which sees each frame of a clip alone.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Report:
     dense_macs: int
     pruned_macs: int
     proposal_macs: int
+    per_frame: bool
 
     @property
     def total_macs(self) -> int:
@@ -94,6 +96,8 @@ class Report:
             [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
+        if self.per_frame:
+            left = f"\nproposal: a network of images, run on each frame alone{left}"
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
 
 
@@ -116,7 +120,8 @@ def report(gm: fx.GraphModule) -> Report:
     else:
         sites = _pixel_sites(plan, plan.operator, module.training, dense, pruned)
         reasons = tuple(miss.reason for miss in plan.operator.left[module.training])
-    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, sum(dense.values()), sum(pruned.values()), proposal)
+    macs = sum(dense.values()), sum(pruned.values()), proposal
+    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, *macs, module.papr_proposal.per_frame)
 
 
 def _token_sites(

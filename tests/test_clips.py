@@ -1,0 +1,288 @@
+"""Clip models and clip proposals: against the unpruned models, and against the maps written out by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.models.video import mc3_18, mvit_v1_b, r2plus1d_18, r3d_18, s3d
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+import papr_fx
+from papr_fx.numerics import relative_error
+from papr_fx.proposal import build_proposal
+from papr_fx.testing import HiddenKeys, check
+
+from .models import Attention, Block, Shape, ToyViT, enliven, toy_proposal
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 48}
+PREFIX = {"VideoMAEForVideoClassification": 0, "VivitForVideoClassification": 1}
+
+
+def clip_proposal() -> nn.Sequential:
+    """A headless 3-D ConvNet whose map has the clips' own resolution, so that no two scores tie."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Tanh(), nn.Conv3d(4, 5, 3, padding=1))
+
+
+def huggingface(name: str, **options: object) -> nn.Module:
+    kind = getattr(transformers, name)
+    return enliven(kind._from_config(kind.config_class(**SMALL, num_frames=6, **options))).double().eval()
+
+
+class ClipViT(nn.Module):
+    """A user's own: tubelets of clips (B, C, T, H, W), a class token, positions, two blocks."""
+
+    def __init__(self, grid: tuple[int, int, int], prefix: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(3, 8, (2, 4, 3), (2, 4, 3))
+        self.first = nn.Parameter(torch.zeros(1, prefix, 8))
+        self.pos = nn.Parameter(torch.zeros(1, prefix + grid[0] * grid[1] * grid[2], 8))
+        self.blocks = nn.ModuleList(Block(8, Attention(8, 2, True)) for _ in range(2))
+        self.head = nn.Linear(8, 7)
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], dim=1) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    return F.interpolate(maps.unsqueeze(1), grid, mode="trilinear", align_corners=True).squeeze(1)
+
+
+def kept_by_hand(psm: Tensor, z: float, prefix: int) -> Tensor:
+    count = max(1, min(psm[0].numel(), int((psm[0].numel() + prefix) * z)))
+    order = psm.flatten(1).argsort(dim=1, descending=True)[:, :count]
+    return torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(psm)
+
+
+@pytest.mark.parametrize("name", PREFIX)
+@pytest.mark.parametrize("proposal", [clip_proposal, toy_proposal], ids=["of clips", "of each frame"])
+@torch.no_grad()
+def test_kept_tokens_are_those_that_the_map_scores_and_equal_the_unpruned_models(name, proposal):
+    model, prefix = huggingface(name), PREFIX[name]
+    gm = papr_fx.transform(model, proposal(), 0.4)
+    x = torch.randn(3, 6, 3, 48, 48, dtype=torch.float64)
+    network = proposal().double().eval()
+    if proposal is clip_proposal:
+        maps = network(x.transpose(1, 2)).mean(1)  # (B, 6, 48, 48)
+    else:
+        maps = torch.stack([network(x[:, frame]).mean(1) for frame in range(6)], dim=1)
+    assert relative_error(papr_fx.significance(gm, x), maps) < 1e-6  # its batch norm was folded in float32
+    ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
+    assert grid == (3, 3, 3)
+    assert torch.equal(mask, kept_by_hand(resized_by_hand(maps, grid), 0.4, prefix))
+    hidden = torch.cat([torch.zeros(3, prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
+    blocks = model.get_submodule("videomae.encoder.layer" if prefix == 0 else "vivit.layers")
+    seen: list[Tensor] = []
+    handle = blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with HiddenKeys(hidden):
+        model(x)
+    handle.remove()
+    kept = seen[0][~hidden].view(3, -1, 32)
+    pooled = model.vivit.layernorm(kept)[:, 0] if prefix else model.fc_norm(kept.mean(1))
+    assert relative_error(gm(x).logits, model.classifier(pooled)) < 1e-9
+    found = papr_fx.report(gm)
+    assert found.per_frame == ("on each frame alone" in str(found)) == (proposal is toy_proposal)
+
+
+@pytest.mark.parametrize("name", PREFIX)
+@torch.no_grad()
+def test_the_whole_clip_model_at_one(name):
+    model = huggingface(name)
+    gm = papr_fx.transform(model, clip_proposal(), 1.0)
+    x = torch.randn(2, 6, 3, 48, 48, dtype=torch.float64)
+    assert torch.equal(gm(pixel_values=x).logits, model(x).logits)
+    assert all(bool(mask.all()) for mask in papr_fx.keep_masks(gm, x).values())
+
+
+@given(grid=st.tuples(*[st.integers(2, 4)] * 3), prefix=st.integers(0, 2), batch=st.integers(1, 3), z=st.floats(0.05, 0.95))
+def test_hidden_keys_over_shapes(grid, prefix, batch, z):
+    model = ClipViT(grid, prefix).double().eval()
+    example = torch.zeros(1, 3, 2 * grid[0], 4 * grid[1], 3 * grid[2])
+    if example.shape[2] == 3:
+        return
+    gm = papr_fx.transform(model, clip_proposal(), z, example_input=example, verify=False)
+    x = torch.randn((batch, *example.shape[1:]), dtype=torch.float64)
+    with torch.no_grad():
+        (mask,) = papr_fx.keep_masks(gm, x).values()
+        maps = clip_proposal().double().eval()(x).mean(1)
+        assert torch.equal(mask, kept_by_hand(resized_by_hand(maps, grid), z, prefix))
+        keep = torch.cat([torch.ones(batch, prefix, dtype=torch.bool), mask.flatten(1)], dim=1)
+
+        def pick(_module, args):
+            handle.remove()
+            return (args[0][keep].view(batch, -1, 8),)
+
+        handle = model.blocks[0].register_forward_pre_hook(pick)
+        assert relative_error(gm(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("make", [lambda: ClipViT((2, 3, 4), 1), lambda: huggingface("VivitForVideoClassification")])
+def test_every_oracle_of_the_public_check(make):
+    model = make()
+    example = torch.zeros(1, 3, 4, 12, 12) if isinstance(model, ClipViT) else None
+    assert check(model, clip_proposal(), 0.5, example_input=example).hidden_keys < 1e-9
+
+
+def swin() -> nn.Module:
+    torch.manual_seed(0)
+    model = SwinTransformer3d(
+        patch_size=[2, 4, 4], embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=[2, 3, 3], num_classes=7
+    )
+    return enliven(model).double().eval()
+
+
+@pytest.mark.parametrize("background", ["keep", "zero"])
+@torch.no_grad()
+def test_pixel_operators_equal_the_masked_model(background):
+    model = swin()
+    example = torch.zeros(1, 3, 6, 32, 48)
+    gm = papr_fx.transform(model, clip_proposal(), 0.4, example_input=example, background=background)
+    x = torch.randn(2, 3, 6, 32, 48, dtype=torch.float64)
+    masks = papr_fx.keep_masks(gm, x)
+    maps = clip_proposal().double().eval()(x).mean(1)
+    assert list(masks) == [(3, 8, 12), (3, 4, 6)]
+    for grid, mask in masks.items():
+        assert torch.equal(mask, kept_by_hand(resized_by_hand(maps, grid), 0.4, 0))
+    for stage in (0, 2):
+        for block in model.features[stage]:
+
+            def forward(x, block=block):
+                mask = masks[tuple(x.shape[1:4])].unsqueeze(-1)  # (B, t, h, w, 1)
+                x = x + block.attn(block.norm1(x))
+                return (x * mask if background == "zero" else x) + block.mlp(block.norm2(x)) * mask
+
+            block.forward = forward
+    assert relative_error(gm(x), model(x)) < 1e-12
+    other = torch.randn(1, 3, 8, 48, 32, dtype=torch.float64)  # the grid follows the clip
+    assert list(papr_fx.keep_masks(gm, other)) == [(4, 12, 8), (4, 6, 4)]
+
+
+@pytest.mark.parametrize("network", [r3d_18, mc3_18, r2plus1d_18, s3d], ids=lambda build: build.__name__)
+@torch.no_grad()
+def test_proposals_of_torchvision(network):
+    torch.manual_seed(0)
+    proposal = network().eval()
+    for module in proposal.modules():  # so that folding them shows
+        if isinstance(module, nn.BatchNorm3d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(1, 3, *((16, 224, 224) if network is s3d else (8, 48, 64)))
+    found = build_proposal(proposal, nn.Identity(), x, layout="BCTHW", size=None, input_stats="shared", verify=True)
+    stages = [proposal.features] if network is s3d else [proposal.stem, *(getattr(proposal, f"layer{n}") for n in (1, 2, 3, 4))]
+    assert relative_error(found(x), nn.Sequential(*stages)(x).mean(1)) < 1e-4
+
+
+@torch.no_grad()
+def test_x3d_is_cut_in_front_of_its_pooling():
+    with pytest.warns():  # of its package's own
+        from pytorchvideo.models.x3d import create_x3d
+    torch.manual_seed(0)
+    proposal = create_x3d(input_clip_length=4, input_crop_size=64, model_num_class=5).eval()
+    model = ClipViT((4, 16, 16), 0).eval()
+    example = torch.zeros(1, 3, 8, 64, 48)
+    gm = papr_fx.transform(model, proposal, 0.5, example_input=example, proposal_size=(4, 64, 64))
+    x = torch.randn(2, 3, 8, 64, 48)
+    small = F.interpolate(x, (4, 64, 64), mode="trilinear", align_corners=False)
+    pool = proposal.blocks[-1].pool
+    features = pool.pre_act(pool.pre_norm(pool.pre_conv(nn.Sequential(*proposal.blocks[:-1])(small))))
+    assert relative_error(papr_fx.significance(gm, x), features.mean(1)) < 1e-4
+    with pytest.raises(papr_fx.ProposalError, match="pass the network without it"):
+        papr_fx.transform(model, proposal, 0.5, example_input=example, proposal_size=(3, 64, 64))
+    trunk = nn.Sequential(*proposal.blocks[:-1])
+    papr_fx.transform(model, trunk, 0.5, example_input=example, proposal_size=(3, 64, 64))
+
+
+@torch.no_grad()
+def test_statistics_and_sizes_of_clips_in_both_orders():
+    statistics = (((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    (mean, std), (own_mean, own_std) = [[torch.tensor(v).view(3, 1, 1, 1) for v in pair] for pair in statistics]
+    x = torch.randn(2, 3, 6, 48, 48)
+    size = (4, 24, 32)
+    by_hand = F.interpolate((x * std + mean - own_mean) / own_std, size, mode="trilinear", align_corners=False)
+    expected = clip_proposal().eval()(by_hand).mean(1)
+    options = {"input_stats": statistics, "proposal_size": size, "verify": False}
+    first = papr_fx.transform(ClipViT((3, 12, 16), 0), clip_proposal(), 0.5, example_input=x, **options)
+    assert relative_error(papr_fx.significance(first, x), expected) < 1e-5
+    second = papr_fx.transform(huggingface("VivitForVideoClassification").float(), clip_proposal(), 0.5, **options)
+    assert relative_error(papr_fx.significance(second, x.transpose(1, 2)), expected) < 1e-5
+    shorter = papr_fx.transform(ClipViT((3, 12, 16), 0), clip_proposal(), 0.5, example_input=x, proposal_size=24, verify=False)
+    assert papr_fx.significance(shorter, x).shape == (2, 6, 24, 24)
+
+
+def test_a_clip_model_compiles_and_exports_as_one_graph():
+    model = huggingface("VideoMAEForVideoClassification").float()
+    gm = papr_fx.transform(model, clip_proposal(), 0.5, verify=False)
+    x = torch.randn(2, 6, 3, 48, 48)
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(x).logits, gm(x).logits) < 1e-5
+        batch = torch.export.Dim("batch", min=2, max=16)
+        program = torch.export.export(gm, (x,), dynamic_shapes=({0: batch},))
+        more = torch.randn(3, 6, 3, 48, 48)
+        assert relative_error(program.module()(more).logits, gm(more).logits) < 1e-5
+
+
+REFUSED = {
+    "frames as many as channels": (
+        lambda: papr_fx.transform(ClipViT((2, 3, 4), 0), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 3, 12, 12)),
+        papr_fx.ArgumentError,
+        "do not tell frames from the 3 channels",
+    ),
+    "grey clips": (
+        lambda: papr_fx.transform(ClipViT((2, 3, 4), 0), clip_proposal(), 0.5, example_input=torch.zeros(1, 1, 4, 12, 12)),
+        papr_fx.ArgumentError,
+        "do not tell frames from the 3 channels",
+    ),
+    "no size": (
+        lambda: papr_fx.transform(ClipViT((2, 3, 4), 0), clip_proposal(), 0.5),
+        papr_fx.ArgumentError,
+        r"torch.zeros\(1, 3, 16, 224, 224\)",
+    ),
+    "other frames": (
+        lambda: papr_fx.transform(ClipViT((2, 3, 4), 0), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 8, 12, 12)),
+        papr_fx.TraceError,
+        "cannot be traced",
+    ),
+    "a clip proposal of an image model": (
+        lambda: papr_fx.transform(ToyViT(Shape()), r3d_18(), 0.5),
+        papr_fx.ProposalError,
+        "takes clips, but the model takes images",
+    ),
+    "frames in the size of an image": (
+        lambda: papr_fx.transform(nn.Conv2d(3, 4, 2), "x", 0.5, example_input=torch.zeros(1, 3, 8, 8), proposal_size=(1, 2, 3)),
+        papr_fx.ArgumentError,
+        r"proposal_size must be a shorter side in pixels, or \(rows, columns\), each",
+    ),
+    "divided attention": (
+        lambda: papr_fx.transform(huggingface("TimesformerForVideoClassification"), clip_proposal(), 0.5),
+        papr_fx.NoSiteError,
+        r"flattens a grid of positions \(t, h, w\) of the clips",
+    ),
+    "pooling attention": (
+        lambda: papr_fx.transform(mvit_v1_b(), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 224, 224)),
+        papr_fx.NoSiteError,
+        "a reshape to the grid",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_questions_about_clips_of_another_length_are_refused():
+    gm = papr_fx.transform(huggingface("VivitForVideoClassification"), clip_proposal(), 0.5, verify=False)
+    for shape in ((1, 4, 3, 48, 48), (1, 3, 6, 48, 48), (1, 6, 3, 64, 64), (1, 3, 48, 48)):
+        with pytest.raises(papr_fx.ArgumentError, match="images must be a tensor"):
+            papr_fx.keep_masks(gm, torch.zeros(shape, dtype=torch.float64))
