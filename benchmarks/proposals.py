@@ -21,8 +21,8 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from papr_fx.cli import LITE0_STATISTICS, lite0
 from papr_fx.macs import count_module_macs
+from papr_fx.named import LITE0_STATISTICS, lite0
 from papr_fx.ops import keep_count, resize_map, top_positions
 from papr_fx.proposal import SignificanceNet, build_proposal
 from papr_fx.timing import median_times

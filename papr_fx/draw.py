@@ -1,10 +1,12 @@
-"""Pictures of what is kept: photograph, significance map, kept patches."""
+"""Pictures of what is kept: photograph or frames, significance map, kept patches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,8 +22,8 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Ma
         significance: The map (h, w); shown min-max normalised.
         kept: Rows of panels: masks (rows, columns), True where kept, by title.
     """
-    image = photograph.permute(1, 2, 0).clamp(0, 1).cpu()  # (H, W, 3)
-    height, width = image.shape[:2]
+    image = _pixels(photograph)
+    height, width = photograph.shape[1:]
     across = 2 + max(len(row) for row in kept)
     figure = Figure(figsize=(3 * across, 3.4 * len(kept)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,16 +31,58 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Ma
     for panel in grid.flat:
         panel.set_axis_off()
     panels = grid[0]
-    panels[0].imshow(image.numpy())
+    panels[0].imshow(image)
     panels[0].set_title("photograph")
-    panels[1].imshow(image.numpy())
+    panels[1].imshow(image)
     panels[1].imshow(
         significance.float().cpu().numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="inferno", interpolation="bicubic"
     )
     panels[1].set_title("significance map")
     for place, masks in enumerate(kept):
         for panel, (title, mask) in zip(grid[place][2:], masks.items(), strict=False):
-            shown = F.interpolate(mask.float().cpu()[None, None], size=(height, width), mode="nearest-exact")[0, 0]  # (H, W)
-            panel.imshow((image * (0.15 + 0.85 * shown.unsqueeze(-1))).numpy())
+            panel.imshow(_pixels(dimmed(photograph.unsqueeze(0), mask.unsqueeze(0))[0]))
             panel.set_title(title)
     figure.savefig(path, dpi=110)
+
+
+def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor]) -> None:
+    """Writes a picture with a column for each step of the token grid in time: a frame of it, its map, the kept tubelets.
+
+    Args:
+        path: The PNG file to write.
+        frames: (T, 3, H, W) in [0, 1].
+        psm: The map on the token grid (t, h, w); shown min-max normalised over all of it.
+        kept: Masks (t, h, w), True where kept, by title: a row each.
+    """
+    steps = len(psm)
+    first = frames[torch.arange(steps) * len(frames) // steps]  # (t, 3, H, W)
+    height, width = frames.shape[-2:]
+    figure = Figure(figsize=(1.6 * steps, 1.75 * (2 + len(kept))), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2 + len(kept), steps, squeeze=False)
+    low, high = float(psm.min()), float(psm.max())
+    for step in range(steps):
+        image = _pixels(first[step])
+        grid[0][step].imshow(image)
+        grid[1][step].imshow(image)
+        grid[1][step].imshow(
+            psm[step].float().cpu().numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="inferno", vmin=low, vmax=high
+        )
+        for row, mask in enumerate(kept.values(), start=2):
+            grid[row][step].imshow(_pixels(dimmed(first[step : step + 1], mask[step : step + 1])[0]))
+    for row, title in enumerate(("frames", "significance map", *kept)):
+        grid[row][0].set_ylabel(title, fontsize=8)
+        for panel in grid[row]:
+            panel.set_xticks([])
+            panel.set_yticks([])
+    figure.savefig(path, dpi=110)
+
+
+def dimmed(frames: Tensor, mask: Tensor) -> Tensor:
+    """Frames (T, 3, H, W) in [0, 1], dark where a mask (t, h, w) of their positions is False."""
+    large = F.interpolate(mask.float()[None, None], size=(len(frames), *frames.shape[-2:]), mode="nearest-exact")[0, 0]
+    return frames * (0.15 + 0.85 * large.unsqueeze(1).to(frames.device))
+
+
+def _pixels(image: Tensor) -> Any:
+    return image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()

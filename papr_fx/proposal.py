@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from types import FunctionType
 from typing import Any, Literal, cast
 
 import timm
@@ -25,7 +29,7 @@ from .errors import ArgumentError, ProposalError, TraceError, VerifyError
 from .fold import fold_batch_norms, kernel_size
 from .macs import count_macs
 from .numerics import exact_float32, relative_error
-from .trace import TRACED_BATCH, cut, fake_like, faking, sandbox, shape_of, trace
+from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, shape_of, trace
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
@@ -194,17 +198,12 @@ def _pack(trunk: nn.Module, packed: torch.memory_format) -> None:
 
 def _load(proposal: object) -> nn.Module:
     if isinstance(proposal, str):
-        if not timm.is_model(proposal):
-            near = timm.list_models(f"*{proposal.split('.')[0]}*")[:5]
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise ProposalError(f"proposal: timm knows no model named {proposal!r}{hint}")
         try:
-            return timm.create_model(proposal, pretrained=True)
+            return create_network(proposal, pretrained=True)
         except (OSError, RuntimeError) as error:
             raise ProposalError(
                 f"proposal: the pretrained weights of {proposal!r} could not be loaded ({type(error).__name__}: {error}). "
-                f"Load them where there is a network, or pass a module, such as "
-                f"timm.create_model({proposal!r}, checkpoint_path=...)"
+                "Load them where there is a network, or pass a module, such as timm.create_model(name, checkpoint_path=...)"
             ) from error
     if not isinstance(proposal, nn.Module):
         raise ProposalError(
@@ -220,6 +219,38 @@ def _load(proposal: object) -> nn.Module:
     return proposal
 
 
+def create_network(name: str, *, pretrained: bool) -> nn.Module:
+    """A network by its name in timm, torchvision.models.video or pytorchvideo.models.hub, the first that knows it.
+
+    Raises:
+        ProposalError: None of those that are installed does.
+    """
+    if timm.is_model(name):
+        return timm.create_model(name, pretrained=pretrained)
+    if find_spec("torchvision"):
+        from torchvision.models import get_model, get_model_weights, list_models, video
+
+        if name in list_models(module=video):
+            pixels = get_model_weights(name)["DEFAULT"].transforms()
+            return _with_statistics(get_model(name, weights="DEFAULT" if pretrained else None), pixels.mean, pixels.std)
+    if find_spec("pytorchvideo"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was written for older releases of torch
+            from pytorchvideo.models import hub
+
+        if isinstance(build := getattr(hub, name, None), FunctionType):
+            return _with_statistics(build(pretrained=pretrained), (0.45,) * 3, (0.225,) * 3)  # of all of them
+    near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise ProposalError(f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{hint}")
+
+
+def _with_statistics(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Notes on a network how its pixels are normalised, where timm does."""
+    cast(Any, network).pretrained_cfg = {"mean": tuple(mean), "std": tuple(std)}
+    return network
+
+
 def _copied(source: nn.Module) -> nn.Module:
     """An eval-mode copy that owns its weights, its multi-branch blocks merged into single convolutions."""
     try:
@@ -231,7 +262,7 @@ def _copied(source: nn.Module) -> nn.Module:
 
 def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> tuple[nn.Module, int | None]:
     try:
-        traced = trace(network, sample, _is_layered)
+        traced, pooled = _traced(network, sample)
     except TraceError as error:
         return _whole(network, sample, error)
     gm = fx.GraphModule(traced.root(network), traced.graph)
@@ -239,16 +270,45 @@ def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: boo
     with torch.no_grad():
         fold_batch_norms(gm)
     if verify:
-        _check_fusion(gm, source, sample)
+        given = copy.deepcopy(source).eval()
+        if pooled:
+            _pool_globally(given, pooled)
+        _check_fusion(gm, given, sample)
     return cut(gm, gm.graph, found.features), found.channel_axis
 
 
+def _traced(network: nn.Module, sample: Tensor) -> tuple[Traced, str]:
+    """Traces a network; if its last pooling was made for larger images, that pools all there is, and is named."""
+    try:
+        return trace(network, sample, _is_layered), ""
+    except TraceError as error:
+        name = error.module
+        if not name or not _pool_globally(network, name):
+            raise
+        traced = trace(network, sample, _is_layered)
+        (pool, *_) = traced.graph.find_nodes(op="call_module", target=name)
+        gm = fx.GraphModule(traced.root(network), traced.graph)
+        behind = {node.name for node in descendants(pool)}
+        if any(prod(kernel_size(gm, node) or ()) > 1 for node in gm.graph.nodes if node.name in behind):
+            raise
+        return traced, name
+
+
+def _pool_globally(network: nn.Module, name: str) -> bool:
+    """Puts global average pooling in the place of an average pooling; False if the module is none."""
+    kinds: dict[type[nn.Module], Any] = {nn.AvgPool2d: nn.AdaptiveAvgPool2d, nn.AvgPool3d: nn.AdaptiveAvgPool3d}
+    kind = kinds.get(type(network.get_submodule(name)))
+    if kind is not None:
+        network.set_submodule(name, kind(1))
+    return kind is not None
+
+
 def _check_fusion(gm: fx.GraphModule, source: nn.Module, sample: Tensor) -> None:
-    """Proves the merged and folded network equal to the one given, on one random image, in float32 at least."""
+    """Proves the merged and folded network equal to the one given, of which `source` is a copy, on one random image."""
     wide = torch.promote_types(sample.dtype, torch.float32)
     images = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample.device, wide)
     with torch.no_grad(), exact_float32():
-        expected = copy.deepcopy(source).eval().to(wide)(images)
+        expected = source.to(wide)(images)
         error = relative_error(copy.deepcopy(gm).to(wide)(images), expected)
     if not error < 1e-3:
         raise VerifyError(
@@ -265,10 +325,7 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
         with faking(mode):
             out: object = copied(fake)
     except Exception as refusal:
-        raise ProposalError(
-            f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}. Where its head alone refuses "
-            "them, pass the network without it"
-        ) from refusal
+        raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
     ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with
     if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
         return network, None if out.ndim == ranks[0] else 1
@@ -366,7 +423,7 @@ def _renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given
     if given == "shared":
         return None
     if given == "auto":
-        known = _statistics(model), _statistics(proposal)
+        known = statistics_of(model), statistics_of(proposal)
         if known[0] is None or known[1] is None or any(len(part) != channels for pair in known for part in pair or ()):
             return None
         (mean, std), (own_mean, own_std) = cast("tuple[Statistics, Statistics]", known)
@@ -378,8 +435,8 @@ def _renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given
     return s / own_s, (m - own_m) / own_s
 
 
-def _statistics(module: nn.Module) -> Statistics | None:
-    """Mean and std from timm's metadata; torchvision's modules carry none."""
+def statistics_of(module: nn.Module) -> Statistics | None:
+    """Mean and std from timm's metadata; modules of torchvision and transformers carry none."""
     config = getattr(module, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
         return tuple(cast(Any, config)["mean"]), tuple(cast(Any, config)["std"])

@@ -46,8 +46,9 @@ def transform(
     Args:
         model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in eval or training mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns a feature map (B, K, h, w) or a
-            map (B, h, w), or the name of a timm model, whose pretrained weights are then loaded. For clips, a ConvNet of 3-D
-            convolutions that takes (B, C, T, H, W), or one of images, which then sees each frame alone.
+            map (B, h, w), or the name of one in timm, torchvision.models.video or pytorchvideo.models.hub, whose pretrained
+            weights are then loaded. For clips, a ConvNet of 3-D convolutions that takes (B, C, T, H, W), or one of images,
+            which then sees each frame alone.
         z: Share of all tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, N counting both; or
             `int(h * w * z)` positions of each grid, times t of clips. At 1 the result is the traced model.
         example_input: Images such as the model takes, of which only the shape matters. Default: what the model states.

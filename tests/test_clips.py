@@ -1,5 +1,7 @@
 """Clip models and clip proposals: against the unpruned models, and against the maps written out by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.models.video import mc3_18, mvit_v1_b, r2plus1d_18, r3d_18, s3d
+from torchvision.models.video import R3D_18_Weights, mc3_18, mvit_v1_b, r2plus1d_18, r3d_18, s3d
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import papr_fx
 from papr_fx.numerics import relative_error
-from papr_fx.proposal import build_proposal
+from papr_fx.proposal import build_proposal, create_network
 from papr_fx.testing import HiddenKeys, check
 
 from .models import Attention, Block, Shape, ToyViT, enliven, toy_proposal
@@ -194,10 +196,35 @@ def test_x3d_is_cut_in_front_of_its_pooling():
     pool = proposal.blocks[-1].pool
     features = pool.pre_act(pool.pre_norm(pool.pre_conv(nn.Sequential(*proposal.blocks[:-1])(small))))
     assert relative_error(papr_fx.significance(gm, x), features.mean(1)) < 1e-4
-    with pytest.raises(papr_fx.ProposalError, match="pass the network without it"):
-        papr_fx.transform(model, proposal, 0.5, example_input=example, proposal_size=(3, 64, 64))
-    trunk = nn.Sequential(*proposal.blocks[:-1])
-    papr_fx.transform(model, trunk, 0.5, example_input=example, proposal_size=(3, 64, 64))
+    gm = papr_fx.transform(model, proposal, 0.5, example_input=example, proposal_size=(3, 64, 64))
+    small = F.interpolate(x, (3, 64, 64), mode="trilinear", align_corners=False)  # its pooling takes no fewer than 4 frames
+    features = pool.pre_act(pool.pre_norm(pool.pre_conv(nn.Sequential(*proposal.blocks[:-1])(small))))
+    assert relative_error(papr_fx.significance(gm, x), features.mean(1)) < 1e-4
+
+
+def test_pooling_inside_a_network_is_no_head():
+    network = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AvgPool2d(8), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten())
+    with pytest.raises(papr_fx.ProposalError, match="Output size is too small"):
+        papr_fx.transform(ToyViT(Shape()), network, 0.5)
+    headed = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AvgPool2d(8), nn.Flatten())
+    papr_fx.transform(ToyViT(Shape()), headed, 0.5)
+
+
+def test_networks_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = tmp_path / "hub" / "checkpoints" / Path(R3D_18_Weights.DEFAULT.url).name
+    weights.parent.mkdir(parents=True)
+    network = r3d_18()
+    torch.save(network.state_dict(), weights)
+    model = ClipViT((2, 12, 16), 0)
+    example = torch.zeros(1, 3, 4, 48, 48)
+    named = papr_fx.transform(model, "r3d_18", 0.5, example_input=example, verify=False)
+    given = papr_fx.transform(model, network, 0.5, example_input=example, verify=False)
+    x = torch.randn(1, 3, 4, 48, 48)
+    assert torch.equal(papr_fx.significance(named, x), papr_fx.significance(given, x))
+    assert create_network("x3d_s", pretrained=False).blocks
+    with pytest.raises(papr_fx.ProposalError, match="know no network named 'slow_of_my_own'"):
+        create_network("slow_of_my_own", pretrained=False)
 
 
 @torch.no_grad()

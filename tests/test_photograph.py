@@ -6,7 +6,7 @@ from skimage.data import coffee
 from timm.data import create_transform
 
 import papr_fx
-from papr_fx.cli import LITE0_STATISTICS, lite0
+from papr_fx.named import LITE0_STATISTICS, lite0
 
 
 def test_the_map_keeps_the_subject():

@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 import papr_fx
-from papr_fx.cli import lite0
 from papr_fx.depthwise import DepthwiseConv2d, add_shifted, replace_depthwise
+from papr_fx.named import lite0
 from papr_fx.numerics import relative_error
 from papr_fx.proposal import SignificanceNet, build_proposal
 
@@ -202,7 +202,7 @@ class Pair(nn.Module):
 
 REFUSED = {
     "none": (lambda: None, "not NoneType"),
-    "unknown name": (lambda: "resnet_of_my_own", "timm knows no model named 'resnet_of_my_own'"),
+    "unknown name": (lambda: "resnet_of_my_own", "know no network named 'resnet_of_my_own'"),
     "tuple": (Pair, "returns a tuple, not one tensor"),
     "no map": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 96 * 128, 4)), "no spatial map"),
     "channels": (lambda: nn.Conv2d(1, 4, 3), r"refused images \(2, 3, 96, 128\).*1 channels"),

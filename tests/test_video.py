@@ -1,0 +1,163 @@
+"""Videos: decoding, views and their averaged scores, and what the command line shows of them."""
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+import papr_fx
+from papr_fx.cli import main
+from papr_fx.video import average_views, read_video, sample_frames, sample_views, write_video
+
+
+def moving_square(frames: int = 24, height: int = 50, width: int = 70) -> torch.Tensor:
+    """(T, 3, H, W) in [0, 1]: a bright square that moves to the right over grey."""
+    video = torch.full((frames, 3, height, width), 0.3)
+    for frame in range(frames):
+        video[frame, :, 10:30, 2 * frame : 2 * frame + 20] = torch.tensor([0.9, 0.8, 0.2]).view(3, 1, 1)
+    return video
+
+
+def test_a_video_comes_back(tmp_path):
+    path = tmp_path / "clip.mp4"
+    video = moving_square()
+    write_video(path, video)
+    found = read_video(path)
+    assert found.dtype == torch.uint8
+    assert found.shape == (24, 3, 50, 70)
+    assert (found / 255 - video).abs().mean() < 0.02  # H.264 is lossy
+    write_video(path, video[..., :49, :69])
+    assert read_video(path).shape == (24, 3, 48, 68)
+
+
+def test_grey_videos_become_rgb(tmp_path):
+    import av
+
+    path = tmp_path / "grey.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "gray"
+        for level in range(5):
+            pixels = torch.full((32, 48), 50 * level, dtype=torch.uint8).numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="gray")))
+        container.mux(stream.encode())
+    found = read_video(path)
+    assert found.shape == (5, 3, 32, 48)
+    assert [int(frame.float().mean().round()) for frame in found] == pytest.approx([0, 50, 100, 150, 200], abs=1)
+
+
+def sound_alone(path):
+    import av
+
+    with av.open(str(path), "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(torch.zeros(1, 800, dtype=torch.int16).numpy(), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: None,
+        lambda path: path.touch(),
+        lambda path: path.write_bytes(bytes(range(256)) * 20),
+        lambda path: path.mkdir(),
+        sound_alone,
+    ],
+    ids=["missing", "empty", "corrupt", "folder", "sound alone"],
+)
+def test_files_that_hold_no_video(write, tmp_path):
+    path = tmp_path / "clip.mp4"
+    write(path)
+    with pytest.raises(papr_fx.ArgumentError, match=f"cannot read a clip from {path}"):
+        read_video(path)
+
+
+def test_frames_are_spread_over_the_video():
+    video = torch.arange(10.0).view(10, 1, 1, 1)
+    assert sample_frames(video, 4).flatten().tolist() == [0, 3, 6, 9]
+    assert torch.equal(sample_frames(video, 10), video)
+    with pytest.raises(papr_fx.ArgumentError, match="the clip has 10 frames, too few: the model takes 16"):
+        sample_frames(video, 16)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8)])
+def test_views_are_those_of_the_papers_protocol(height, width):
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    place = (rows if height > width else columns).float()
+    video = torch.stack([100 * frame + place for frame in range(30)]).unsqueeze(1)  # (T, 1, H, W)
+    views = sample_views(video, 4, step=3, size=8, temporal=5, spatial=3)
+    assert views.shape == (15, 4, 1, 8, 8)
+    starts = [0, 5, 10, 15, 20]  # 30 frames less a span of 10
+    for number, view in enumerate(views):
+        start, offset = starts[number // 3], (0, 4, 8)[number % 3]
+        assert [round(float(frame.min()) // 100) for frame in view] == [start, start + 3, start + 6, start + 9]
+        assert float(view[0].min()) == 100 * start + offset
+        assert float(view[0].max()) == 100 * start + offset + 7
+    (centre,) = sample_views(video, 4, step=3, size=8, temporal=1, spatial=1)
+    assert float(centre[0].min()) == 100 * 10 + 4
+    assert sample_views(video, 4, step=3, size=4, temporal=1, spatial=1).shape == (1, 4, 1, 4, 4)
+    with pytest.raises(papr_fx.ArgumentError, match="30 frames, too few: 8 with a step of 5 span 36"):
+        sample_views(video, 8, step=5)
+
+
+class Colour(nn.Module):
+    """Logits that are the mean colour of clips (B, C, T, H, W)."""
+
+    def forward(self, x):
+        return x.mean((2, 3, 4))
+
+
+def test_scores_are_averaged_over_views():
+    views = torch.randn(7, 4, 3, 6, 6)
+    by_hand = torch.stack([view.mean((0, 2, 3)).softmax(0) for view in views]).mean(0)
+    for size in (1, 3, 7):
+        found = average_views(Colour(), views, layout="BCTHW", batch_size=size)
+        torch.testing.assert_close(found, by_hand)
+    with pytest.raises(papr_fx.ArgumentError, match="layout must be 'BTCHW' or 'BCTHW'"):
+        average_views(Colour(), views, layout="THWC")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small video model as save_pretrained writes it."""
+    config = transformers.VideoMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=96, num_frames=6
+    )
+    path = tmp_path_factory.mktemp("video_model")
+    transformers.VideoMAEForVideoClassification(config).save_pretrained(path)
+    transformers.VideoMAEImageProcessor(size={"shortest_edge": 96}).save_pretrained(path)
+    return path
+
+
+def test_show_a_clip(folder, tmp_path, capsys):
+    path, out = tmp_path / "square.mp4", tmp_path / "shown.png"
+    write_video(path, moving_square())
+    assert main(["show", str(path), "--model", str(folder), "--z", "0.5", "0.25", "--out", str(out)]) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "108 -> 54" in text
+    assert "108 -> 27" in text
+    assert "papr_tokens = papr_fx.gather_tokens(videomae_embeddings, papr_keep)  # (B, 27, 32)" in text
+    with Image.open(out) as picture:
+        assert picture.width < picture.height  # three columns, four rows
+    shown = read_video(out.with_suffix(".mp4")) / 255
+    assert shown.shape == (6, 3, 96, 192)
+    plain, annotated = shown.split(96, dim=-1)
+    assert 0.2 < float((annotated.mean(1) > 0.6 * plain.mean(1)).float().mean()) < 0.35  # 27 of 108 tubelets, others dark
+
+
+def test_clips_that_are_refused(folder, tmp_path, capsys):
+    path = tmp_path / "short.gif"
+    frames = [Image.effect_noise((60, 50), 80).convert("RGB") for _ in range(4)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    for arguments, message in (
+        (["show", str(path), "--model", str(folder)], "the clip has 4 frames, too few: the model takes 6"),
+        (["show", str(path), "--model", "video_of_my_own"], "no video model named 'video_of_my_own'"),
+        (["show", str(path), "--model", str(tmp_path)], "could not be loaded"),
+        (["show", str(path), "--checkpoint", "a.pth"], "--checkpoint is read by timm"),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "out.png")]) == 2
+        assert message in capsys.readouterr().err
