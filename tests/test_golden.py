@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torchvision
+import torchvision.models.video
 import transformers
 
 import papr_fx
@@ -34,12 +34,15 @@ MODELS = {
     "beit_base_patch16_224": lambda: timm.create_model("beit_base_patch16_224"),
     "vit_srelpos_small_patch16_224": lambda: timm.create_model("vit_srelpos_small_patch16_224"),
     "transformers_vit": lambda: transformers.ViTForImageClassification._from_config(transformers.ViTConfig()),
+    "transformers_videomae": lambda: transformers.VideoMAEForVideoClassification._from_config(transformers.VideoMAEConfig()),
+    "torchvision_swin3d_t": lambda: torchvision.models.video.swin3d_t(),
 }
+CLIPS = {"transformers_videomae": (1, 16, 3, 224, 224), "torchvision_swin3d_t": (1, 3, 16, 224, 224)}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graph_diff(name):
-    example = torch.zeros(1, 3, 224, 224)
+    example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
     gm = papr_fx.transform(MODELS[name]().eval(), toy_proposal(), 0.5, example_input=example, verify=False)
     assert_golden(gm, GOLDEN / f"{name}.diff")
 

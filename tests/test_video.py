@@ -136,7 +136,9 @@ def folder(tmp_path_factory):
 def test_show_a_clip(folder, tmp_path, capsys):
     path, out = tmp_path / "square.mp4", tmp_path / "shown.png"
     write_video(path, moving_square())
-    assert main(["show", str(path), "--model", str(folder), "--z", "0.5", "0.25", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert main(["show", str(path), "--model", str(folder), "--z", "0.5", "0.25", "--out", str(out)]) == 0, (
+        capsys.readouterr().err
+    )
     text = capsys.readouterr().out
     assert "108 -> 54" in text
     assert "108 -> 27" in text
