@@ -27,6 +27,7 @@ from .errors import ArgumentError, PaprError
 from .inputs import example_images
 from .ops import keep_count
 from .plan import Pixels
+from .proposal import takes_clips
 from .trace import REFUSALS, trace
 from .transform import transform
 
@@ -39,12 +40,13 @@ FAMILIES = {
         *("davit", "xcit", "pvt_v2", "volo", "hiera", "mvitv2", "inception_next", "mambaout", "edgenext", "gcvit", "nest"),
         *("vitamin", "vision_transformer_sam"),
     ),
-    "torchvision": ("vision_transformer", "swin_transformer", "convnext", "maxvit"),
+    "torchvision": ("vision_transformer", "swin_transformer", "convnext", "maxvit", "video.swin_transformer", "video.mvit"),
     "transformers": (
         *("aimv2", "beit", "chinese_clip", "clip", "convnext", "convnextv2", "cvt", "data2vec_vision", "deit", "dinov2"),
         *("dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "donut_swin", "focalnet", "hiera", "ijepa", "internvl"),
         *("levit", "metaclip_2", "mlcd", "mobilevit", "mobilevitv2", "pixio", "poolformer", "pvt", "pvt_v2", "segformer"),
-        *("siglip", "siglip2", "swiftformer", "swin", "swinv2", "tipsv2", "vit", "vit_msn", "vitdet"),
+        *("siglip", "siglip2", "swiftformer", "swin", "swinv2", "timesformer", "tipsv2", "videomae", "vit", "vit_msn"),
+        *("vitdet", "vivit", "vjepa2"),
     ),
 }
 LIBRARIES = tuple(FAMILIES)
@@ -85,11 +87,11 @@ class Architecture:
         return get_model(self.name, weights=None).eval()
 
     def images(self, model: nn.Module) -> torch.Tensor:
-        """One image of the size that the model states, or the usual 224."""
+        """One image or clip of the size that the model states, or the usual 224 pixels and 16 frames."""
         try:
             return example_images(model, None)
         except ArgumentError:
-            return example_images(model, torch.zeros(1, 3, 224, 224))
+            return example_images(model, torch.zeros(1, 3, *[16] * takes_clips(model), 224, 224))
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def architectures(library: str, patterns: Sequence[str] = ()) -> list[Architectu
     """The architectures of a library of which a pattern matches the family or the name.
 
     Args:
-        library: "timm", "torchvision" (classification models) or "transformers" (those, vision towers and backbones, each in
-            its default configuration).
+        library: "timm", "torchvision" (classification models, of clips too) or "transformers" (those, vision towers and
+            backbones, each in its default configuration).
         patterns: Shell patterns, such as "eva" or "convnext*"; none for `FAMILIES`.
 
     Raises:
@@ -148,8 +150,8 @@ def architectures(library: str, patterns: Sequence[str] = ()) -> list[Architectu
     elif library == "torchvision":
         import torchvision.models as zoo
 
-        names = zoo.list_models(module=zoo)
-        found = [Architecture(library, zoo.get_model_builder(name).__module__.rpartition(".")[2], name) for name in names]
+        builders = {name: zoo.get_model_builder(name) for kind in (zoo, zoo.video) for name in zoo.list_models(module=kind)}
+        found = [Architecture(library, build.__module__.removeprefix(f"{zoo.__name__}."), n) for n, build in builders.items()]
     elif library == "transformers":
         found = [Architecture(library, _family(kind), kind.__name__) for kind in _transformers_classes()]
     else:
@@ -339,19 +341,24 @@ def _family(kind: type[nn.Module]) -> str:
 
 
 def _transformers_classes() -> list[type[nn.Module]]:
-    """Classes whose input is an image: classification models, vision towers, and what backbones are made of."""
+    """Classes whose input is an image or a clip: classification models, vision towers, and what backbones are made of."""
     import transformers
     from transformers.models.auto import modeling_auto
 
     models = {key: names if isinstance(names, tuple) else (names,) for key, names in modeling_auto.MODEL_MAPPING_NAMES.items()}
     chosen: list[str] = []
-    for names in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+    images, clips = (
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+    )
+    for names in (*images.values(), *clips.values()):
         chosen += names if isinstance(names, tuple) else (names,)
     chosen += [name for names in models.values() for name in names if name.endswith("VisionModel")]
     chosen += [name for key in modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES for name in models.get(key, ())]
     kinds = [getattr(transformers, name) for name in dict.fromkeys(chosen)]
     return sorted(
-        (kind for kind in kinds if kind.main_input_name == "pixel_values"), key=lambda kind: (_family(kind), kind.__name__)
+        (kind for kind in kinds if kind.main_input_name in ("pixel_values", "pixel_values_videos")),
+        key=lambda kind: (_family(kind), kind.__name__),
     )
 
 
