@@ -324,9 +324,11 @@ def _check_training(
 ) -> None:
     """Compares the graph for training mode with the model whose traced code is in training mode, all other modules in eval."""
     plan = replace(gm.plan, z=0.5)
+    graph = plan.dense_graph(True)
+    whole = {str(node.target) for node in graph.find_nodes(op="call_module")}
     reference = clone(model).eval()
-    for name in ("", *plan.opened):
-        reference.get_submodule(name).training = True
+    for name, module in reference.named_modules():  # code that was traced through ran in training mode, methods too
+        module.training = not any(f"{name}.".startswith(f"{called}.") for called in whole)
     root = clone(shell(gm)).eval()
     choices = plan.choices(True)
     orders = [_random_order(images, choice.grid, random) for choice in choices]
@@ -336,7 +338,7 @@ def _check_training(
         for module, inputs in (
             (reference, (images,)),
             (reference, (images,)),
-            (fx.GraphModule(root, plan.dense_graph(True)), (images,)),
+            (fx.GraphModule(root, graph), (images,)),
             (_free_keep(root, plan.rewrite(True), choices), (images, *keeps)),
         ):
             torch.manual_seed(len(outputs) != 1)  # the second run draws other numbers: does the code draw any?

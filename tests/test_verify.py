@@ -172,6 +172,34 @@ def test_faults_are_caught(case):
         papr_fx.transform(make(), toy_proposal(), 0.5)
 
 
+class Augmented(nn.Module):
+    """Positions that are augmented in training, asked for by a method of another name than forward."""
+
+    def table(self, like: Tensor) -> Tensor:
+        return like * torch.rand_like(like[:1]) if self.training else like
+
+
+class AugmentedInTraining(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.rope = Augmented()
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x) + self.rope.table(self.pos)
+
+
+def test_methods_that_differ_in_training():
+    model = AugmentedInTraining().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(gm(x), gm(x))
+    gm.train()
+    for module in gm.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert not torch.equal(gm(x), gm(x))
+
+
 def test_the_proof_of_a_sound_rewrite():
     model = ToyViT(Shape()).double().eval()
     found = prove(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
