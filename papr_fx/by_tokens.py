@@ -32,8 +32,14 @@ def prune_by_tokens(
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    blocks = tuple(find_blocks(model))
-    root, plan, recorded = _plan(model, images, layout, z, blocks)
+    unused: set[str] = set()
+    while True:
+        blocks = tuple(find_blocks(model, unused))
+        try:
+            root, plan, recorded = _plan(model, images, layout, z, blocks)
+            break
+        except prune_tokens.UnusedError:
+            unused.update(blocks)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
     _check_reads(gm, blocks, recorded)

@@ -55,7 +55,7 @@ class Tokens:
         grid = prune_tokens.runtime_grid(graph, site, before) if plan.dynamic else site.grid
         images = splice_proposal.find_site(graph)
         keep = splice_proposal.rewrite(graph, images, before, grid, plan.z, prefix=site.prefix)
-        gather_positions.rewrite(graph, self.positions[training], keep, site.prefix)
+        gather_positions.rewrite(graph, self.positions[training], site.stream, keep, site.prefix)
         prune_tokens.rewrite(graph, site, keep)
 
     def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:

@@ -413,7 +413,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
                 f"{type(model).__name__}.forward draws random numbers of a fixed size{' in training' if training else ''}, "
                 "which a graph would fix: draw them like a value of the images (torch.rand_like), or in a module of their own"
             )
-        constants = {name: _attribute(root, name) for name in _own_constants(graph, model)}
+        constants = _merged_constants(graph, root, model)
         for node in graph.nodes:
             node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace
             node.meta["inside"] = tuple(name for name, _ in node.meta.pop("nn_module_stack", {}).values())
@@ -481,9 +481,21 @@ def _is_in_place(node: fx.Node) -> bool:
     return node.op == "call_method" and target.endswith("_") and not target.endswith("__")
 
 
-def _own_constants(graph: fx.Graph, model: nn.Module) -> set[str]:
-    names = {cast(str, node.target) for node in graph.find_nodes(op="get_attr")}
-    return {name for name in names if "." not in name and not hasattr(model, name)}
+def _merged_constants(graph: fx.Graph, root: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that the model's code made while it was traced, equal ones under one name, which nodes then have."""
+    constants: dict[str, Tensor] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        name = cast(str, node.target)
+        if "." in name or hasattr(model, name) or name in constants:
+            continue
+        value = cast(Tensor, _attribute(root, name))
+        node.target = next((known for known, other in constants.items() if _same(value, other)), name)
+        constants[node.target] = value
+    return constants
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and not a.is_meta and torch.equal(a, b)
 
 
 def _attribute(root: nn.Module, name: str) -> Any:

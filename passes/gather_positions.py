@@ -14,17 +14,20 @@ something for every position, so it is picked by the same indices as the tokens.
 gathered once. That the right axis was picked is proved later, on numbers: all positions in random order must give
 the model's output.
 
-Where code asks a table how many positions there are, to tell prefix tokens from patches, it is answered the kept number.
+Where code numbers positions by how many tokens it is given (`torch.arange(x.shape[1])`), it is given the dense number, so
+that the kept ones can be picked. Where it asks a table how many positions there are, to tell prefix tokens from patches, it is
+answered the kept number.
 Where the tokens are laid out as their grid again behind the blocks, (B, h, w, C), the kept ones become a grid of k rows and
 one column, so that what treats every position alike, such as pooling, goes on.
 
 Left alone:
-    1. A module that fails: it is to be traced through first (`LengthError`).
+    1. A module that fails, or numbers positions itself: it is to be traced through first (`LengthError`).
     2. An operation that fails though no operand has the dense length: a window, a reshape to the grid within a block.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -33,12 +36,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
 from ..ops import gather_positions, kept_patches
 from ..positions import called
 from ..trace import REFUSALS, TRACED_BATCH, fake_like, faking, shape_of
 from . import prune_tokens
+
+# What numbers positions, given how many there are.
+_NUMBERINGS = (torch.arange, torch.linspace)
 
 
 class Pick(NamedTuple):
@@ -98,16 +105,32 @@ class Count:
     patches: bool
 
 
+@dataclass(frozen=True)
+class Numbering:
+    """A call that numbers the positions from first to last.
+
+    Attributes:
+        call: The node.
+        size: The node of the tokens' number that it is given.
+        patches: Whether that counts patches alone, not prefix tokens.
+    """
+
+    call: str
+    size: str
+    patches: bool
+
+
 class Found(NamedTuple):
     """What must change for the rest of a graph to run on fewer tokens."""
 
     sites: tuple[Site, ...] = ()
     views: tuple[View, ...] = ()
     counts: tuple[Count, ...] = ()
+    numberings: tuple[Numbering, ...] = ()
 
 
 class LengthError(Exception):
-    """A module refused fewer tokens; traced through, the operation in it that does so can be found.
+    """A module refused fewer tokens, or numbers them itself; traced through, the operation in it can be found.
 
     Attributes:
         module: Its qualified name.
@@ -129,7 +152,7 @@ def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, bloc
         images: Of the traced shape.
 
     Raises:
-        LengthError: A module refuses fewer tokens.
+        LengthError: A module refuses fewer tokens, or numbers them.
         NoSiteError: An operation does, and no gather mends it.
     """
     kept = _other_count(prod(tokens.grid), tokens.prefix)
@@ -139,11 +162,14 @@ def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, bloc
     run = _ShorterRun(root, graph, tokens, kept, blocks)
     with faking(mode):
         run.run(fake)
-    return Found(tuple(run.sites.values()), tuple(run.views), tuple(run.counts))
+    return Found(tuple(run.sites.values()), tuple(run.views), tuple(run.counts), tuple(run.numberings))
 
 
-def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
-    """Inserts the gathers behind `keep`, one for each site however many users it has, and mends views and counts."""
+def rewrite(graph: fx.Graph, found: Found, stream: fx.Node, keep: fx.Node, prefix: int) -> None:
+    """Inserts the gathers behind `keep`, one for each site however many users it has, and mends views, counts and numberings.
+
+    `stream` holds the tokens of the dense graph.
+    """
     nodes = {node.name: node for node in graph.nodes}
     patches = keep
     if prefix and (found.views or any(count.patches for count in (*found.counts, *(site.pick for site in found.sites)))):
@@ -168,6 +194,14 @@ def rewrite(graph: fx.Graph, found: Found, keep: fx.Node, prefix: int) -> None:
         for count in found.counts:
             if count.patches == flag:
                 nodes[count.size].replace_all_uses_with(size)
+    for flag in dict.fromkeys(numbering.patches for numbering in found.numberings):
+        with graph.inserting_before(keep):
+            dense = graph.create_node("call_method", "size", (stream, 1), name=prune_tokens.DENSE_COUNT)
+            if flag and prefix:
+                dense = graph.create_node("call_function", operator.sub, (dense, prefix), name="papr_dense_patches")
+        for numbering in found.numberings:
+            if numbering.patches == flag:
+                nodes[numbering.call].replace_input_with(nodes[numbering.size], dense)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
@@ -198,16 +232,49 @@ class _ShorterRun(fx.Interpreter):
         self.sites: dict[tuple[int, Pick], Site] = {}
         self.views: list[View] = []
         self.counts: list[Count] = []
+        self.numberings: list[Numbering] = []
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            out = super().run_node(n)
+            with _RecordNumberings() as numbered:
+                out = self._numbered(n) if n.target in _NUMBERINGS else super().run_node(n)
         except Exception as error:  # whatever a module or an operation raises for a length that it was not made for
             out = self._mended(n, error)
         else:
             if not self._is_shorter(n, out) and (view := self._view(n)) is not None:  # a size of -1 may have stretched
                 out = view
+        if n.op == "call_module" and not numbered.counts.isdisjoint(self._kept.values()) and self._follows_length(n, numbered):
+            raise LengthError(str(n.target), f"`{n.target}` numbers the tokens that it is given")
         return out[:, : self._kept[False]] if n is self._stream else out
+
+    def _numbered(self, node: fx.Node) -> Any:
+        """What numbers the tokens, given the dense number of them."""
+        sizes = [n for n in node.all_input_nodes if _is_size(self.env[n]) and not self._is_dense(n)]
+        known = {n: cast(int, n.meta.get("value")) for n in sizes if n.meta.get("value") in self._sizes.values()}
+        before = dict(self.env)
+        self.env |= known
+        try:
+            out = super().run_node(node)
+        finally:
+            self.env = before
+        for n, value in known.items():
+            self.numberings.append(Numbering(node.name, n.name, value == self._sizes[True]))
+            self._numbers[n] = self._expressions.setdefault(("dense", value), len(self._expressions))  # whichever block asks
+        return out
+
+    def _follows_length(self, node: fx.Node, shorter: _RecordNumberings) -> bool:
+        """Whether a module numbers more with all tokens."""
+        before = dict(self.env)
+        for n in node.all_input_nodes:
+            value, shape = self.env[n], shape_of(n)
+            if isinstance(value, Tensor) and shape is not None:
+                self.env[n] = value.new_empty(shape)
+        try:
+            with _RecordNumberings() as whole:
+                super().run_node(node)
+        finally:
+            self.env = before
+        return whole.counts != shorter.counts
 
     def _mended(self, node: fx.Node, error: Exception) -> Any:
         inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
@@ -340,6 +407,19 @@ class _ShorterRun(fx.Interpreter):
             expression = (node.op, node.target, repr(arguments)) if pure else node
             self._numbers[node] = self._expressions.setdefault(expression, len(self._expressions))
         return self._numbers[node]
+
+
+class _RecordNumberings(TorchFunctionMode):
+    """Notes the whole numbers that calls such as `torch.arange` are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NUMBERINGS:
+            self.counts.update(value for value in (*args, *(kwargs or {}).values()) if _is_size(value))
+        return func(*args, **(kwargs or {}))
 
 
 def _is_impure(node: fx.Node) -> bool:

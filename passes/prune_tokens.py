@@ -34,7 +34,13 @@ from ..errors import NoSiteError
 from ..ops import count_windows, gather_tokens
 from ..trace import TRACED_BATCH, ancestors, descendants
 
+# Name of the node that counts the tokens of the dense stream, for what numbers them.
+DENSE_COUNT = "papr_dense_tokens"
 _SIZES = ("papr_frames", "papr_rows", "papr_columns")
+
+
+class UnusedError(NoSiteError):
+    """The blocks do not run: the trunk is another part of the model."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,12 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
         blocks: Qualified names of the trunk's repeated blocks.
 
     Raises:
+        UnusedError: None of the blocks runs.
         NoSiteError: No stream is found, with the nearest miss.
     """
     every = calls(graph, blocks)
     if not every:
-        raise NoSiteError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
+        raise UnusedError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
     streams = [(name, nodes, stream) for name, nodes in every if (stream := _stream(nodes)) is not None]
     if not streams:
         name, nodes = every[0]
@@ -136,7 +143,7 @@ def rewrite(graph: fx.Graph, site: Site, keep: fx.Node) -> None:
     """Gathers the kept tokens behind `keep` and hands them to every later user of the stream."""
     with graph.inserting_after(keep):
         tokens = graph.create_node("call_function", gather_tokens, (site.stream, keep), name="papr_tokens")
-    site.stream.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
+    site.stream.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens and user.name != DENSE_COUNT)
 
 
 def last_tokens(graph: fx.Graph, stream: fx.Node, blocks: Collection[str]) -> fx.Node:

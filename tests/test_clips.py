@@ -128,7 +128,19 @@ def test_hidden_keys_over_shapes(grid, prefix, batch, z):
         assert relative_error(gm(x), model(x)) < 1e-12
 
 
-@pytest.mark.parametrize("make", [lambda: ClipViT((2, 3, 4), 1), lambda: huggingface("VivitForVideoClassification")])
+def vjepa() -> nn.Module:
+    """Its predictor, which does not run, has the larger blocks; each attention numbers the tokens for its rotary angles."""
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "crop_size": 48, "frames_per_clip": 6}
+    predictor = {"pred_hidden_size": 96, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 3}
+    config = transformers.VJEPA2Config(**small, **predictor, mlp_ratio=2, num_pooler_layers=1)
+    return enliven(transformers.VJEPA2ForVideoClassification._from_config(config)).double().eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ClipViT((2, 3, 4), 1), lambda: huggingface("VivitForVideoClassification"), vjepa],
+    ids=["own", "vivit", "vjepa"],
+)
 def test_every_oracle_of_the_public_check(make):
     model = make()
     example = torch.zeros(1, 3, 4, 12, 12) if isinstance(model, ClipViT) else None

@@ -88,12 +88,34 @@ class Biased(Attention):
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
 
 
+class Numbered(Attention):
+    """Rotary angles made in forward, of the number of tokens that come in: of all of them, or of the patches."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__(8, 2, True)
+        self.prefix = prefix
+
+    def turn(self, x: Tensor) -> Tensor:
+        first, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        numbers = torch.arange(x.shape[2] - self.prefix if self.prefix else x.shape[2], device=x.device)
+        angles = (numbers * 0.4).unsqueeze(1) * torch.arange(1, 5, device=x.device)
+        return torch.cat([first, rest * angles.cos() + rest.flip(-1) * angles.sin()], dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
 def positioned(shape: Shape, kind: str) -> ToyViT:
     build = {
         "rotary": lambda: Rotary(shape, late=False),
         "rotary, four axes": lambda: Rotary(shape, late=True),
         "bias": lambda: Biased(shape, fused=True),
         "bias on scores": lambda: Biased(shape, fused=False),
+        "numbered": lambda: Numbered(0),
+        "numbered patches": lambda: Numbered(shape.prefix),
     }[kind]
     model = ToyViT(shape)
     for block in model.blocks:
@@ -101,9 +123,9 @@ def positioned(shape: Shape, kind: str) -> ToyViT:
     return model
 
 
-@settings(max_examples=25)
+@settings(max_examples=35)
 @given(
-    st.sampled_from(["rotary", "rotary, four axes", "bias", "bias on scores"]),
+    st.sampled_from(["rotary", "rotary, four axes", "bias", "bias on scores", "numbered", "numbered patches"]),
     st.tuples(st.integers(2, 5), st.integers(2, 5)),
     st.integers(0, 3),
     st.floats(0.3, 0.95),
@@ -128,6 +150,14 @@ def test_a_shared_table_is_gathered_once_for_all_blocks():
     assert len(gathers(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))) == 1
     model = timm.create_model("beit_base_patch16_224", **SMALL).eval()
     assert len(gathers(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))) == 2  # a table for each block
+
+
+@pytest.mark.parametrize("kind", ["numbered", "numbered patches"])
+def test_positions_that_blocks_number_are_gathered_once(kind):
+    model = positioned(Shape(prefix=2), kind).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    assert len(gathers(gm)) == 2  # sines and cosines
+    assert len([node for node in gm.graph.nodes if node.target is torch.arange and node.users]) == 1
 
 
 def test_only_what_fails_is_traced_through():
