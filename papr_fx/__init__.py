@@ -1,6 +1,6 @@
 """papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
 
-from . import testing
+from . import proposal, testing, video
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
 from .module import keep_masks, restore_grid, set_keep_ratio, significance
@@ -17,10 +17,12 @@ __all__ = [
     "VerifyError",
     "graph_diff",
     "keep_masks",
+    "proposal",
     "report",
     "restore_grid",
     "set_keep_ratio",
     "significance",
     "testing",
     "transform",
+    "video",
 ]
