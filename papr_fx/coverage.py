@@ -236,7 +236,7 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", out
             verify=weights,
         )
     except PaprError as error:
-        return Row(architecture, reason=str(error).splitlines()[0])
+        return Row(architecture, reason=" ".join(str(error).splitlines()))
     except Exception as error:  # a fault of this project: the survey goes on, and shows it
         return Row(architecture, reason=f"failed: {type(error).__name__}: {error}".splitlines()[0])
     plan = gm.plan

@@ -35,11 +35,11 @@ class VerifyError(PaprError):
     """The rewritten model failed its proof, so it was not returned."""
 
 
-class GeometryError(VerifyError):
-    """Positions are not where the map scores them.
+class SiteError(VerifyError):
+    """Some sites failed the proof: positions are not where the map scores them, or do not matter.
 
     Attributes:
-        merges: Names of the residual additions of the pixel operators concerned; none for tokens.
+        merges: Names of the residual additions of the pixel operators that may be left alone for it; none for tokens.
     """
 
     def __init__(self, message: str, merges: tuple[str, ...] = ()) -> None:

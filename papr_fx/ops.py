@@ -53,10 +53,7 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
     scores = psm.flatten(1)  # (B, n)
     k = keep_count(scores.shape[1], z, prefix)
     kept = scores.topk(k, dim=1, sorted=False).indices  # (B, k)
-    if not prefix:
-        return kept
-    first = torch.arange(prefix, device=kept.device).expand(kept.shape[0], prefix)
-    return torch.cat([first, kept + prefix], dim=1)
+    return with_prefix(kept, prefix) if prefix else kept
 
 
 def count_windows(size: int, offset: int, step: int) -> int:
@@ -103,6 +100,12 @@ def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int
     index = index + first_row.view(-1, *[1] * len(axes))
     kept = rows.reshape(-1, *rest).index_select(0, index.reshape(-1)).view(*index.shape, *rest)
     return kept.movedim(list(range(len(axes) + 1)), [0, *axes])
+
+
+def with_prefix(keep: Tensor, prefix: int) -> Tensor:
+    """Kept positions (B, k) of a grid as kept tokens (B, prefix + k), those of the prefix first."""
+    first = torch.arange(prefix, device=keep.device).expand(keep.shape[0], prefix)
+    return torch.cat([first, keep + prefix], dim=1)
 
 
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:

@@ -145,7 +145,8 @@ def _pixel_sites(
         n = prod(site.grid)
         before, after = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
         background = prune_pixels.background_of(site, operator.background, training)
-        sites.append(SiteReport(site.name, site.grid, 0, n, _kept(plan, n, 0), before, after, background))
+        kept = site.prefix + _kept(plan, n, 0)
+        sites.append(SiteReport(site.name, site.grid, site.prefix, site.prefix + n, kept, before, after, background))
     return tuple(sites)
 
 

@@ -15,7 +15,7 @@ from . import inputs
 from .by_pixels import keeps_space, prune_by_pixels
 from .by_tokens import prune_by_tokens
 from .diff import graph_text
-from .errors import ArgumentError, GeometryError, NoSiteError, VerifyError
+from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
 from .module import PrunedModule, checked_z
 from .proposal import InputStats, SignificanceNet, build_proposal
 from .trace import REFUSALS, sandbox
@@ -125,11 +125,11 @@ def transform(
 
 
 def _prove_all(model: nn.Module, gm: PrunedModule) -> None:
-    """Proves `gm`; pixel operators whose positions are not in order are left alone, if others are."""
+    """Proves `gm`; pixel operators whose positions are not in order, or do not matter, are left alone, if others are not."""
     while True:
         try:
             prove(model, gm)
-        except GeometryError as error:
+        except SiteError as error:
             if not error.merges or not gm.leave_alone(error.merges, str(error)):
                 raise
         else:

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .errors import GeometryError, VerifyError
+from .errors import SiteError, VerifyError
 from .hidden_keys import HiddenKeys
 from .module import PrunedModule, shell
 from .moves import residual_of
@@ -53,7 +53,7 @@ class Proof(NamedTuple):
     tolerance: float
 
 
-class _ComparisonError(VerifyError):
+class _ComparisonError(SiteError):
     """Two results differ by too much, or too little where they should: it may be noise."""
 
 
@@ -126,7 +126,8 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
                 raise _ComparisonError(
                     f"negative control: with one position replaced {choice.where}, the output moves by {control:.1e} only, "
                     f"beside an error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model "
-                    "is right to ignore single positions"
+                    "is right to ignore single positions",
+                    _merges(plan, choice.grid),
                 )
         seen = [control for control in controls if control is not None]
         allowed = min(tolerance, *seen)  # one wrong position is to show
@@ -232,6 +233,12 @@ def _control(
     if wrong[place].shape[1] == 1:
         wrong[place] = wrong[place][:, :0]
     return relative_error(_run(free, values, images, *_indices(wrong, choices)), expected)
+
+
+def _merges(plan: Plan, grid: tuple[int, ...]) -> tuple[str, ...]:
+    """The residual additions of pixel operators on a grid."""
+    sites = plan.operator.sites[False] if isinstance(plan.operator, Pixels) else ()
+    return tuple(site.merge for site in sites if site.grid == grid)
 
 
 def _places(plan: Plan, choices: Sequence[Choice], dense: Any, pruned: Any, kept: Sequence[Tensor]) -> list[Place | None]:
@@ -376,12 +383,12 @@ def _check_geometry(
         if passed:
             node.op, node.target, node.args = "call_function", operator.pos, (passed,)
     operators = plan.operator.sites[training]
-    places = dict.fromkeys((*site.ordered, site.grid) for site in operators)
+    places = dict.fromkeys((*site.ordered, site.prefix, site.grid) for site in operators)
     wrong = {place for place in places if not _in_order(root, graph, *place, values, image, plan.layout, random)}
     if wrong:
-        sites = [site for site in operators if (*site.ordered, site.grid) in wrong]
-        where = ", ".join(f"`{stream}` on grid {grid}" for stream, _, grid in wrong)
-        raise GeometryError(
+        sites = [site for site in operators if (*site.ordered, site.prefix, site.grid) in wrong]
+        where = ", ".join(f"`{stream}` on grid {grid}" for stream, *_, grid in wrong)
+        raise SiteError(
             f"geometry: changing patches of the image moves other positions more than these in {where}: positions are not in "
             "row-major order of the grid there",
             tuple(site.merge for site in sites),
@@ -394,6 +401,7 @@ def _in_order(
     graph: fx.Graph,
     stream: str,
     layout: Layout,
+    prefix: int,
     grid: tuple[int, ...],
     values: dict[str, Tensor],
     image: Tensor,
@@ -401,7 +409,8 @@ def _in_order(
     random: torch.Generator,
 ) -> bool:
     """Whether the positions of a value move most where the image was changed."""
-    moved, cells = _moved(root, graph, Choice("", grid, 0, stream, layout, ""), values, image, axes, random)
+    moved, cells = _moved(root, graph, Choice("", grid, prefix, stream, layout, ""), values, image, axes, random)
+    moved = moved[:, prefix:]
     places = torch.tensor(cells, device=moved.device).unsqueeze(1)
     lesser = (moved < moved.gather(1, places)).sum(1) / max(1, moved.shape[1] - 1)  # 1: the changed patch moves most
     return moved.shape[1] == 1 or bool(lesser.mean() > 0.9)

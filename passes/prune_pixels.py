@@ -23,6 +23,8 @@ Left alone:
     3. A branch with an operation that mixes positions or is tied to the grid's size (see `papr_fx.positions`).
     4. Positions in one axis that cannot be traced back to rows and columns.
 
+A class token in front of the positions is always kept, as in a token model.
+
 Where values were moved into windows (MaxViT), the kept positions are had in their order: the nodes that moved them are
 copied onto the numbers of the cells.
 """
@@ -41,13 +43,16 @@ from torch import fx, nn
 
 from ..joins import Join
 from ..moves import Moves, copy_moves, find_moves, operands
-from ..ops import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, write_pixels
+from ..ops import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, with_prefix, write_pixels
 from ..positions import Layout, Positions, Verdict
 from ..trace import ancestors, descendants, shape_of
 from . import splice_proposal
 
 # Sizes of a grid, or the number of its positions: known, or read at run time.
 Grid = tuple[int | fx.Node, ...]
+
+# More tokens than so many in front of the positions of a grid are none of class, distillation or registers.
+_LONGEST_PREFIX = 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Site:
         origin: The node where sizes of the grid can be read at run time, and their axes.
         masked: Nodes of the region in which dropped positions count as zeros.
         convolution: Whether a depthwise convolution feeds the operator.
+        prefix: Tokens in front of the grid's positions, where these have one axis.
         moves: How its positions left the order of the image, if they did: into windows.
     """
 
@@ -82,11 +88,12 @@ class Site:
     origin: tuple[str, tuple[int, ...]]
     masked: tuple[tuple[str, Layout], ...]
     convolution: bool
+    prefix: int = 0
     moves: Moves | None = None
 
     @property
     def ordered(self) -> tuple[str, Layout]:
-        """A value in which its positions are in the order of the image, and its axes."""
+        """A value in which its positions are in the order of the image, behind `prefix`, and its axes."""
         return (self.moves.origin, self.moves.layout) if self.moves else (self.residual, self.layout)
 
 
@@ -136,7 +143,7 @@ def rewrite(
     nodes = {node.name: node for node in graph.nodes}
     images = splice_proposal.find_site(graph)
     choices: dict[tuple[int, ...], tuple[fx.Node, Grid]] = {}
-    rows: dict[tuple[object, object], tuple[fx.Node, Grid]] = {}
+    rows: dict[tuple[object, ...], tuple[fx.Node, Grid]] = {}
     first = images.images.next
     leads = {site.grid: site for site in sorted(sites, key=lambda site: nodes[site.region[0]], reverse=True)}
     for number, site in enumerate(sites):
@@ -145,12 +152,12 @@ def rewrite(
             before = nodes[lead.source].next if dynamic else first
             choices[site.grid] = _choose(graph, nodes, images, lead, z, before, dynamic=dynamic)
         order = site.moves and (site.moves.path if dynamic else site.moves.cells)  # other sizes may part what is equal here
-        if (site.grid, order) not in rows:
-            orders = sum(grid == site.grid for grid, _ in rows)
+        if (site.grid, site.prefix, order) not in rows:
+            orders = sum(grid == site.grid for grid, *_ in rows)
             name = "x".join(map(str, site.grid)) + (f"_{orders}" if orders else "")
             with graph.inserting_before(choices[site.grid][0].next):
-                rows[site.grid, order] = _index(graph, nodes, site, *choices[site.grid], name)
-        index, grid = rows[site.grid, order]
+                rows[site.grid, site.prefix, order] = _index(graph, nodes, site, *choices[site.grid], name)
+        index, grid = rows[site.grid, site.prefix, order]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
     packed = {"BCHW": torch.channels_last, "BCTHW": torch.channels_last_3d}
     if memory_format := next((packed[site.layout] for site in sites if site.layout in packed), None):
@@ -179,6 +186,9 @@ def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, tr
                 mask = graph.call_method("flatten", (moved, 1))
             shape = cast("tuple[int, ...]", shape_of(path[-1]))
             sizes = tuple(shape[site.layout.index(axis)] for axis in "HW")
+        if site.prefix:
+            with graph.inserting_before(merge):
+                mask = graph.call_function(torch.nn.functional.pad, (mask, (site.prefix, 0)), {"value": 1.0})
         zeroed = [site.branch] + ([site.residual] if background_of(site, background, training) == "zero" else [])
         pairs = [(merge, nodes[name], site.layout) for name in zeroed]
         pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
@@ -232,7 +242,8 @@ def _match(
         if grid is None:
             shape = shape_of(sources[-1])
             return f"{behind}: the positions of `{sources[-1]}` {shape} cannot be traced back to rows and columns"
-        if any(_count(node, layout) != prod(grid[0]) for node, layout in layouts.items() if shape_of(node)):
+        prefix = 0 if moves else _count(sources[-1], out) - prod(grid[0])
+        if any(_count(node, layout) != prefix + prod(grid[0]) for node, layout in layouts.items() if shape_of(node)):
             return f"{behind}: its positions are not those of grid {grid[0]}"
         return Site(
             str(layers[-1].target),
@@ -247,6 +258,7 @@ def _match(
             grid[1],
             tuple((node.name, layouts[node]) for node in region if node in checked),
             bool(convolutions),
+            prefix,
             moves,
         )
     return f"{behind}: {max(attempts)[1]}"
@@ -362,13 +374,30 @@ def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
         before = next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
         shape = shape_of(before) if before else None
         if before is None or shape is None or count not in shape[1:]:
-            joins = [join for join in node.meta.get("joins", []) if prod(join.grid) == count]
-            return (node, joins[0]) if joins and len(joins[0].grid) == rank and not joins[0].windows else None
+            return _joined(node, count, rank) or next(
+                (found for above in ancestors(node) if (found := _joined(above, count - 1, rank))), None
+            )
         if node.target in ("transpose", "permute", torch.transpose, torch.permute):
             axis = 3 - axis
         if shape[axis] != count or (node.op == "call_method" and node.target not in ("transpose", "permute", "contiguous")):
             return None
         node = before
+
+
+def _product(graph: fx.Graph, sizes: Grid, name: str) -> fx.Node | int:
+    """The number of positions of a grid whose sizes are nodes."""
+    count = sizes[0]
+    for size in sizes[1:]:
+        count = graph.create_node("call_function", operator.mul, (count, size), name=f"papr_count_{name}")
+    return count
+
+
+def _joined(node: fx.Node, most: int, rank: int) -> tuple[fx.Node, Join] | None:
+    """The node and its join, if it made one axis of a grid: of `most` positions or, behind a prefix, some less."""
+    for join in node.meta.get("joins", []):
+        if len(join.grid) == rank and not join.windows and 0 <= most - prod(join.grid) < _LONGEST_PREFIX:
+            return node, join
+    return None
 
 
 def _choose(
@@ -407,7 +436,13 @@ def _index(
         keep = graph.create_node("call_function", moved_cells, (keep, moved), name=f"papr_moved_{name}")
         sizes = (prod(site.grid),)
         if grid != site.grid:
-            sizes = (graph.create_node("call_function", operator.mul, grid, name=f"papr_count_{name}"),)
+            sizes = (_product(graph, grid, name),)
+    if site.prefix:
+        count: fx.Node | int = prod(site.grid) + site.prefix
+        if grid != site.grid:
+            count = graph.create_node("call_function", operator.add, (_product(graph, grid, name), site.prefix))
+        keep = graph.create_node("call_function", with_prefix, (keep, site.prefix), name=f"papr_all_{name}")
+        grid = sizes = (count,)
     return graph.create_node("call_function", pixel_rows, (keep, grid), name=f"papr_index_{name}"), sizes
 
 
