@@ -29,6 +29,7 @@ from .errors import ArgumentError, ProposalError, TraceError, VerifyError
 from .fold import fold_batch_norms, kernel_size
 from .macs import count_macs
 from .numerics import exact_float32, relative_error
+from .planar import replace_planar
 from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, shape_of, trace
 
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -164,6 +165,7 @@ def build_proposal(
     packed = torch.channels_last_3d if clips else torch.channels_last
     _pack(trunk, packed)
     replace_depthwise(trunk)
+    replace_planar(trunk)
     return SignificanceNet(
         trunk,
         channel_axis=axis,
