@@ -61,14 +61,14 @@ def prune_by_pixels(
 def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
     """Whether the model is no trunk of tokens: by its layout, several grids, or what its blocks return or convolve."""
     choices = gm.plan.choices(gm.training)
-    if len(choices) > 1 or any(len(choice.layout) == 4 for choice in choices):
+    if len(choices) > 1 or any(len(choice.layout) > 3 for choice in choices):
         return True
     blocks = find_blocks(model)
     calls = prune_tokens.calls(gm.plan.dense_graph(gm.training), blocks)
-    if any(len(shape_of(nodes[-1]) or ()) == 4 for _, nodes in calls):
+    if any(len(shape_of(nodes[-1]) or ()) > 3 for _, nodes in calls):
         return True
     inside = (module for name in blocks for module in model.get_submodule(name).modules())
-    return any(isinstance(module, nn.Conv2d) and prod(module.kernel_size) > 1 for module in inside)
+    return any(isinstance(module, nn.Conv2d | nn.Conv3d) and prod(module.kernel_size) > 1 for module in inside)
 
 
 def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> tuple[set[str], tuple[Left, ...]]:

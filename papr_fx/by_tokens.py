@@ -38,8 +38,10 @@ def prune_by_tokens(
         try:
             root, plan, recorded = _plan(model, images, layout, z, blocks)
             break
-        except prune_tokens.UnusedError:
+        except prune_tokens.UnusedError as error:
             unused.update(blocks)
+            if not find_blocks(model, unused):
+                raise error
     root.papr_proposal = proposal()
     gm = _built(root, plan)
     _check_reads(gm, blocks, recorded)
@@ -108,9 +110,9 @@ def _positions(
 
 def _alike(model: nn.Module, blocks: Collection[str], opened: Collection[str], clash: gather_positions.LengthError) -> set[str]:
     """The module that refuses fewer tokens and those of its class in the blocks, to be traced through."""
-    if clash.module in opened or not any(True for _ in model.get_submodule(clash.module).children()):
-        raise NoSiteError(f"{_REFUSED.format(type(model).__name__)}: {clash}") from clash
     kind = type(model.get_submodule(clash.module))
+    if clash.module in opened or kind.__module__.startswith("torch.nn."):
+        raise NoSiteError(f"{_REFUSED.format(type(model).__name__)}: {clash}") from clash
     alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) is kind}
     return {name for name in alike if any(f"{name}.".startswith(f"{block}.") for block in blocks)} | {clash.module}
 

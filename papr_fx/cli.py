@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -208,11 +207,9 @@ def _show(arguments: argparse.Namespace) -> None:
 
     try:
         with open_image(arguments.file) as opened:
-            animated = getattr(opened, "is_animated", False)
+            animated = opened.format in ("GIF", "WEBP", "PNG") and getattr(opened, "is_animated", False)
             image = opened.convert("RGB")
-    except UnidentifiedImageError as error:
-        if not find_spec("av"):
-            raise ArgumentError(f"{error}, and videos need the video extra: pip install 'papr-fx[video]'") from error
+    except UnidentifiedImageError:
         _clip(arguments, arguments.file)
         return
     except (OSError, DecompressionBombError) as error:

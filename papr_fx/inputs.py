@@ -125,14 +125,15 @@ def layout_of(model: nn.Module, images: Tensor) -> str:
     """
     if images.ndim == 4:
         return "BCHW"
-    channels = _channels(model)
-    found = [layout for layout in ("BCTHW", "BTCHW") if images.shape[layout.index("C")] == channels]
-    if len(found) != 1:
-        raise ArgumentError(
-            f"clips {tuple(images.shape)} do not tell frames from the {channels} channels: give example_input with another "
-            "number of frames, as (B, C, T, H, W) or (B, T, C, H, W)"
-        )
-    return found[0]
+    likely = dict.fromkeys((_channels(model, nn.Conv3d), _channels(model, nn.Conv2d), 3))
+    for channels in likely:
+        found = [layout for layout in ("BCTHW", "BTCHW") if images.shape[layout.index("C")] == channels]
+        if len(found) == 1:
+            return found[0]
+    raise ArgumentError(
+        f"clips {tuple(images.shape)} do not tell frames from the {next(iter(likely))} channels: give example_input with "
+        "another number of frames, as (B, C, T, H, W) or (B, T, C, H, W)"
+    )
 
 
 def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tuple[int, ...]]:
@@ -203,8 +204,9 @@ def _frames(model: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def _channels(model: nn.Module) -> int:
+def _channels(model: nn.Module, *kinds: type[nn.Conv2d | nn.Conv3d]) -> int:
+    """Input channels of the first convolution; 3 where there is none."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
+        if isinstance(module, kinds or (nn.Conv2d, nn.Conv3d)):
             return module.in_channels
     return 3

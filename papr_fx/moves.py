@@ -51,7 +51,14 @@ def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def residual_of(addition: fx.Node) -> fx.Node | None:
     """The operand of an addition that passes by the other's branch, so is computed from less; None if it does no such thing."""
-    return min(operands(addition) or (), key=lambda node: len(ancestors(node)), default=None)
+
+    def work(node: fx.Node) -> tuple[int, int]:
+        above = ancestors(node)
+        return sum(n.op == "call_module" for n in above), len(
+            above
+        )  # a branch may be one module, and what passes it by many moves
+
+    return min(operands(addition) or (), key=work, default=None)
 
 
 def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:

@@ -81,7 +81,15 @@ class Pixels:
 
     def rewrite(self, graph: fx.Graph, plan: Plan, training: bool) -> None:
         """Rewrites a traced graph of the model, in place."""
-        prune_pixels.rewrite(graph, self.sites[training], plan.z, self.background, training=training, dynamic=plan.dynamic)
+        prune_pixels.rewrite(
+            graph,
+            self.sites[training],
+            plan.z,
+            self.background,
+            layout=plan.layout,
+            training=training,
+            dynamic=plan.dynamic,
+        )
 
     def without(self, merges: Collection[str], reason: str) -> Pixels:
         """The same but for the operators that feed `merges`, which are left alone."""

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
-from types import FunctionType
 from typing import Any, Literal, cast
 
 import timm
@@ -31,6 +30,9 @@ from .macs import count_macs
 from .numerics import exact_float32, relative_error
 from .planar import replace_planar
 from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, shape_of, trace
+
+# The ConvNets of one pathway among pytorchvideo's.
+_HUB = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
@@ -128,7 +130,7 @@ def build_proposal(
     Args:
         proposal: A ConvNet classifier, a module that returns a feature map (B, K, h, w) or a map (B, h, w), or the name of
             a timm model, whose pretrained weights are then loaded. For clips, one of 3-D convolutions takes them as
-            (B, C, T, H, W), any other takes their frames as images.
+            (B, C, T, H, W) and returns features (B, K, t, h, w) or a map (B, t, h, w); any other takes their frames as images.
         model: The target, for its normalisation statistics, dtype and device.
         images: A batch such as the target takes.
         layout: Its axes: BCHW, BCTHW or BTCHW.
@@ -240,7 +242,7 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
             warnings.simplefilter("ignore")  # it was written for older releases of torch
             from pytorchvideo.models import hub
 
-        if isinstance(build := getattr(hub, name, None), FunctionType):
+        if name in _HUB and (build := getattr(hub, name, None)):
             return _with_statistics(build(pretrained=pretrained), (0.45,) * 3, (0.225,) * 3)  # of all of them
     near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
     hint = f"; near: {', '.join(near)}" if near else ""
@@ -350,7 +352,7 @@ def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
             "last feature map (B, K, h, w)"
         )
     rank = sample.ndim - 2
-    if len(shape) == rank + 1 and _covers(shape, sample):
+    if len(shape) == rank + 1 and _covers(shape, sample) and (rank == 2 or shape[1] <= sample.shape[2]):
         return _Cut(output, None)
     spatial = [n for n in _spatial_nodes(gm.graph, rank) if len(shape_of(n) or ()) == rank + 2]
     last = output if len(shape) == rank + 2 and _covers(shape, sample) else spatial[-1]
@@ -363,6 +365,12 @@ def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
             f"{tuple(sample.shape)}, found none. Pass a ConvNet, or give it larger images (proposal_size)"
         )
     _refuse_tokens(gm, last, sample)
+    behind = [n for n in descendants(last) if n is not last and prod(kernel_size(gm, n) or ()) > 1]
+    if any(kernel_size(gm, n) != whole[1] for n in behind):
+        raise ProposalError(
+            f"proposal goes on with convolutions (`{behind[0].name}`) behind `{last.name}`, the last value that keeps the axes "
+            f"of its input: pass a module that returns its last feature map itself"
+        )
     return _Cut(last, _channel_axis(last, rank))
 
 

@@ -79,9 +79,9 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
             raise
         try:
             return _prove(model, gm, torch.float64)
-        except _ComparisonError:
+        except SiteError:
             raise
-        except VerifyError:  # the model does not run in it
+        except Exception:  # whatever a model raises that does not run in float64
             raise error from None
 
 

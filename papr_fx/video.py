@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ def read_video(path: str | Path) -> Tensor:
         (T, 3, H, W) uint8.
 
     Raises:
-        ArgumentError: The file cannot be read, holds no video, or no frame.
+        ArgumentError: The file cannot be read, holds no video, or no frame; or PyAV is not installed.
     """
-    import av
-
+    av = _pyav()
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -49,12 +48,11 @@ def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
         frames: RGB.
         rate: Frames a second.
     """
-    import av
-
+    av = _pyav()
     even = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]
     pixels = (even.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()  # (T, H, W, 3)
     with av.open(str(path), "w") as container:
-        stream = cast(Any, container.add_stream("libx264", rate=rate))
+        stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
@@ -89,6 +87,8 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     Raises:
         ArgumentError: The video has fewer frames than a view spans.
     """
+    if min(frames, step, size, temporal, spatial) < 1:
+        raise ArgumentError("frames, step, size, temporal and spatial must be 1 at least")
     span = (frames - 1) * step + 1
     if len(video) < span:
         raise ArgumentError(f"the clip has {len(video)} frames, too few: {frames} with a step of {step} span {span}")
@@ -125,6 +125,14 @@ def average_views(model: nn.Module, views: Tensor, *, layout: str = "BTCHW", bat
     clips = views if layout == "BTCHW" else views.transpose(1, 2)
     scores = [tensors_of(model(some))[0].softmax(dim=-1) for some in clips.split(batch_size)]
     return torch.cat(scores).mean(dim=0)
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ArgumentError(f"videos need the video extra: pip install 'papr-fx[video]' ({error})") from error
+    return av
 
 
 def _spaced(end: int, count: int) -> list[int]:

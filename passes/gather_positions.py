@@ -14,7 +14,7 @@ something for every position, so it is picked by the same indices as the tokens.
 gathered once. That the right axis was picked is proved later, on numbers: all positions in random order must give
 the model's output.
 
-Where code numbers positions by how many tokens it is given (`torch.arange(x.shape[1])`), it is given the dense number, so
+Where a block numbers positions by how many tokens it is given (`torch.arange(x.shape[1])`), it is given the dense number, so
 that the kept ones can be picked. Where it asks a table how many positions there are, to tell prefix tokens from patches, it is
 answered the kept number.
 Where the tokens are laid out as their grid again behind the blocks, (B, h, w, C), the kept ones become a grid of k rows and
@@ -41,11 +41,13 @@ from torch.overrides import TorchFunctionMode
 from ..errors import NoSiteError
 from ..ops import gather_positions, kept_patches
 from ..positions import called
-from ..trace import REFUSALS, TRACED_BATCH, fake_like, faking, shape_of
+from ..trace import REFUSALS, TRACED_BATCH, ancestors, fake_like, faking, shape_of
 from . import prune_tokens
 
 # What numbers positions, given how many there are.
 _NUMBERINGS = (torch.arange, torch.linspace)
+# What picks entries of its first argument.
+_PICKS = ("getitem", "index_select", "gather", "take_along_dim", "index")
 
 
 class Pick(NamedTuple):
@@ -159,9 +161,15 @@ def find_sites(root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, bloc
     if not kept:
         return Found()
     mode, fake = fake_like(images, TRACED_BATCH)
-    run = _ShorterRun(root, graph, tokens, kept, blocks)
-    with faking(mode):
-        run.run(fake)
+    short: set[str] = set()
+    while True:
+        run = _ShorterRun(root, graph, tokens, kept, blocks, short)
+        try:
+            with faking(mode):
+                run.run(fake)
+            break
+        except _IndexError as index:
+            short |= index.calls
     return Found(tuple(run.sites.values()), tuple(run.views), tuple(run.counts), tuple(run.numberings))
 
 
@@ -194,14 +202,15 @@ def rewrite(graph: fx.Graph, found: Found, stream: fx.Node, keep: fx.Node, prefi
         for count in found.counts:
             if count.patches == flag:
                 nodes[count.size].replace_all_uses_with(size)
-    for flag in dict.fromkeys(numbering.patches for numbering in found.numberings):
+    if found.numberings:
         with graph.inserting_before(keep):
-            dense = graph.create_node("call_method", "size", (stream, 1), name=prune_tokens.DENSE_COUNT)
-            if flag and prefix:
-                dense = graph.create_node("call_function", operator.sub, (dense, prefix), name="papr_dense_patches")
+            dense = {False: graph.create_node("call_method", "size", (stream, 1), name=prune_tokens.DENSE_COUNT)}
+            if any(numbering.patches for numbering in found.numberings):
+                dense[True] = graph.create_node(
+                    "call_function", operator.sub, (dense[False], prefix), name="papr_dense_patches"
+                )
         for numbering in found.numberings:
-            if numbering.patches == flag:
-                nodes[numbering.call].replace_input_with(nodes[numbering.size], dense)
+            nodes[numbering.call].replace_input_with(nodes[numbering.size], dense[numbering.patches])
 
 
 def _sizes(node: fx.Node) -> list[Any]:
@@ -219,12 +228,21 @@ def _resize(node: fx.Node, place: int, grid: tuple[Any, ...]) -> None:
 class _ShorterRun(fx.Interpreter):
     """Runs a graph with fewer tokens; where an operation fails, tries to gather what it reads beside them."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, tokens: prune_tokens.Site, kept: int, blocks: Collection[str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        tokens: prune_tokens.Site,
+        kept: int,
+        blocks: Collection[str],
+        short: Collection[str],
+    ) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors are reasons here, and name the node themselves
         self._stream = tokens.stream
         self._grid = tokens.grid
         self._blocks = blocks
+        self._short = short
         self._sizes = {False: prod(tokens.grid) + tokens.prefix, True: prod(tokens.grid)}
         self._kept = {False: kept + tokens.prefix, True: kept}
         self._expressions: dict[object, int] = {}
@@ -236,16 +254,36 @@ class _ShorterRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
+            self._check_index(n)
             with _RecordNumberings() as numbered:
-                out = self._numbered(n) if n.target in _NUMBERINGS else super().run_node(n)
+                out = self._numbered(n) if self._may_number(n) else super().run_node(n)
+        except _IndexError:
+            raise
         except Exception as error:  # whatever a module or an operation raises for a length that it was not made for
             out = self._mended(n, error)
         else:
             if not self._is_shorter(n, out) and (view := self._view(n)) is not None:  # a size of -1 may have stretched
                 out = view
-        if n.op == "call_module" and not numbered.counts.isdisjoint(self._kept.values()) and self._follows_length(n, numbered):
+        suspect = n.op == "call_module" and self._in_block(n) and not numbered.counts.isdisjoint(self._kept.values())
+        if suspect and self._follows_length(n, numbered):
             raise LengthError(str(n.target), f"`{n.target}` numbers the tokens that it is given")
         return out[:, : self._kept[False]] if n is self._stream else out
+
+    def _in_block(self, node: fx.Node) -> bool:
+        """Whether a node runs in a block. What numbers tokens elsewhere, such as a head, may reckon with their count too."""
+        return prune_tokens.block_of(node, self._blocks) is not None or node.target in self._blocks
+
+    def _may_number(self, node: fx.Node) -> bool:
+        return node.target in _NUMBERINGS and node.name not in self._short and self._in_block(node)
+
+    def _check_index(self, node: fx.Node) -> None:
+        """Finds numbers of all tokens that pick among the kept ones: there, these are to be numbered."""
+        if called(node) not in _PICKS or not node.all_input_nodes or self._is_dense(node.all_input_nodes[0]):
+            return
+        calls = {numbering.call for numbering in self.numberings}
+        behind = {above.name for index in node.all_input_nodes[1:] for above in ancestors(index)}
+        if not calls.isdisjoint(behind):
+            raise _IndexError(calls & behind)
 
     def _numbered(self, node: fx.Node) -> Any:
         """What numbers the tokens, given the dense number of them."""
@@ -258,7 +296,7 @@ class _ShorterRun(fx.Interpreter):
         finally:
             self.env = before
         for n, value in known.items():
-            self.numberings.append(Numbering(node.name, n.name, value == self._sizes[True]))
+            self.numberings.append(Numbering(node.name, n.name, value != self._sizes[False]))
             self._numbers[n] = self._expressions.setdefault(("dense", value), len(self._expressions))  # whichever block asks
         return out
 
@@ -269,9 +307,13 @@ class _ShorterRun(fx.Interpreter):
             value, shape = self.env[n], shape_of(n)
             if isinstance(value, Tensor) and shape is not None:
                 self.env[n] = value.new_empty(shape)
+            elif _is_size(value):
+                self.env[n] = n.meta.get("value", value)
         try:
             with _RecordNumberings() as whole:
                 super().run_node(node)
+        except REFUSALS:
+            return True
         finally:
             self.env = before
         return whole.counts != shorter.counts
@@ -407,6 +449,14 @@ class _ShorterRun(fx.Interpreter):
             expression = (node.op, node.target, repr(arguments)) if pure else node
             self._numbers[node] = self._expressions.setdefault(expression, len(self._expressions))
         return self._numbers[node]
+
+
+class _IndexError(Exception):
+    """Some calls are to number the kept tokens."""
+
+    def __init__(self, calls: set[str]) -> None:
+        super().__init__()
+        self.calls = calls
 
 
 class _RecordNumberings(TorchFunctionMode):

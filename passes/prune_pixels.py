@@ -128,7 +128,14 @@ def find_sites(graph: fx.Graph, root: nn.Module, positions: Positions) -> tuple[
 
 
 def rewrite(
-    graph: fx.Graph, sites: Sequence[Site], z: float, background: str, *, training: bool = False, dynamic: bool = False
+    graph: fx.Graph,
+    sites: Sequence[Site],
+    z: float,
+    background: str,
+    *,
+    layout: str = "BCHW",
+    training: bool = False,
+    dynamic: bool = False,
 ) -> None:
     """Inserts the proposal, one choice of positions for each grid, and a gather and a write-back at each site.
 
@@ -137,6 +144,7 @@ def rewrite(
         sites: From `find_sites` on this graph or a copy of it.
         z: Keep ratio in (0, 1).
         background: "keep", "zero" or "auto": zero behind a depthwise convolution, and in training always keep.
+        layout: Axes of the images or clips.
         training: Whether the graph is for training mode.
         dynamic: Whether the grid is read at run time.
     """
@@ -160,8 +168,8 @@ def rewrite(
         index, grid = rows[site.grid, site.prefix, order]
         _rewrite_site(graph, nodes, site, number, index, grid, background_of(site, background, training))
     packed = {"BCHW": torch.channels_last, "BCTHW": torch.channels_last_3d}
-    if memory_format := next((packed[site.layout] for site in sites if site.layout in packed), None):
-        _lay_channels_last(graph, images, memory_format)
+    if layout in packed and any(site.layout == layout for site in sites):
+        _lay_channels_last(graph, images, packed[layout])
 
 
 def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, training: bool = False) -> fx.Graph:
@@ -242,6 +250,9 @@ def _match(
         if grid is None:
             shape = shape_of(sources[-1])
             return f"{behind}: the positions of `{sources[-1]}` {shape} cannot be traced back to rows and columns"
+        rank = len(shape_of(merge.graph.find_nodes(op="placeholder")[0]) or ()) - 2
+        if len(grid[0]) != rank:
+            return f"{behind}: its positions have {len(grid[0])} axes, those of the input {rank}"
         prefix = 0 if moves else _count(sources[-1], out) - prod(grid[0])
         if any(_count(node, layout) != prefix + prod(grid[0]) for node, layout in layouts.items() if shape_of(node)):
             return f"{behind}: its positions are not those of grid {grid[0]}"

@@ -35,6 +35,14 @@ def test_show_any_image_with_any_proposal(tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+def test_photographs_of_two_frames_are_images(tmp_path, capsys):
+    photograph = tmp_path / "phone.jpg"
+    frames = [Image.effect_noise((300, 200), 80).convert("RGB") for _ in range(2)]
+    frames[0].save(photograph, format="MPO", save_all=True, append_images=frames[1:])
+    out = tmp_path / "shown.png"
+    assert main(["show", str(photograph), *TINY, "--proposal", "resnet18", "--z", "0.4", "--out", str(out)]) == 0
+
+
 def test_diff(capsys):
     assert main(["diff", "vit_tiny_patch16_224", "--proposal", "resnet18", "--z", "0.5"]) == 0
     assert "+papr_keep = papr_fx.top_positions(papr_psm, 0.5, 1)  # (B, 99)" in capsys.readouterr().out

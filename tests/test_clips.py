@@ -10,7 +10,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.models.video import R3D_18_Weights, mc3_18, mvit_v1_b, r2plus1d_18, r3d_18, s3d
+from torchvision.models.video import R3D_18_Weights, mc3_18, r2plus1d_18, r3d_18, s3d
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import papr_fx
@@ -110,8 +111,6 @@ def test_the_whole_clip_model_at_one(name):
 def test_hidden_keys_over_shapes(grid, prefix, batch, z):
     model = ClipViT(grid, prefix).double().eval()
     example = torch.zeros(1, 3, 2 * grid[0], 4 * grid[1], 3 * grid[2])
-    if example.shape[2] == 3:
-        return
     gm = papr_fx.transform(model, clip_proposal(), z, example_input=example, verify=False)
     x = torch.randn((batch, *example.shape[1:]), dtype=torch.float64)
     with torch.no_grad():
@@ -181,6 +180,56 @@ def test_pixel_operators_equal_the_masked_model(background):
     assert list(papr_fx.keep_masks(gm, other)) == [(4, 12, 8), (4, 6, 4)]
 
 
+def mvit() -> nn.Module:
+    """A class token, attention that pools, a stage of half the rows and columns; the head reads the class token alone."""
+
+    def block(heads: int, width: int, out: int, stride: list[int]) -> MSBlockConfig:
+        return MSBlockConfig(heads, width, out, [3, 3, 3], [3, 3, 3], stride, [1, 1, 1])
+
+    torch.manual_seed(0)
+    model = MViT(
+        spatial_size=(32, 48),
+        temporal_size=8,
+        block_setting=[block(1, 8, 8, [1, 1, 1]), block(2, 8, 16, [1, 2, 2]), *[block(2, 16, 16, [1, 1, 1])] * 2],
+        residual_pool=False,
+        residual_with_cls_embed=True,
+        rel_pos_embed=False,
+        proj_after_attn=False,
+        num_classes=7,
+    )
+    return enliven(model).double().eval()
+
+
+@torch.no_grad()
+def test_pixel_operators_behind_a_class_token():
+    model = mvit()
+    gm = papr_fx.transform(model, clip_proposal(), 0.4, example_input=torch.zeros(1, 3, 8, 32, 48))
+    x = torch.randn(2, 3, 8, 32, 48, dtype=torch.float64)
+    masks = papr_fx.keep_masks(gm, x)
+    maps = clip_proposal().double().eval()(x).mean(1)
+    found = papr_fx.report(gm)
+    assert [(site.name, site.grid, site.prefix) for site in found.sites] == [
+        ("blocks.0.mlp", (4, 8, 12), 1),
+        ("blocks.2.mlp", (4, 4, 6), 1),
+        ("blocks.3.mlp", (4, 4, 6), 1),
+    ]
+    for site in found.sites:
+        mask = kept_by_hand(resized_by_hand(maps, site.grid), 0.4, 0)
+        assert torch.equal(mask, masks[site.grid])
+        rows = F.pad(mask.flatten(1).double(), (1, 0), value=1.0).unsqueeze(-1)  # the class token stays
+        model.get_submodule(site.name).register_forward_hook(lambda _m, _i, out, rows=rows: out * rows)
+    assert relative_error(gm(x), model(x)) < 1e-12
+
+
+@torch.no_grad()
+def test_operators_whose_positions_do_not_matter_stay_dense():
+    model = mvit()
+    model.blocks = model.blocks[:3]  # the last grid is that of one block, behind which only the class token is read
+    gm = papr_fx.transform(model, clip_proposal(), 0.4, example_input=torch.zeros(1, 3, 8, 32, 48))
+    assert [site.name for site in papr_fx.report(gm).sites] == ["blocks.0.mlp"]
+    assert "`blocks.2.mlp`: negative control" in str(papr_fx.report(gm))
+
+
 @pytest.mark.parametrize("network", [r3d_18, mc3_18, r2plus1d_18, s3d], ids=lambda build: build.__name__)
 @torch.no_grad()
 def test_proposals_of_torchvision(network):
@@ -223,6 +272,55 @@ def test_pooling_inside_a_network_is_no_head():
         papr_fx.transform(ToyViT(Shape()), network, 0.5)
     headed = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AvgPool2d(8), nn.Flatten())
     papr_fx.transform(ToyViT(Shape()), headed, 0.5)
+
+
+class FoldsFrames(nn.Module):
+    """A (2+1)D network that goes on with each frame as an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, 2, 1), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, t, _, _ = x.shape
+        x = self.conv(self.stem(x).transpose(1, 2).flatten(0, 1)).relu()
+        return self.head(x.unflatten(0, (b, t)).mean((1, 3, 4)))
+
+
+def test_networks_whose_features_are_not_the_last_of_the_clips_axes_are_refused():
+    with pytest.raises(papr_fx.ProposalError, match="goes on with convolutions"):
+        papr_fx.transform(ClipViT((2, 3, 4), 0), FoldsFrames(), 0.5, example_input=torch.zeros(1, 3, 4, 12, 12))
+
+
+class PooledInTime(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(2)
+
+
+@torch.no_grad()
+def test_features_pooled_in_time_are_no_map():
+    proposal = PooledInTime(nn.Conv3d(3, 16, 3, padding=1), nn.Tanh())
+    gm = papr_fx.transform(ClipViT((2, 3, 4), 0), proposal, 0.5, example_input=torch.zeros(1, 3, 4, 12, 12))
+    x = torch.randn(1, 3, 4, 12, 12)
+    assert relative_error(papr_fx.significance(gm, x), nn.Sequential(*proposal)(x).mean(1)) < 1e-5
+
+
+class IsotropicBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv3d(6, 6, 3, padding=1, groups=6)
+        self.mlp = nn.Sequential(nn.Conv3d(6, 12, 1), nn.GELU(), nn.Conv3d(12, 6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.mix(x))
+
+
+def test_a_convnext_of_clips_with_one_grid():
+    model = nn.Sequential(nn.Conv3d(3, 6, 2, 2), IsotropicBlock(), IsotropicBlock(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    gm = papr_fx.transform(enliven(model).eval(), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 8, 12, 12))
+    found = papr_fx.report(gm)
+    assert (found.mode, {site.background for site in found.sites}) == ("pixels", {"zero"})
+    assert check(model, clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 8, 12, 12)).masked_branch < 1e-12
 
 
 def test_networks_by_name(tmp_path, monkeypatch):
@@ -318,11 +416,6 @@ REFUSED = {
         lambda: papr_fx.transform(huggingface("TimesformerForVideoClassification"), clip_proposal(), 0.5),
         papr_fx.NoSiteError,
         r"flattens a grid of positions \(t, h, w\) of the clips",
-    ),
-    "pooling attention": (
-        lambda: papr_fx.transform(mvit_v1_b(), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 224, 224)),
-        papr_fx.NoSiteError,
-        "a reshape to the grid",
     ),
 }
 

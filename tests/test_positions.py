@@ -152,6 +152,88 @@ def test_a_shared_table_is_gathered_once_for_all_blocks():
     assert len(gathers(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))) == 2  # a table for each block
 
 
+def test_all_tokens_and_patches_numbered_in_one_model():
+    model = positioned(Shape(prefix=2), "numbered")
+    model.blocks[1].attn = Numbered(2)
+    assert check(model, toy_proposal(), 0.5).hidden_keys < 1e-12
+
+
+class RotaryModule(nn.Module):
+    """Without children: the usual module of rotary angles."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = (torch.arange(x.shape[2], device=x.device) * 0.4).unsqueeze(1) * torch.arange(1, 5, device=x.device)
+        return x * angles.cos() + x.flip(-1) * angles.sin()
+
+
+class RotaryInAModule(Attention):
+    def __init__(self) -> None:
+        super().__init__(8, 2, True)
+        self.turn = RotaryModule()
+
+    forward = Numbered.forward
+
+
+class SizeGiven(nn.Module):
+    """Numbers by a size that it is handed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, count: int) -> Tensor:
+        return self.block(x.reshape(-1, count, 8) + torch.arange(count, device=x.device).unsqueeze(1) * 0.1)
+
+
+class HandsSizes(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.blocks = nn.ModuleList(SizeGiven(block) for block in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, x.shape[1])
+        return self.classify(x)
+
+
+class Indexed(Attention):
+    """Picks all tokens by their numbers, which changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, torch.arange(x.shape[1], device=x.device)])
+
+
+def with_attention(make) -> ToyViT:
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = make()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: with_attention(RotaryInAModule), HandsSizes, lambda: with_attention(lambda: Indexed(8, 2, True))],
+    ids=["in a module without children", "by a size that is handed over", "as an index"],
+)
+def test_ways_to_number_tokens(make):
+    assert check(make(), toy_proposal(), 0.5).hidden_keys < 1e-12
+
+
+class NumbersInItsHead(ToyViT):
+    """Weighs tokens by their number, and divides by how many there are."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        weights = torch.arange(n, device=x.device, dtype=x.dtype) / (n * (n - 1) / 2)
+        return self.head((self.norm(x) * weights.unsqueeze(1)).sum(1))
+
+
+def test_a_head_that_numbers_tokens_is_refused():
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):
+        papr_fx.transform(NumbersInItsHead(Shape()), toy_proposal(), 0.5)
+
+
 @pytest.mark.parametrize("kind", ["numbered", "numbered patches"])
 def test_positions_that_blocks_number_are_gathered_once(kind):
     model = positioned(Shape(prefix=2), kind).eval()

@@ -214,6 +214,18 @@ def test_a_model_that_float32_is_too_coarse_for_is_proved_in_float64():
     assert found.control > 10 * found.permutation
 
 
+class OnlyFloat32(Faint):
+    def tokens(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise NotImplementedError("only float32")
+        return super().tokens(x)
+
+
+def test_a_model_that_does_not_run_in_float64_gets_the_verdict_of_float32():
+    with pytest.raises(papr_fx.VerifyError, match="negative control"):
+        papr_fx.transform(OnlyFloat32(Shape()), toy_proposal(), 0.5)
+
+
 def next_sample(tokens: Tensor, keep: Tensor) -> Tensor:
     """Reads the rows of the next image, as flat indices with a wrong offset do."""
     return ops.gather_tokens(tokens.roll(1, 0), keep)
