@@ -27,13 +27,20 @@ class RecordJoins(TorchDispatchMode):
         super().__init__()
         self.batch = batch
         self.joins: list[Join] = []
+        self.folded: list[tuple[int, Join]] = []  # while so many frames of each sample are in the batch axis
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.im2col.default:
             self.joins.append(_unfolded(*args))
         elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
-            groups = _joined(tuple(args[0].shape), tuple(out.shape), self.batch)
+            before, after = tuple(args[0].shape), tuple(out.shape)
+            frames = before[0] // self.batch if before and before[0] % self.batch == 0 else 1
+            if frames > 1 and before[:1] == after[:1]:
+                self.folded.extend((frames, join) for join in _joined(before, after, before[0]))
+            if frames > 1 and after[:1] == (self.batch,):
+                before = (self.batch, frames, *before[1:])
+            groups = _joined(before, after, self.batch)
             self.joins.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
         return out
 

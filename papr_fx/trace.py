@@ -55,7 +55,8 @@ class Traced:
     """A graph, and what tracing found beside it.
 
     Attributes:
-        graph: Nodes carry `shape`, `dtype` and `joins` in `meta`, and under `inside` the names of the modules around them.
+        graph: Nodes carry `shape`, `dtype`, `joins` and `folded` (see `RecordJoins`) in `meta`, and under `inside` the names of
+            the modules around them.
         constants: Tensors that the model's code made while it was traced (`_tensor_constant0`, ...).
         recorded: The graph before dead code was removed. Nodes that Python read as a number, a truth value or a length
             carry `read` in `meta`: what they led to is fixed in `graph`.
@@ -341,6 +342,8 @@ class ValueTracer(fx.Tracer):
             args[0].node = node  # what reads the receiver from here on reads the result
         if joins.joins:
             node.meta["joins"] = joins.joins
+        if joins.folded:
+            node.meta["folded"] = joins.folded
         return None if value is None else proxy  # code asks `is None`, which no proxy could answer
 
     def _value_of(self, node: fx.Node) -> Any:

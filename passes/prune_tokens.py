@@ -52,7 +52,7 @@ class Site:
         block: Qualified name of the first block that reads it.
         join: The node where the grid became one axis of n tokens.
         grid: Rows and columns on the traced images, h * w = n; on clips (frames, rows, columns).
-        axes: Where the grid stands in the tensor that was flattened.
+        axes: Where the grid stands in the tensor that was flattened; 0 for frames that are in the batch axis.
         windows: Offset and step of the windows along these axes where an image was unfolded, else none.
         prefix: Tokens in front of the patches.
     """
@@ -102,11 +102,30 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> Site:
         for join in reversed(node.meta.get("joins", [])):
             if len(join.grid) == rank and prod(join.grid) <= tokens:
                 return Site(stream, block, node, join.grid, join.axes, join.windows, tokens - prod(join.grid))
+    folded = _folded_site(stream, block) if rank == 3 else None
+    if folded:
+        return folded
     raise NoSiteError(
         f"no patch tokens: `{stream.name}` has {tokens} tokens in front of `{block}`, but no operation before it "
         f"flattens a grid of positions {'(h, w) of the images' if rank == 2 else '(t, h, w) of the clips'} into them (a grid "
         "of one row or column is none)"
     )
+
+
+def _folded_site(stream: fx.Node, block: str) -> Site | None:
+    """The site where frames were embedded as images, (B * t, n, C), and joined to (B, t * n, C) behind that."""
+    tokens = stream.meta["shape"][1]
+    above = list(ancestors(stream))
+    for node in above:
+        for join in node.meta.get("joins", []):
+            if len(join.grid) != 2 or prod(join.grid) > tokens:
+                continue
+            for earlier in above[above.index(node) :]:
+                for frames, inner in earlier.meta.get("folded", []):
+                    if len(inner.grid) == 2 and (frames, prod(inner.grid)) == join.grid:
+                        grid, axes = (frames, *inner.grid), (0, *inner.axes)
+                        return Site(stream, block, earlier, grid, axes, (), tokens - prod(grid))
+    return None
 
 
 def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node, ...]:
@@ -116,11 +135,11 @@ def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node,
         NoSiteError: The node that flattens it takes no tensor of these axes.
     """
     source = site.join.all_input_nodes[0]
+    known = source.meta["shape"]
+    if site.axes[0] == 0:  # frames are in the batch axis
+        known = (known[0] // TRACED_BATCH, *known[1:])
     windows = site.windows or ((-1, 1),) * len(site.grid)  # one window a position
-    if (
-        tuple(count_windows(source.meta["shape"][axis], *window) for axis, window in zip(site.axes, windows, strict=True))
-        != site.grid
-    ):
+    if tuple(count_windows(known[axis], *window) for axis, window in zip(site.axes, windows, strict=True)) != site.grid:
         raise NoSiteError(
             f"the model takes several image sizes, but the sizes of its grid {site.grid} cannot be read in front of "
             f"`{site.join.name}`: flatten a tensor such as (B, C, h, w) there, or fix the image size"
@@ -131,6 +150,10 @@ def runtime_grid(graph: fx.Graph, site: Site, before: fx.Node) -> tuple[fx.Node,
             graph.create_node("call_function", operator.getitem, (shape, axis), name=name)
             for axis, name in zip(site.axes, _SIZES[-len(site.axes) :], strict=True)
         ]
+        if site.axes[0] == 0:
+            (images,) = graph.find_nodes(op="placeholder")
+            batch = graph.create_node("call_method", "size", (images, 0), name="papr_batch")
+            sizes[0] = graph.create_node("call_function", operator.floordiv, (sizes[0], batch), name="papr_frames_each")
         if not site.windows:
             return tuple(sizes)
         return tuple(

@@ -57,6 +57,37 @@ class ClipViT(nn.Module):
         return self.head(x.mean(1))
 
 
+class JointViT(ClipViT):
+    """Embeds every frame as an image, and joins their tokens: at once, or in two steps."""
+
+    def __init__(self, prefix: int, *, at_once: bool) -> None:
+        super().__init__((4, 3, 2), prefix)
+        self.embed = nn.Conv2d(3, 8, (4, 3), (4, 3))
+        self.at_once = at_once
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, t, _, _ = x.shape
+        x = self.embed(x.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * t, n, C)
+        x = x.reshape(b, t * x.shape[1], 8) if self.at_once else x.unflatten(0, (b, t)).flatten(1, 2)
+        x = torch.cat([self.first.expand(b, -1, -1), x], dim=1) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class PatchMajor(JointViT):
+    """The same with the frames of each patch side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, t, _, _ = x.shape
+        x = self.embed(x.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, (b, t)).transpose(1, 2).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
 def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return F.interpolate(maps.unsqueeze(1), grid, mode="trilinear", align_corners=True).squeeze(1)
 
@@ -125,6 +156,22 @@ def test_hidden_keys_over_shapes(grid, prefix, batch, z):
 
         handle = model.blocks[0].register_forward_pre_hook(pick)
         assert relative_error(gm(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_frames_that_are_embedded_as_images(prefix, at_once):
+    example = torch.zeros(1, 3, 4, 12, 6)
+    model = JointViT(prefix, at_once=at_once)
+    assert check(model, clip_proposal(), 0.5, example_input=example).hidden_keys < 1e-12
+    gm = papr_fx.transform(model.eval(), clip_proposal(), 0.5, example_input=example)
+    assert papr_fx.report(gm).sites[0].grid == (4, 3, 2)
+    assert list(papr_fx.keep_masks(gm, torch.zeros(2, 3, 2, 12, 12))) == [(2, 3, 4)]  # of as many tokens
+
+
+def test_frames_side_by_side_are_refused():
+    with pytest.raises(papr_fx.PaprError):
+        papr_fx.transform(PatchMajor(0, at_once=False), clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 4, 12, 6))
 
 
 def vjepa() -> nn.Module:
