@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.video import R3D_18_Weights, mc3_18, r2plus1d_18, r3d_18, s3d
@@ -126,6 +126,36 @@ def test_kept_tokens_are_those_that_the_map_scores_and_equal_the_unpruned_models
     assert relative_error(gm(x).logits, model.classifier(pooled)) < 1e-9
     found = papr_fx.report(gm)
     assert found.per_frame == ("on each frame alone" in str(found)) == (proposal is toy_proposal)
+
+
+@settings(max_examples=15)
+@given(
+    grid=st.tuples(*[st.integers(2, 4)] * 2),
+    tubelet=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    pool=st.booleans(),
+    z=st.floats(0.1, 0.95),
+    per_frame=st.booleans(),
+)
+def test_videomaes_of_any_shape(grid, tubelet, heads, pool, z, per_frame):
+    steps, rows = grid
+    config = transformers.VideoMAEConfig(
+        hidden_size=8 * heads,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=24,
+        image_size=8 * rows,
+        patch_size=8,
+        num_frames=4 if steps * tubelet == 3 else steps * tubelet,  # not as many as channels
+        tubelet_size=tubelet,
+        use_mean_pooling=pool,
+    )
+    model = enliven(transformers.VideoMAEForVideoClassification._from_config(config))
+    if pool:
+        assert check(model, toy_proposal() if per_frame else clip_proposal(), z).hidden_keys < 1e-9
+        return
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):  # its head reads one token by index
+        papr_fx.transform(model, clip_proposal(), z)
 
 
 @pytest.mark.parametrize("name", PREFIX)
