@@ -34,6 +34,6 @@ bench: setup
 accept: setup
 	$(PYTHON) -m pytest -n 2 --accept tests/test_golden.py
 
-# An hour or two on two cores.
+# Two to three hours on two cores.
 coverage: setup
 	$(PYTHON) -m papr_fx models --library timm torchvision transformers --workers 2 --table docs/coverage.md
