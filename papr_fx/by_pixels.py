@@ -149,6 +149,8 @@ def _follows(whole: fx.GraphModule, images: Tensor, layout: str, shape: tuple[in
     grids: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
     for site in sites:
         name, axes = site.origin
+        if max(axes) >= len(shapes[name]):  # a module joined them inside
+            return False
         grids[site.grid].add(tuple(shapes[name][axis] for axis in axes))
     axes = [layout.index(letter) for letter in "THW" if letter in layout]
     scale = [shape[axis] / images.shape[axis] for axis in axes]

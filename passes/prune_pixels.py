@@ -380,13 +380,13 @@ def _grid(entry: fx.Node, layout: Layout) -> tuple[tuple[int, ...], tuple[str, t
 def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
     """The node that made one axis of a grid, upstream of `node` through what keeps positions in their places."""
     count = cast("tuple[int, ...]", shape_of(node))[axis]
-    rank = len(shape_of(node.graph.find_nodes(op="placeholder")[0]) or ()) - 2
+    images = cast("tuple[int, ...]", shape_of(node.graph.find_nodes(op="placeholder")[0]))
     while True:
         before = next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
         shape = shape_of(before) if before else None
         if before is None or shape is None or count not in shape[1:]:
-            return _joined(node, count, rank) or next(
-                (found for above in ancestors(node) if (found := _joined(above, count - 1, rank))), None
+            return _joined(node, count, images) or next(
+                (found for above in ancestors(node) if (found := _joined(above, count - 1, images))), None
             )
         if node.target in ("transpose", "permute", torch.transpose, torch.permute):
             axis = 3 - axis
@@ -403,10 +403,13 @@ def _product(graph: fx.Graph, sizes: Grid, name: str) -> fx.Node | int:
     return count
 
 
-def _joined(node: fx.Node, most: int, rank: int) -> tuple[fx.Node, Join] | None:
-    """The node and its join, if it made one axis of a grid: of `most` positions or, behind a prefix, some less."""
+def _joined(node: fx.Node, most: int, images: tuple[int, ...]) -> tuple[fx.Node, Join] | None:
+    """The node and its join, if it made one axis of a grid over the images, of `most` positions or a prefix less."""
+    height, width = images[-2:]
     for join in node.meta.get("joins", []):
-        if len(join.grid) == rank and not join.windows and 0 <= most - prod(join.grid) < _LONGEST_PREFIX:
+        if len(join.grid) != len(images) - 2 or join.windows or not 0 <= most - prod(join.grid) < _LONGEST_PREFIX:
+            continue
+        if abs(join.grid[-2] * width / height - join.grid[-1]) < 1:  # heads and their channels are joined too
             return node, join
     return None
 

@@ -397,10 +397,19 @@ def test_windowed_models_are_refused_as_tokens():
         papr_fx.transform(model.eval(), toy_proposal(), 0.5, mode="tokens")
 
 
-def test_token_models_are_no_pixel_models():
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64).eval()
-    with pytest.raises(papr_fx.NoSiteError, match="cannot be traced back to rows and columns"):
-        papr_fx.transform(model, toy_proposal(), 0.5, mode="pixels")
+def test_the_operators_of_a_token_model():
+    """Behind its class token, which is kept."""
+    model = enliven(timm.create_model("vit_tiny_patch16_224", depth=3, img_size=64)).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, mode="pixels")
+    assert [(site.name, site.prefix, site.kept) for site in papr_fx.report(gm).sites] == [
+        (f"blocks.{block}.mlp", 1, 9) for block in range(3)
+    ]
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    (mask,) = papr_fx.keep_masks(gm, x).values()
+    rows = torch.cat([torch.ones(2, 1, 1, dtype=torch.float64), mask.flatten(1).unsqueeze(-1)], dim=1)
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _m, _i, out: out * rows)
+    assert relative_error(gm(x), model(x)) < 1e-12
 
 
 def corrupted_gather(x, rows, grid, layout):
