@@ -49,19 +49,17 @@ def test_every_architecture_is_listed_or_its_family_named():
 
 
 def test_the_page_keeps_its_promises():
-    """Nearly all plain token models of timm, most others; all images of torchvision; a proof for every structure."""
+    """Nearly all plain token models of timm, most others; all of torchvision; a proof for every structure."""
     plain = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_relpos", "vision_transformer_hybrid", "cait")
     plain += ("naflexvit", "convit", "qwen3_vit", "gemma4_vit", "deepseek_vit")
     timm_rows = [row for row in ROWS if row.architecture.library == "timm" and row.architecture.family in plain]
     refused = [row.architecture.name for row in timm_rows if row.mode != "tokens"]
     assert len(timm_rows) == 322
-    assert len(refused) <= 12, refused
+    assert len(refused) <= 7, refused
     others = [row for row in ROWS if row.architecture.library == "timm" and row.architecture.family not in plain]
     assert len(others) == 274
-    assert sum(bool(row.mode) for row in others) >= 246
-    assert {row.architecture.family for row in ROWS if row.architecture.library == "torchvision" and not row.mode} == {
-        "video.mvit"
-    }
+    assert sum(bool(row.mode) for row in others) >= 250
+    assert all(row.mode for row in ROWS if row.architecture.library == "torchvision")
     names = {row.architecture.name for row in ROWS if row.proof.startswith("proved")}
     assert all(row.proof.removeprefix("as ") in names for row in ROWS if row.proof.startswith("as "))
     assert all(row.proof.startswith(("proved", "as ")) == bool(row.mode) for row in ROWS)
