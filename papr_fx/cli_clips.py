@@ -12,7 +12,7 @@ from torch import Tensor
 from . import inputs
 from .diff import graph_diff
 from .module import PrunedModule, keep_masks, set_keep_ratio, significance
-from .named import proposal_for, video_model
+from .named import VIDEO_MODELS, proposal_for, video_model
 from .ops import resize_map
 from .report import report
 from .transform import transform
@@ -44,7 +44,8 @@ def show_clip(arguments: argparse.Namespace, video: Tensor) -> None:
     clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
     proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)
     gm = transform(model, proposal, arguments.z[0], input_stats=statistics)
-    print(f"model: {arguments.model}\nproposal: {arguments.proposal}\n")
+    weights = ", random weights" if arguments.model in VIDEO_MODELS else ""
+    print(f"model: {arguments.model}{weights}\nproposal: {arguments.proposal}\n")
     rows: list[tuple[object, ...]] = []
     kept: dict[str, Tensor] = {}
     for z in arguments.z:

@@ -87,6 +87,8 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     Raises:
         ArgumentError: The video has fewer frames than a view spans.
     """
+    if not video.is_floating_point():
+        raise ArgumentError(f"the video must be floating point, not {video.dtype}: divide what read_video returns by 255")
     if min(frames, step, size, temporal, spatial) < 1:
         raise ArgumentError("frames, step, size, temporal and spatial must be 1 at least")
     span = (frames - 1) * step + 1

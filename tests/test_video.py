@@ -100,6 +100,8 @@ def test_views_are_those_of_the_papers_protocol(height, width):
     (centre,) = sample_views(video, 4, step=3, size=8, temporal=1, spatial=1)
     assert float(centre[0].min()) == 100 * 10 + 4
     assert sample_views(video, 4, step=3, size=4, temporal=1, spatial=1).shape == (1, 4, 1, 4, 4)
+    with pytest.raises(papr_fx.ArgumentError, match="floating point"):
+        sample_views(video.to(torch.uint8), 4)
     with pytest.raises(papr_fx.ArgumentError, match="30 frames, too few: 8 with a step of 5 span 36"):
         sample_views(video, 8, step=5)
 
