@@ -386,7 +386,7 @@ def _flattened(node: fx.Node, axis: int) -> tuple[fx.Node, Join] | None:
         shape = shape_of(before) if before else None
         if before is None or shape is None or count not in shape[1:]:
             return _joined(node, count, images) or next(
-                (found for above in ancestors(node) if (found := _joined(above, count - 1, images))), None
+                (found for above in ancestors(node) if (found := _joined(above, count, images, prefixed=True))), None
             )
         if node.target in ("transpose", "permute", torch.transpose, torch.permute):
             axis = 3 - axis
@@ -403,13 +403,15 @@ def _product(graph: fx.Graph, sizes: Grid, name: str) -> fx.Node | int:
     return count
 
 
-def _joined(node: fx.Node, most: int, images: tuple[int, ...]) -> tuple[fx.Node, Join] | None:
-    """The node and its join, if it made one axis of a grid over the images, of `most` positions or a prefix less."""
+def _joined(node: fx.Node, count: int, images: tuple[int, ...], *, prefixed: bool = False) -> tuple[fx.Node, Join] | None:
+    """The node and its join, if it made one axis of a grid of `count` positions; `prefixed`: of some less, over the images."""
     height, width = images[-2:]
     for join in node.meta.get("joins", []):
-        if len(join.grid) != len(images) - 2 or join.windows or not 0 <= most - prod(join.grid) < _LONGEST_PREFIX:
+        if len(join.grid) != len(images) - 2 or join.windows:
             continue
-        if abs(join.grid[-2] * width / height - join.grid[-1]) < 1:  # heads and their channels are joined too
+        prefix = count - prod(join.grid)
+        over = abs(join.grid[-2] * width / height - join.grid[-1]) < 1  # heads and their channels are joined too
+        if (0 < prefix <= _LONGEST_PREFIX and over) if prefixed else prefix == 0:
             return node, join
     return None
 
