@@ -87,7 +87,7 @@ class Positions:
                 part.training = self._training and isinstance(part, _NormBase)
             try:
                 values = redraw(module, self._random, torch.float32)
-            except NotImplementedError:  # a buffer on the meta device: what it holds is not known
+            except NotImplementedError:  # raised by torch for a buffer on the meta device: what it holds is not known
                 return Verdict(reason="holds a buffer without values (meta device)")
             self._known[key] = self._try(
                 node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)

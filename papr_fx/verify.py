@@ -37,7 +37,7 @@ from .passes.prune_pixels import mask_branches
 from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
 from .positions import Layout
-from .trace import clone, cut, shape_of
+from .trace import REFUSALS, clone, cut, shape_of
 
 # Not the batch size that was traced: a frozen one shows.
 _BATCH = 3
@@ -51,6 +51,10 @@ class Proof(NamedTuple):
     order: float
     control: float
     tolerance: float
+
+
+class _RunError(VerifyError):
+    """The model does not run in the precision of the proof."""
 
 
 class _ComparisonError(SiteError):
@@ -79,9 +83,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
             raise
         try:
             return _prove(model, gm, torch.float64)
-        except SiteError:
-            raise
-        except Exception:  # whatever a model raises that does not run in float64
+        except _RunError:
             raise error from None
 
 
@@ -157,8 +159,8 @@ def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
     given = {name: values.get(name, t.to(inputs[0].dtype) if t.is_floating_point() else t) for name, t in own}
     try:
         return functional_call(module, given, inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise VerifyError(
+    except REFUSALS as error:
+        raise _RunError(
             f"the proof could not run {type(module).__name__} in {inputs[0].dtype}: {type(error).__name__}: {error}"
         ) from error
 
