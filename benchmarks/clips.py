@@ -49,12 +49,18 @@ def count(name: str, proposal: str) -> list[dict[str, Any]]:
 
 
 def measure(
-    name: str, proposal: str, batch: int, rounds: int, device: torch.device, compiled: Callable[[nn.Module], Any]
+    name: str,
+    proposal: str,
+    size: tuple[int, ...] | None,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    compiled: Callable[[nn.Module], Any],
 ) -> list[dict[str, Any]]:
-    """One row for each keep ratio; all variants take turns in one run."""
+    """One row for each keep ratio; all variants take turns in one run. `size` is that of the proposal's clips."""
     model = video_model(name, pretrained=False).model.to(device)
     network = create_network(proposal, pretrained=False)
-    pruned = {z: papr_fx.transform(model, network, z, proposal_size=PROPOSALS[proposal], verify=False) for z in PAPER[name]}
+    pruned = {z: papr_fx.transform(model, network, z, proposal_size=size, verify=False) for z in PAPER[name]}
     clips = torch.randn((batch, *next(iter(pruned.values())).plan.shape[1:]), device=device)
     variants = {key: compiled(module) for key, module in {"dense": model, **pruned}.items()}
     times = median_times({str(key): lambda module=module: module(clips) for key, module in variants.items()}, rounds=rounds)
@@ -83,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["videomae_base"], choices=PAPER, help="to time; all are counted")
     parser.add_argument("--proposal", default="x3d_m", choices=PROPOSALS)
+    parser.add_argument("--proposal-size", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="of its clips, timed")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -96,6 +103,8 @@ def main() -> None:
     print(tabulate(counted, headers="keys", floatfmt=".4g", tablefmt="github"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    size = tuple(arguments.proposal_size) if arguments.proposal_size else PROPOSALS[arguments.proposal]
+
     def compiled(module: nn.Module) -> Any:
         return torch.compile(module, fullgraph=True) if arguments.compile else module
 
@@ -103,7 +112,7 @@ def main() -> None:
         row
         for name in arguments.models
         for batch in arguments.batch
-        for row in measure(name, arguments.proposal, batch, arguments.rounds, device, compiled)
+        for row in measure(name, arguments.proposal, size, batch, arguments.rounds, device, compiled)
     ]
     kind = "compiled" if arguments.compile else "eager"
     print(f"\n{kind}, proposal included in pruned times; {environment(0)}\n")
