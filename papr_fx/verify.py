@@ -53,8 +53,8 @@ class Proof(NamedTuple):
     tolerance: float
 
 
-class _RunError(VerifyError):
-    """The model does not run in the precision of the proof."""
+class _PrecisionError(VerifyError):
+    """The model does not run in the precision of the proof, or its graph is not the model there: it may fix a dtype."""
 
 
 class _ComparisonError(SiteError):
@@ -83,7 +83,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
             raise
         try:
             return _prove(model, gm, torch.float64)
-        except _RunError:
+        except _PrecisionError:
             raise error from None
 
 
@@ -160,7 +160,7 @@ def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
     try:
         return functional_call(module, given, inputs)
     except REFUSALS as error:
-        raise _RunError(
+        raise _PrecisionError(
             f"the proof could not run {type(module).__name__} in {inputs[0].dtype}: {type(error).__name__}: {error}"
         ) from error
 
@@ -194,7 +194,7 @@ def _check_traced(actual: object, expected: object, name: str) -> None:
         )
     pairs = zip(tensors_of(actual), tensors_of(expected), strict=True)
     if not all(torch.equal(a, e) for a, e in pairs):
-        raise VerifyError(
+        raise _PrecisionError(
             f"tracing: the graph of {name} differs from the model by {relative_error(actual, expected):.1e} (relative; equal "
             "bits are needed): its forward does something that depends on the batch size or on state"
         )
