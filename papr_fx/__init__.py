@@ -4,11 +4,13 @@ from . import proposal, testing, video
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
 from .module import keep_masks, restore_grid, set_keep_ratio, significance
+from .passes.merge_tokens import Merge
 from .report import Report, report
 from .transform import transform
 
 __all__ = [
     "ArgumentError",
+    "Merge",
     "NoSiteError",
     "PaprError",
     "ProposalError",

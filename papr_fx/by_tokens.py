@@ -12,7 +12,7 @@ from .blocks import ancestors_of, find_blocks
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, TraceError
 from .module import PrunedModule
-from .passes import gather_positions, prune_tokens
+from .passes import gather_positions, prune_tokens, reduce_tokens
 from .plan import Plan, Tokens
 from .proposal import SignificanceNet
 from .trace import REFUSALS, Traced, cut, descendants, fixed_value, propagate, sandbox, shape_of, trace
@@ -24,9 +24,14 @@ _REFUSED = (
 
 
 def prune_by_tokens(
-    model: nn.Module, images: Tensor, layout: str, proposal: Callable[[], SignificanceNet], z: float
+    model: nn.Module,
+    images: Tensor,
+    layout: str,
+    proposal: Callable[[], SignificanceNet],
+    z: float,
+    merge: reduce_tokens.Reduction | None,
 ) -> PrunedModule:
-    """Builds the model that runs on `z` of its tokens, below 1; not yet proved.
+    """Builds the model that runs on `z` of its tokens, below 1, and on fewer from block to block with `merge`; not yet proved.
 
     Raises:
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
@@ -36,7 +41,7 @@ def prune_by_tokens(
     while True:
         blocks = tuple(find_blocks(model, unused))
         try:
-            root, plan, recorded = _plan(model, images, layout, z, blocks)
+            root, plan, recorded = _plan(model, images, layout, z, blocks, merge)
             break
         except prune_tokens.UnusedError as error:
             unused.update(blocks)
@@ -49,7 +54,12 @@ def prune_by_tokens(
 
 
 def _plan(
-    model: nn.Module, images: Tensor, layout: str, z: float, blocks: tuple[str, ...]
+    model: nn.Module,
+    images: Tensor,
+    layout: str,
+    z: float,
+    blocks: tuple[str, ...],
+    merge: reduce_tokens.Reduction | None,
 ) -> tuple[nn.Module, Plan, list[fx.Graph]]:
     """Traces the model in both modes; returns the modules that the graphs call, the plan, and all that was recorded."""
     if not blocks:
@@ -72,25 +82,32 @@ def _plan(
             continue
         try:
             found = _positions(model, traced, traced.graph, blocks, images)
+            fewer = _reduced(model, traced, traced.graph, blocks, images, merge, found)
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
             continue
-        positions = {False: found, True: found}
+        except reduce_tokens.WholeError as clash:
+            opened |= _reachable(clash, opened)
+            continue
+        positions, reduced = {False: found, True: found}, {False: fewer, True: fewer}
         in_training = trace(model, images, is_opened, training=True)
         in_training = in_training.beside(traced)
         dense = {False: traced.graph, True: _training_graph(traced.graph, site, in_training.graph, blocks)}
         try:
             if dense[True] is not dense[False]:
                 positions[True] = _positions(model, in_training, dense[True], blocks, images)
+                reduced[True] = _reduced(model, in_training, dense[True], blocks, images, merge, positions[True])
             break
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
+        except reduce_tokens.WholeError as clash:
+            opened |= _reachable(clash, opened)
     flags = {model.training, *(model.get_submodule(name).training for name in opened)}
     if dense[True] is not dense[False] and len(flags) > 1:
         raise ArgumentError(
             f"{type(model).__name__} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
         )
-    operator = Tokens(blocks, positions)
+    operator = Tokens(blocks, positions, merge, reduced)
     plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), layout, z)
     plan.dense_graph(model.training)
     return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
@@ -106,6 +123,34 @@ def _positions(
         return gather_positions.find_sites(sandbox(traced.root(model)), graph, site, blocks, images)
     except NoSiteError as error:
         raise NoSiteError(f"{_REFUSED.format(type(model).__name__)}: {error}") from error
+
+
+def _reduced(
+    model: nn.Module,
+    traced: Traced,
+    graph: fx.Graph | str,
+    blocks: tuple[str, ...],
+    images: Tensor,
+    merge: reduce_tokens.Reduction | None,
+    positions: gather_positions.Found,
+) -> reduce_tokens.Found:
+    """Where `merge` leaves fewer tokens."""
+    if merge is None or isinstance(graph, str):
+        return reduce_tokens.Found()
+    used = next((part for part in positions if part), ())
+    if used:
+        raise NoSiteError(
+            f"merge: {type(model).__name__} uses positions beyond its embedding ({used[0]}), and a merged token has none of its own"
+        )
+    site = prune_tokens.find_site(graph, blocks)
+    return reduce_tokens.find_sites(sandbox(traced.root(model)), graph, site, blocks, merge.blocks, images)
+
+
+def _reachable(clash: reduce_tokens.WholeError, opened: Collection[str]) -> set[str]:
+    """The modules to be traced through, unless they were opened in vain."""
+    if stuck := clash.modules & set(opened):
+        raise NoSiteError(f"merge: the attention in `{min(stuck)}` cannot be reached, as its code cannot be traced through")
+    return set(clash.modules)
 
 
 def _alike(model: nn.Module, blocks: Collection[str], opened: Collection[str], clash: gather_positions.LengthError) -> set[str]:

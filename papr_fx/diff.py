@@ -70,7 +70,8 @@ def _lines(graph: fx.Graph) -> list[str]:
         lines.extend(_chained(nodes[start : start + length], batched))
         if count:
             last = nodes[start + length * (count + 1) - 1]
-            lines.append(f"# and {count} alike, up to {last.name}")
+            shape = "" if shape_of(last) == shape_of(nodes[start + length - 1]) else _shape(last, batched)
+            lines.append(f"# and {count} alike, up to {last.name}{shape}")
         start += length * (count + 1)
     return lines
 
@@ -85,20 +86,25 @@ def _chain_length(nodes: Sequence[fx.Node], start: int) -> int:
 def _repeated(nodes: Sequence[fx.Node], start: int) -> tuple[int, int]:
     """Length of the group at `start` that is repeated, and how often it is; one node, not repeated, if there is none."""
     place = {node: index for index, node in enumerate(nodes)}
+    reduced = any(node.name.startswith("papr_tokens_") for node in nodes)
     for length in range(_MIN_GROUP, min(_MAX_GROUP, (len(nodes) - start) // 2) + 1):
         count = 0
-        while start + length * (count + 2) <= len(nodes) and _alike(nodes, place, start, length, length * (count + 1)):
+        while start + length * (count + 2) <= len(nodes) and _alike(
+            nodes, place, start, length, length * (count + 1), reduced
+        ):
             count += 1
         if count:
             return length, count
     return 1, 0
 
 
-def _alike(nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, length: int, distance: int) -> bool:
+def _alike(
+    nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, length: int, distance: int, reduced: bool
+) -> bool:
     """Whether the group of nodes at `start` and that so many nodes on do the same to the same.
 
     The same is one and the same node, or one at the same place of its group; what enters the first group from before it may
-    be, for a later one, the last node of the group before.
+    be, for a later one, the last node of the group before. Where tokens become fewer, sizes may be smaller in the later group.
     """
 
     def same(first: fx.Node, later: fx.Node) -> bool:
@@ -106,7 +112,10 @@ def _alike(nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, leng
         return first is later or place[first] + distance == place[later] or entered
 
     for first, later in zip(nodes[start : start + length], nodes[start + distance :], strict=False):
-        if first.op != later.op or _stem(first.target) != _stem(later.target) or shape_of(first) != shape_of(later):
+        if first.op != later.op or _stem(first.target) != _stem(later.target):
+            return False
+        shapes = shape_of(first) or (), shape_of(later) or ()
+        if len(shapes[0]) != len(shapes[1]) or any(b > a or (b < a and not reduced) for a, b in zip(*shapes, strict=True)):
             return False
         inputs = first.all_input_nodes, later.all_input_nodes
         if len(inputs[0]) != len(inputs[1]) or not all(map(same, *inputs)):
@@ -186,7 +195,7 @@ def _argument(value: Any) -> str:
 
 def _function_name(function: Any) -> str:
     module = str(getattr(function, "__module__", "") or "")
-    short = {"_operator": "operator", "builtins": "", "torch._C._nn": "torch.nn.functional", "papr_fx.ops": "papr_fx"}
+    short = {"_operator": "operator", "builtins": "", "torch._C._nn": "torch.nn.functional", "papr_fx.ops": "papr_fx", "papr_fx.reduction": "papr_fx"}
     module = short.get(module, "torch" if module.startswith("torch._") else module)
     return f"{module}.{function.__name__}" if module else function.__name__
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from .errors import NoSiteError
-from .passes import gather_positions, prune_pixels, prune_tokens, splice_proposal
+from .passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
 from .positions import Layout
 
 
@@ -41,10 +41,14 @@ class Tokens:
     Attributes:
         blocks: Qualified names of the trunk's repeated blocks.
         positions: What else must change for the blocks to run on fewer tokens, for both values of `training`.
+        reduction: How tokens become fewer from block to block, if they do.
+        reduced: Where, for both values of `training`.
     """
 
     blocks: tuple[str, ...]
     positions: Mapping[bool, gather_positions.Found]
+    reduction: reduce_tokens.Reduction | None
+    reduced: Mapping[bool, reduce_tokens.Found]
     mode = "tokens"
     follows_training = False
 
@@ -53,10 +57,14 @@ class Tokens:
         site = prune_tokens.find_site(graph, self.blocks)
         before = site.stream.next
         grid = prune_tokens.runtime_grid(graph, site, before) if plan.dynamic else site.grid
-        images = splice_proposal.find_site(graph)
-        keep = splice_proposal.rewrite(graph, images, before, grid, plan.z, prefix=site.prefix)
-        gather_positions.rewrite(graph, self.positions[training], site.stream, keep, site.prefix)
-        prune_tokens.rewrite(graph, site, keep)
+        keep = None
+        if plan.z < 1:
+            images = splice_proposal.find_site(graph)
+            keep = splice_proposal.rewrite(graph, images, before, grid, plan.z, prefix=site.prefix)
+            gather_positions.rewrite(graph, self.positions[training], site.stream, keep, site.prefix)
+            prune_tokens.rewrite(graph, site, keep)
+        if self.reduction and self.reduction.r:
+            reduce_tokens.rewrite(graph, self.reduced[training], self.reduction, grid=grid, prefix=site.prefix, keep=keep)
 
     def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:
         """What is chosen in the dense `graph`: one set of tokens."""
@@ -143,6 +151,17 @@ class Plan:
     output: str = "logits"
 
     @property
+    def reduction(self) -> reduce_tokens.Reduction | None:
+        """How tokens become fewer from block to block, if they do."""
+        return self.operator.reduction if isinstance(self.operator, Tokens) else None
+
+    @property
+    def pruning(self) -> Plan:
+        """The same without a reduction."""
+        operator = replace(self.operator, reduction=None) if isinstance(self.operator, Tokens) else self.operator
+        return replace(self, operator=operator)
+
+    @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
         return self.dense[True] is self.dense[False] and not self.operator.follows_training
@@ -155,9 +174,9 @@ class Plan:
         return copy.deepcopy(graph)
 
     def rewrite(self, training: bool) -> fx.Graph:
-        """The graph for keep ratio `z`: the dense one at 1, where nothing is left to choose."""
+        """The graph for keep ratio `z`: the dense one at 1 but for a reduction, as nothing is left to choose."""
         graph = self.dense_graph(training)
-        return graph if self.z == 1 else self.prune(graph, training)
+        return graph if self.z == 1 and not self.reduction else self.prune(graph, training)
 
     def prune(self, graph: fx.Graph, training: bool) -> fx.Graph:
         """Rewrites a traced graph of the model, in place, and returns it."""

@@ -17,6 +17,7 @@ from .by_tokens import prune_by_tokens
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
 from .module import PrunedModule, checked_z
+from .passes.reduce_tokens import Reduction
 from .proposal import InputStats, SignificanceNet, build_proposal
 from .trace import REFUSALS, sandbox
 from .verify import prove
@@ -33,7 +34,7 @@ def transform(
     proposal_size: int | tuple[int, ...] | None = None,
     input_stats: InputStats = "auto",
     saliency: Literal["psm"] = "psm",
-    merge: None = None,
+    merge: Reduction | None = None,
     output: Literal["logits", "features"] = "logits",
     verify: bool = True,
 ) -> PrunedModule:
@@ -61,7 +62,8 @@ def transform(
         input_stats: "auto" re-normalises images for the proposal where the (mean, std) of both networks are known and
             differ, "shared" hands them over as they are, ((mean, std) of the model, (mean, std) of the proposal) says both.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps.
-        merge: Token merging after pruning; none is available.
+        merge: `Merge(r, blocks, proportional)`: token merging in some blocks of a token model, behind the pruning, or alone
+            with z=1. Or one of its peers in `papr_fx.peers`.
         output: "logits", what the model returns, or "features", what its `forward_features` does (timm): of a token model
             the kept tokens (B, prefix + k, C), which `restore_grid` puts back in their places.
         verify: Whether to prove the rewrite on the model before returning it; `VerifyError` if it fails.
@@ -82,8 +84,7 @@ def transform(
     inputs.checked_word("mode", mode, inputs.MODES)
     inputs.checked_word("background", background, inputs.BACKGROUNDS)
     inputs.checked_word("saliency", saliency, ("psm",))
-    if merge is not None:
-        raise ArgumentError(f"merge must be None, not {merge!r}")
+    mode = _checked_merge(merge, mode)
     images = inputs.example_images(model, example_input)
     layout = inputs.layout_of(model, images)
     size = inputs.checked_size(proposal_size, images)
@@ -110,7 +111,7 @@ def transform(
     if mode == "pixels":
         return finished(prune_by_pixels(model, images, layout, network, some, background))
     try:
-        return finished(prune_by_tokens(model, images, layout, network, some))
+        return finished(prune_by_tokens(model, images, layout, network, some, merge))
     except (NoSiteError, VerifyError) as error:
         if mode == "tokens":
             raise
@@ -122,6 +123,17 @@ def transform(
             hint = "mode='pixels' would prune its MLPs alone, where that is sound"
             raise type(error)(f"{error} ({hint})") from error
     return finished(gm)
+
+
+def _checked_merge(merge: object, mode: Literal["auto", "tokens", "pixels"]) -> Literal["auto", "tokens", "pixels"]:
+    """The mode, which is that of tokens where these are merged."""
+    if merge is None:
+        return mode
+    if isinstance(merge, type) or not isinstance(merge, Reduction):
+        raise ArgumentError(f"merge must be papr_fx.Merge(r=8), or a peer of it in papr_fx.peers, not {merge!r}")
+    if mode == "pixels":
+        raise ArgumentError("merge: pixel operators have no tokens to merge; leave mode at 'auto'")
+    return "tokens"
 
 
 def _prove_all(model: nn.Module, gm: PrunedModule) -> None:

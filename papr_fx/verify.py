@@ -10,6 +10,7 @@ scale first: trained or fresh ones may be so small (layer scales of 1e-6, bias t
 5. Lengths: with some positions only, the output does not depend on their order.
 6. Regions, for pixel operators: with some positions only, the output is that of the dense graph with masked branches.
 7. Hidden keys, for tokens: with some tokens only, they are those of the dense graph in which no attention sees the others.
+8. Merging, where tokens are merged: see `verify_reduction`. The other parts are about the graph without it.
 
 A model whose code differs in training mode has a second graph: it is compared with the model in that mode, dropout off.
 """
@@ -24,7 +25,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .errors import SiteError, VerifyError
@@ -37,11 +37,12 @@ from .passes.prune_pixels import mask_branches
 from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
 from .positions import Layout
-from .trace import REFUSALS, clone, cut, shape_of
+from .proof import TOLERANCES, ComparisonError, PrecisionError, run
+from .trace import clone, cut, shape_of
+from .verify_reduction import prove_reduction
 
 # Not the batch size that was traced: a frozen one shows.
 _BATCH = 3
-_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 class Proof(NamedTuple):
@@ -51,14 +52,6 @@ class Proof(NamedTuple):
     order: float
     control: float
     tolerance: float
-
-
-class _PrecisionError(VerifyError):
-    """The model does not run in the precision of the proof, or its graph is not the model there: it may fix a dtype."""
-
-
-class _ComparisonError(SiteError):
-    """Two results differ by too much, or too little where they should: it may be noise."""
 
 
 def prove(model: nn.Module, gm: PrunedModule) -> Proof:
@@ -78,18 +71,18 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
         return _prove(model, gm, torch.float64)
     try:
         return _prove(model, gm, torch.float32)
-    except _ComparisonError as error:
+    except ComparisonError as error:
         if example.device.type == "mps":  # it has no float64
             raise
         try:
             return _prove(model, gm, torch.float64)
-        except _PrecisionError:
+        except PrecisionError:
             raise error from None
 
 
 @torch.no_grad()
 def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
-    plan = replace(gm.plan, z=0.5)
+    plan = replace(gm.plan.pruning, z=0.5)
     example = gm.example()
     random = torch.Generator(example.device).manual_seed(0)
     images = torch.randn((_BATCH, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
@@ -98,22 +91,22 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
     root = clone(shell(gm)).eval()
     dense = fx.GraphModule(root, plan.dense_graph(False))
     free = _free_keep(root, plan.rewrite(False), choices)
-    tolerance = _TOLERANCES[dtype]
+    tolerance = TOLERANCES[dtype]
 
     with exact_float32():
         reference = clone(model).eval()
-        expected = _run(reference, values, images)
+        expected = run(reference, values, images)
         _check_finite(expected)
-        _check_traced(_run(dense, values, images), expected, plan.name)
-        _check_traced(_run(dense, values, images[:1]), _run(reference, values, images[:1]), plan.name)
+        _check_traced(run(dense, values, images), expected, plan.name)
+        _check_traced(run(dense, values, images[:1]), run(reference, values, images[:1]), plan.name)
         orders = [_random_order(images, choice.grid, random) for choice in choices]
         some = [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in orders]
-        fewer = _run(free, values, images[:1], *_indices(some, choices))
+        fewer = run(free, values, images[:1], *_indices(some, choices))
         places = _places(plan, choices, _first(expected), fewer, some)
         permuted = reorder(expected, places, orders[0])
-        permutation = relative_error(_run(free, values, images, *_indices(orders, choices)), permuted)
+        permutation = relative_error(run(free, values, images, *_indices(orders, choices)), permuted)
         if not permutation <= tolerance:
-            raise _ComparisonError(
+            raise ComparisonError(
                 f"permutation: with all positions kept {choices[0].where}, in random order, the output is off by "
                 f"{permutation:.1e} (relative; {tolerance:.0e} is allowed). What follows uses a position's place beyond its "
                 "embedding: a rotary table, a relative-position bias, a window, a mask, or a head that picks tokens by index"
@@ -125,7 +118,7 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         floor = tolerance / 10 if isinstance(plan.operator, Tokens) else 40 * torch.finfo(dtype).eps
         for choice, control in zip(choices, controls, strict=True):
             if control is not None and not control > max(floor, 10 * permutation):
-                raise _ComparisonError(
+                raise ComparisonError(
                     f"negative control: with one position replaced {choice.where}, the output moves by {control:.1e} only, "
                     f"beside an error of {permutation:.1e}, so the proof would not see a fault. Pass verify=False if the model "
                     "is right to ignore single positions",
@@ -134,11 +127,11 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         seen = [control for control in controls if control is not None]
         allowed = min(tolerance, *seen)  # one wrong position is to show
         _check_geometry(model, root, plan, False, values, images[:1], random)
-        flipped = _run(free, values, images[:1], *_indices([cells.flip(1) for cells in some], choices))
+        flipped = run(free, values, images[:1], *_indices([cells.flip(1) for cells in some], choices))
         backwards = torch.arange(some[0].shape[1], device=images.device).flip(0).unsqueeze(0)
         order = relative_error(flipped, reorder(fewer, places, backwards))
         if not order <= allowed:
-            raise _ComparisonError(
+            raise ComparisonError(
                 f"lengths: with fewer positions {choices[0].where}, the output depends on their order ({order:.1e}, "
                 f"{allowed:.0e} is allowed): places are rebuilt from the number of positions"
             )
@@ -148,21 +141,10 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
             _check_hidden(
                 root, plan, plan.operator, choices[0], free, values, images[:1], _indices(some, choices)[0], tolerance
             )
+        prove_reduction(root, gm.plan, values, images, training=False)
         if not gm.plan.one_graph and not isinstance(gm.plan.dense[True], str):
             _check_training(model, gm, values, images, places, random)
     return Proof(permutation, order, min(seen, default=tolerance), tolerance)
-
-
-def _run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
-    """Calls `module` with `values` for the tensors that it has of them, and its other tensors in the images' dtype."""
-    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    given = {name: values.get(name, t.to(inputs[0].dtype) if t.is_floating_point() else t) for name, t in own}
-    try:
-        return functional_call(module, given, inputs)
-    except REFUSALS as error:
-        raise _PrecisionError(
-            f"the proof could not run {type(module).__name__} in {inputs[0].dtype}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _free_keep(root: nn.Module, graph: fx.Graph, choices: Sequence[Choice]) -> fx.GraphModule:
@@ -194,7 +176,7 @@ def _check_traced(actual: object, expected: object, name: str) -> None:
         )
     pairs = zip(tensors_of(actual), tensors_of(expected), strict=True)
     if not all(torch.equal(a, e) for a, e in pairs):
-        raise _PrecisionError(
+        raise PrecisionError(
             f"tracing: the graph of {name} differs from the model by {relative_error(actual, expected):.1e} (relative; equal "
             "bits are needed): its forward does something that depends on the batch size or on state"
         )
@@ -234,7 +216,7 @@ def _control(
     wrong[place][:, -1] = wrong[place][:, 0]
     if wrong[place].shape[1] == 1:
         wrong[place] = wrong[place][:, :0]
-    return relative_error(_run(free, values, images, *_indices(wrong, choices)), expected)
+    return relative_error(run(free, values, images, *_indices(wrong, choices)), expected)
 
 
 def _merges(plan: Plan, grid: tuple[int, ...]) -> tuple[str, ...]:
@@ -279,10 +261,10 @@ def _check_masked(
         for choice, cells in zip(choices, kept, strict=True)
     }
     graph = mask_branches(plan.dense_graph(False), operator.sites[False], operator.background)
-    masked = _run(fx.GraphModule(root, graph), values, image, *(masks[choice.grid] for choice in choices))
+    masked = run(fx.GraphModule(root, graph), values, image, *(masks[choice.grid] for choice in choices))
     error = relative_error(pruned, masked)
     if not error <= allowed:
-        raise _ComparisonError(
+        raise ComparisonError(
             f"regions: with fewer positions the output is off by {error:.1e} from the dense model with masked branches "
             f"({allowed:.0e} is allowed): an operator mixes positions"
         )
@@ -306,7 +288,7 @@ def _check_hidden(
     shape = cast("tuple[int, ...]", shape_of(stream))
     hidden = torch.ones((1, shape[1]), dtype=torch.bool, device=image.device).scatter(1, keep, False)
     with HiddenKeys(hidden) as attention:
-        dense = cast(Tensor, _run(cut(root, graph, last), values, image))
+        dense = cast(Tensor, run(cut(root, graph, last), values, image))
     if not attention.seen:
         raise VerifyError(
             f"hidden keys: no attention over the {shape[1]} tokens was seen behind `{choice.stream}` (neither "
@@ -314,10 +296,10 @@ def _check_hidden(
             "another way cannot be left out"
         )
     kept = next(node for node in free.graph.nodes if node.name == last.name)
-    pruned = _run(cut(root, free.graph, kept), values, image, keep)
+    pruned = run(cut(root, free.graph, kept), values, image, keep)
     error = relative_error(pruned, dense.gather(1, keep.unsqueeze(-1).expand(-1, -1, dense.shape[-1])))
     if not error <= tolerance:
-        raise _ComparisonError(
+        raise ComparisonError(
             f"hidden keys: the kept tokens of `{last.name}` are off by {error:.1e} from those of the dense model in which no "
             f"attention sees the others ({tolerance:.0e} is allowed): something else mixes tokens, or normalises over them"
         )
@@ -332,7 +314,7 @@ def _check_training(
     random: torch.Generator,
 ) -> None:
     """Compares the graph for training mode with the model whose traced code is in training mode, all other modules in eval."""
-    plan = replace(gm.plan, z=0.5)
+    plan = replace(gm.plan.pruning, z=0.5)
     graph = plan.dense_graph(True)
     whole = {str(node.target) for node in graph.find_nodes(op="call_module")}
     reference = clone(model).eval()
@@ -351,17 +333,18 @@ def _check_training(
             (_free_keep(root, plan.rewrite(True), choices), (images, *keeps)),
         ):
             torch.manual_seed(len(outputs) != 1)  # the second run draws other numbers: does the code draw any?
-            outputs.append(_run(module, values, *inputs))
+            outputs.append(run(module, values, *inputs))
     expected, other, traced, permuted = outputs
     _check_traced(traced, expected, f"{plan.name} in training mode")
     error = relative_error(permuted, reorder(expected, places, orders[0]))
     if relative_error(other, expected) > 0:  # function dropout: it would drop other elements of permuted tokens
         return
-    if not error <= _TOLERANCES[images.dtype]:
-        raise _ComparisonError(
+    if not error <= TOLERANCES[images.dtype]:
+        raise ComparisonError(
             f"permutation: in training mode, with all positions kept in random order, the output is off by {error:.1e}"
         )
     _check_geometry(model, root, plan, True, values, images[:1], random)
+    prove_reduction(root, gm.plan, values, images, training=True)
 
 
 def _check_geometry(
@@ -454,7 +437,7 @@ def _moved(
             patch = patch.narrow(axis, first, end - first)
         patch *= -1
     stream = next(node for node in graph.nodes if node.name == choice.stream)
-    value = cast(Tensor, _run(cut(root, graph, stream), values, probes))
+    value = cast(Tensor, run(cut(root, graph, stream), values, probes))
     positions = value.movedim(choice.layout.index("C"), -1).flatten(1, -2)  # (1 + cells, N, C)
     return (positions[1:] - positions[:1]).abs().sum(-1), cells
 

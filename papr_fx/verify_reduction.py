@@ -1,0 +1,111 @@
+"""The proof that tokens may become fewer from block to block: on the model itself, with parameters at unit scale.
+
+A merged token that weighs as much as its members stands for all of them: the output must be that of the dense graph in which,
+behind the same additions, every token is replaced by the average of its group. Tokens are grouped as the merged run did, so
+nothing hangs on ties. With one token put into another group it must not be, or the proof would see nothing.
+
+This holds for merging in proportion to size. Other reductions, and merging without, change the same graph at the same sites by
+other functions; what is proved for them is these sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import VerifyError
+from .numerics import relative_error, tensors_of
+from .passes.merge_tokens import Merge
+from .plan import Plan, Tokens
+from .proof import TOLERANCES, ComparisonError, run
+from .reduction import Matching
+
+
+def prove_reduction(root: nn.Module, plan: Plan, values: dict[str, Tensor], images: Tensor, *, training: bool) -> None:
+    """Proves the sites of the reduction in `plan`; does nothing without one.
+
+    Args:
+        root: The modules that its graphs call, in eval mode.
+        plan: The plan.
+        values: Parameters at unit scale.
+        images: Random images.
+        training: Which of the two graphs.
+
+    Raises:
+        VerifyError: They are not sound.
+    """
+    operator = plan.operator
+    if not isinstance(operator, Tokens) or not operator.reduction or not operator.reduced[training].sites:
+        return
+    merge = Merge(max(1, operator.reduction.r), operator.reduction.blocks)
+    whole = replace(plan, z=1.0, operator=replace(operator, reduction=merge))
+    graph = whole.rewrite(training)
+    matches = [node for node in graph.nodes if node.name.startswith("papr_match_")]
+    graph.output_node().args = ((graph.output_node().args[0], tuple(matches)),)
+    output, matchings = run(fx.GraphModule(root, graph), values, images)
+    groups = _groups(cast("list[Matching]", matchings))
+    additions = [site.addition for site in operator.reduced[training].sites]
+    averaged = _averaging(root, plan.dense_graph(training), additions)
+    error = relative_error(_spread(output, groups[-1]), run(averaged, values, images, *groups))
+    if not error <= TOLERANCES[images.dtype]:
+        raise ComparisonError(
+            f"merging: the output is off by {error:.1e} (relative; {TOLERANCES[images.dtype]:.0e} is allowed) from that of the "
+            "dense model in which merged tokens are averaged: something counts tokens, such as a pooling, or tells them apart"
+        )
+    moved = [group.clone() for group in groups]
+    for group in moved:
+        group[:, -1] = (group[:, -1] + 1) % (group.max() + 1)
+    control = relative_error(_spread(output, groups[-1]), run(averaged, values, images, *moved))
+    if not control > max(TOLERANCES[images.dtype] / 10, 10 * error):
+        raise ComparisonError(f"merging: one token in another group moves the output by {control:.1e} only: nothing was proved")
+
+
+def _groups(matchings: list[Matching]) -> list[Tensor]:
+    """For each reduction, the merged token that every token of the dense stream is in by then, (B, N)."""
+    groups: list[Tensor] = []
+    for matching in matchings:
+        stay, merged, into = matching
+        new = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+        places = torch.empty((len(stay), stay.shape[1] + merged.shape[1]), dtype=torch.int64, device=stay.device)
+        places = places.scatter(1, stay, new).scatter(1, merged, into)
+        groups.append(places.gather(1, groups[-1]) if groups else places)
+    return groups
+
+
+def _averaging(root: nn.Module, graph: fx.Graph, additions: list[str]) -> fx.GraphModule:
+    """The dense graph with the groups as further inputs, by which the results of `additions` are averaged."""
+    nodes = {node.name: node for node in graph.nodes}
+    last = graph.find_nodes(op="placeholder")[0]
+    for number, name in enumerate(additions):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"groups_{number}")
+        with graph.inserting_after(nodes[name]):
+            average = graph.call_function(_average, (nodes[name], last))
+        nodes[name].replace_all_uses_with(average, delete_user_cb=lambda user, average=average: user is not average)
+    return fx.GraphModule(root, graph)
+
+
+def _average(tokens: Tensor, groups: Tensor) -> Tensor:
+    """Every token (B, N, C) replaced by the average of its group."""
+    members = F.one_hot(groups).to(tokens.dtype)  # (B, N, groups)
+    means = members.transpose(1, 2) @ tokens / members.sum(1).clamp(min=1).unsqueeze(-1)
+    return members @ means
+
+
+def _spread(output: Any, groups: Tensor) -> Any:
+    """An output that still holds tokens, with each put in the place of all of its group."""
+    count = int(groups.max()) + 1
+
+    def spread(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 3 and tensor.shape[1] == count:
+            return tensor.gather(1, groups.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
+        return tensor
+
+    if not tensors_of(output):
+        raise VerifyError("merging: the model returns no tensors that can be compared")
+    return pytree.tree_map_only(Tensor, spread, output)

@@ -1,0 +1,405 @@
+"""Leaves fewer tokens from one block to the next, between attention and MLP: what merging and its peers have in common.
+
+Before:
+    mixed  = scaled_dot_product_attention(queries, keys, values)   # a block's attention over (B, N, C) tokens
+    tokens = stream + project(mixed)
+    out    = tokens + mlp(tokens)
+
+Becomes:
+    papr_bias_1   = size_bias(papr_sizes_0, queries)               # (B, 1, 1, N), from the second reduction on
+    mixed         = scaled_dot_product_attention(queries, keys, values, attn_mask=papr_bias_1)
+    tokens        = stream + project(mixed)
+    papr_tokens_1 = ...                                            # (B, N - r, C), by the reduction, such as `merge_tokens`
+    papr_sizes_1  = ...                                            # (B, N - r): how many patches each token stands for
+    out           = papr_tokens_1 + mlp(papr_tokens_1)
+
+Because: behind the addition every operation up to the next attention treats each token alone, and attention takes any number
+of them. A token that stands for s patches weighs s times as much in attentions and averages (Bolya et al., ICLR 2023,
+Sec. 3.2): merging equal tokens then changes nothing.
+
+Left alone:
+    1. A block of the chosen ones with no attention over the tokens by `scaled_dot_product_attention` or `nn.MultiheadAttention`,
+       or with several.
+    2. An attention that is given a mask or a bias, or a model that uses positions beyond the embedding: a merged token has none.
+    3. Tokens from before the attention's residual addition that are read behind it, by a skip connection.
+    4. A module of torch.nn that attends to the tokens, or averages them, and cannot be traced through.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ArgumentError, NoSiteError
+from ..moves import operands
+from ..reduction import join_heads, mean_by_size, size_bias, split_heads
+from ..trace import TRACED_BATCH, descendants, fake_like, faking, shape_of
+from . import prune_tokens
+
+# Parameters of nn.MultiheadAttention.
+_PROJECTIONS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+
+Blocks = Literal["second-half", "all"] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a block's tokens become fewer. Nodes are named, so that it holds for copies of its graph.
+
+    Attributes:
+        block: Qualified name of the block.
+        attention: The node of its attention.
+        addition: The residual addition behind it.
+    """
+
+    block: str
+    attention: str
+    addition: str
+
+
+class Attention(NamedTuple):
+    """A node that attends to tokens.
+
+    Attributes:
+        node: Its name.
+        heads: Of an `nn.MultiheadAttention`, how many heads it has; else 0.
+    """
+
+    node: str
+    heads: int
+
+
+class Found(NamedTuple):
+    """What a reduction changes in a graph.
+
+    Attributes:
+        sites: Where tokens become fewer, in order.
+        attentions: Nodes that attend to tokens that may be fewer.
+        means: Nodes that average them.
+    """
+
+    sites: tuple[Site, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    means: tuple[str, ...] = ()
+
+
+class State(NamedTuple):
+    """What is known of the tokens at a place of the graph.
+
+    Attributes:
+        sizes: How many patches each stands for, (B, N); None as long as each stands for itself.
+        places: The place that each has in the dense stream, (B, N); None where all are there.
+    """
+
+    sizes: fx.Node | None
+    places: fx.Node | None
+
+
+class Attended(NamedTuple):
+    """A place where a block's tokens are to become fewer.
+
+    Attributes:
+        number: How many there are before it.
+        queries: Queries of the block's attention, (B, heads, N, D).
+        keys: Its keys, the same.
+        values: Its values, the same.
+        scale: What it multiplies logits with; None for the root of D.
+        tokens: The result of the addition behind it, (B, N, C).
+        prefix: Tokens in front of the patches, which stay.
+        grid: Sizes of the patches' grid, numbers or nodes.
+    """
+
+    number: int
+    queries: fx.Node
+    keys: fx.Node
+    values: fx.Node
+    scale: object
+    tokens: fx.Node
+    prefix: int
+    grid: tuple[int | fx.Node, ...]
+
+    def create(self, name: str, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        """A node at the graph's insertion point."""
+        return self.tokens.graph.create_node("call_function", function, arguments, name=f"papr_{name}_{self.number}")
+
+    def parts(self, node: fx.Node, *names: str) -> list[fx.Node]:
+        """The parts of a tuple, as nodes of those names."""
+        return [self.create(name, operator.getitem, node, place) for place, name in enumerate(names)]
+
+
+@dataclass(frozen=True)
+class Reduction(ABC):
+    """A way to leave fewer tokens, for `transform(..., merge=...)`.
+
+    Attributes:
+        r: Tokens fewer behind each block; at most half of the patches there are.
+        blocks: Which blocks: "second-half", "all", or their numbers.
+        proportional: Whether attention weighs tokens by the patches that they stand for: yes for models trained with labels,
+            no for MAE (PaPr, Sec. 4.1). Averages over tokens are weighted in any case.
+
+    Raises:
+        ArgumentError: A value is out of range.
+    """
+
+    r: int = 8
+    blocks: Blocks = "second-half"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        r, blocks = cast(Any, self.r), cast(Any, self.blocks)
+        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            raise ArgumentError(f"merge: r (tokens fewer behind each block) must be a whole number from 0 on, not {r!r}")
+        words = isinstance(blocks, str) and blocks in ("second-half", "all")
+        numbers = isinstance(blocks, Sequence) and not isinstance(blocks, str)
+        if not words and not (numbers and all(type(n) is int for n in cast("Sequence[object]", blocks))):
+            raise ArgumentError(f'merge: blocks must be "second-half", "all" or numbers of blocks, not {blocks!r}')
+
+    @abstractmethod
+    def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
+        """Inserts nodes at the graph's insertion point; returns the fewer tokens and what is known of them."""
+
+
+class WholeError(Exception):
+    """Modules hold an attention or an average that is to be reached: they are to be traced through first.
+
+    Attributes:
+        modules: Their qualified names.
+    """
+
+    def __init__(self, modules: set[str]) -> None:
+        super().__init__()
+        self.modules = modules
+
+
+def chosen_blocks(names: Sequence[str], blocks: Blocks) -> list[str]:
+    """The blocks that a reduction names, in order.
+
+    Raises:
+        ArgumentError: A number is out of range.
+    """
+    if blocks == "all":
+        return list(names)
+    if blocks == "second-half":
+        return list(names[len(names) // 2 :])
+    numbers = cast("Sequence[int]", blocks)
+    wrong = [number for number in numbers if not -len(names) <= number < len(names)]
+    if wrong:
+        raise ArgumentError(f"merge: there is no block {wrong[0]} among {len(names)}, which are 0 to {len(names) - 1}")
+    return [names[place] for place in sorted({number % len(names) for number in numbers})]
+
+
+def find_sites(
+    root: nn.Module,
+    graph: fx.Graph,
+    tokens: prune_tokens.Site,
+    blocks: Collection[str],
+    wanted: Blocks,
+    images: Tensor,
+) -> Found:
+    """Finds where tokens can become fewer.
+
+    Args:
+        root: A copy of the modules that the graph calls.
+        graph: A traced graph; it is not changed.
+        tokens: Its token stream.
+        blocks: Qualified names of the trunk's blocks.
+        wanted: In which of them.
+        images: Images of the traced shape.
+
+    Raises:
+        WholeError: Modules are to be traced through first.
+        NoSiteError: Fewer tokens would not be sound, with the reason.
+    """
+    calls = dict(prune_tokens.calls(graph, blocks))
+    chosen = chosen_blocks(list(calls), wanted)
+    if not chosen:
+        return Found()
+    nodes = list(graph.nodes)
+    start = nodes.index(calls[chosen[0]][0])
+    watched = _Watched(root, graph, {tokens.prefix + prod(tokens.grid), prod(tokens.grid)})
+    mode, fake = fake_like(images, TRACED_BATCH)
+    with faking(mode):
+        watched.run(fake)
+    seen = {node: watched.seen[node] for node in nodes[start:] if watched.seen[node]}
+    whole = [node for node in seen if node.op == "call_module" and not _heads(root, node)]
+    stuck = [node for node in whole if type(root.get_submodule(str(node.target))).__module__.startswith("torch.nn.")]
+    if stuck:
+        kind = type(root.get_submodule(str(stuck[0].target))).__name__
+        raise NoSiteError(f"merge: `{stuck[0].target}` (torch.nn.{kind}) attends to tokens or averages them inside its own code")
+    if whole:
+        raise WholeError({str(node.target) for node in whole})
+    attentions = [node for node in seen if "attention" in seen[node]]
+    for node in attentions:
+        _check_bare(node)
+    sites = tuple(_site(tokens, block, calls[block], attentions) for block in chosen)
+    means = tuple(node.name for node in seen if "mean" in seen[node])
+    return Found(sites, tuple(Attention(node.name, _heads(root, node)) for node in attentions), means)
+
+
+def rewrite(
+    graph: fx.Graph,
+    found: Found,
+    reduction: Reduction,
+    *,
+    grid: tuple[int | fx.Node, ...],
+    prefix: int,
+    keep: fx.Node | None,
+) -> None:
+    """Leaves fewer tokens at every site.
+
+    Args:
+        graph: The graph to change.
+        found: From `find_sites` on the dense graph.
+        reduction: How.
+        grid: Sizes of the patches' grid, numbers or nodes.
+        prefix: Tokens in front of the patches, which stay.
+        keep: The node of the kept tokens (B, N), where some were dropped.
+    """
+    additions = {site.addition: site for site in found.sites}
+    nodes = list(graph.nodes)
+    heads = dict(found.attentions)
+    attended: dict[str, fx.Node] = {}  # each as a call of `scaled_dot_product_attention`
+    state, number = State(None, keep), 0
+    for node in nodes:
+        if node.name in heads:
+            attended[node.name] = attention = _spelled_out(graph, node, heads[node.name]) if heads[node.name] else node
+            if state.sizes is not None and reduction.proportional:
+                _weigh(graph, attention, state.sizes, number)
+        if node.name in found.means and state.sizes is not None:
+            node.op, node.target, node.kwargs = "call_function", mean_by_size, {**node.kwargs, "sizes": state.sizes}
+        if node.name in additions:
+            before = set(graph.nodes)
+            attention = attended[additions[node.name].attention]
+            queries, keys, values = cast("tuple[fx.Node, ...]", attention.args[:3])
+            at = Attended(number, queries, keys, values, attention.kwargs.get("scale"), node, prefix, grid)
+            with graph.inserting_before(node.next):
+                fewer, state = reduction.insert(at, state)
+            node.replace_all_uses_with(fewer, delete_user_cb=before.__contains__)
+            number += 1
+
+
+def _heads(root: nn.Module, node: fx.Node) -> int:
+    """The heads of a call of `nn.MultiheadAttention` that can be spelled out; 0 for anything else."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(module, nn.MultiheadAttention) or node.op != "call_module":
+        return 0
+    plain = module.batch_first and module.in_proj_weight is not None and module.in_proj_bias is not None
+    plain = plain and module.bias_k is None and not module.add_zero_attn and not module.dropout
+    return module.num_heads if plain and all(_part(user) == 0 for user in node.users) else 0
+
+
+def _part(user: fx.Node) -> object:
+    """Which part of a tuple a node takes."""
+    return user.args[1] if user.target is operator.getitem else None
+
+
+def _check_bare(node: fx.Node) -> None:
+    """Refuses an attention with a mask, of other queries, or one that is causal."""
+    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 and node.op == "call_function" else None)
+    if mask is not None or node.kwargs.get("key_padding_mask") is not None:
+        raise NoSiteError(f"merge: the attention `{node.name}` is given a mask or a bias, which says nothing of merged tokens")
+    if node.kwargs.get("is_causal"):
+        raise NoSiteError(f"merge: the attention `{node.name}` is causal, so that the order of tokens matters")
+    if node.op == "call_module" and (len(node.args) < 3 or len(set(node.args[:3])) > 1):
+        raise NoSiteError(f"merge: `{node.target}` is no self-attention: queries, keys and values are not the same tokens")
+
+
+def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], attentions: Sequence[fx.Node]) -> Site:
+    inside = [node for node in nodes if node in attentions]
+    if len(inside) != 1:
+        reason = "has no attention over the tokens by scaled_dot_product_attention" if not inside else "has several attentions"
+        raise NoSiteError(f"merge: `{block}` {reason}")
+    shape = tokens.stream.meta["shape"]
+    behind = descendants(inside[0])
+    stream = descendants(tokens.stream)
+    for node in nodes:
+        pair = operands(node) if node in behind and shape_of(node) == shape else None
+        if pair is None or all(value in behind for value in pair):
+            continue
+        later = descendants(node)
+        crossing = [
+            value
+            for user in later
+            if user is not node
+            for value in user.all_input_nodes
+            if value not in later and value in stream and shape[1] in (shape_of(value) or ())
+        ]
+        if not crossing:
+            return Site(block, inside[0].name, node.name)
+    raise NoSiteError(
+        f"merge: `{block}` has no residual addition behind its attention `{inside[0].name}` after which nothing reads the tokens "
+        "from before it"
+    )
+
+
+def _spelled_out(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
+    """Puts `scaled_dot_product_attention` and projections in the place of an nn.MultiheadAttention; returns the former."""
+    tokens, name = node.args[0], node.name
+    with graph.inserting_before(node):
+
+        def create(function: Callable[..., Any], *arguments: Any, suffix: str) -> fx.Node:
+            return graph.create_node("call_function", function, arguments, name=f"{name}_{suffix}")
+
+        weights = [graph.get_attr(f"{node.target}.{part}") for part in _PROJECTIONS]
+        split = create(split_heads, create(F.linear, tokens, *weights[:2], suffix="qkv"), heads, suffix="heads")
+        queries, keys, values = (create(operator.getitem, split, i, suffix="qkv"[i]) for i in range(3))
+        attention = create(F.scaled_dot_product_attention, queries, keys, values, suffix="mixed")
+        out = create(F.linear, create(join_heads, attention, suffix="joined"), *weights[2:], suffix="out")
+    for user in list(node.users):
+        user.replace_all_uses_with(out)
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return attention
+
+
+def _weigh(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, number: int) -> None:
+    """Gives an attention the sizes of its keys."""
+    with graph.inserting_before(attention):
+        bias = graph.create_node("call_function", size_bias, (sizes, attention.args[0]), name=f"papr_bias_{number}")
+    attention.args = attention.args[:3] + attention.args[4:]
+    attention.kwargs = {**attention.kwargs, "attn_mask": bias}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which calls attend to tokens, or average them."""
+
+    def __init__(self, counts: Collection[int]) -> None:
+        super().__init__()
+        self.counts = counts
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and args[1].shape[-2] in self.counts:
+            self.seen.add("attention")
+        elif func is F.multi_head_attention_forward and args[1].shape[0] in self.counts:
+            self.seen.add("attention")
+        elif func in (torch.mean, Tensor.mean) and args[0].ndim == 3 and args[0].shape[1] in self.counts:
+            axes = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
+            if axes in (1, -2, (1,), (-2,), [1], [-2]):
+                self.seen.add("mean")
+        return out
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph and notes in which of its nodes tokens are attended to, or averaged."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, counts: Collection[int]) -> None:
+        super().__init__(root, graph=graph)
+        self.counts = counts
+        self.seen: dict[fx.Node, set[str]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with _Watch(self.counts) as watch:
+            out = super().run_node(n)
+        self.seen[n] = watch.seen
+        return out
