@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .macs import count_module_macs
 from .module import PrunedModule, shell
-from .peers import merged_at, transcribed
+from .peers import REDUCERS, at_macs, reduction_named, transcribed
+from .plan import Tokens
 from .proposal import InputStats
 from .report import report
 from .timing import interleaved_times
 from .transform import transform
 
-PEERS = ("transcription", "merging")
+VARIANTS = (*REDUCERS, "transcription")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Row:
 
     Attributes:
         model: Its name.
-        variant: "dense", "dense channels-last", "papr z=...", "transcription z=..." or "merging r=...".
+        variant: "dense", "dense channels-last", "papr z=...", "transcription z=...", "tome r=... at z=..." and so on.
         run: "eager" or "compiled".
         infer_batch_size: Images in a batch.
         infer_img_size: Height of the images, in pixels.
@@ -80,7 +81,7 @@ def variants(
     ratios: Sequence[float],
     *,
     images: Tensor,
-    peers: Sequence[str] = (),
+    reducers: Sequence[str] = ("papr",),
     input_stats: InputStats = "auto",
     proposal_size: int | tuple[int, int] | None = None,
     mode: str = "auto",
@@ -92,35 +93,46 @@ def variants(
         proposal: A ConvNet.
         ratios: Keep ratios in (0, 1).
         images: A batch such as the model takes, (B, C, H, W).
-        peers: Some of `PEERS`, each at the multiply-accumulates of every pruned form.
+        reducers: Some of `VARIANTS`, each at the multiply-accumulates of every pruned form.
         input_stats: See `transform`.
         proposal_size: See `transform`.
         mode: See `transform`.
 
     Raises:
-        ArgumentError: A peer cannot be had of this model.
+        PaprError: One cannot be had of this model.
     """
     macs = count_module_macs(model, images)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found = {"dense": Variant(model, macs), "dense channels-last": Variant(last, macs, channels_last=True)}
-    proved = transform(
-        model,
-        proposal,
-        ratios[0],
-        example_input=images,
-        mode=cast(Any, mode),
-        input_stats=input_stats,
-        proposal_size=proposal_size,
-    )
+
+    def proved(**options: Any) -> PrunedModule:
+        return transform(
+            model,
+            proposal,
+            ratios[0],
+            example_input=images,
+            mode=cast(Any, mode),
+            input_stats=input_stats,
+            proposal_size=proposal_size,
+            **options,
+        )
+
+    pruned = proved()
+    reduced = {name: proved(merge=reduction_named(name)) for name in reducers if name not in ("papr", "transcription")}
     for z in ratios:
-        gm = PrunedModule(shell(proved), replace(proved.plan, z=z))
+        gm = PrunedModule(shell(pruned), replace(pruned.plan, z=z))
         total = report(gm).total_macs
-        found[f"papr z={z:g}"] = Variant(gm, total)
-        if "transcription" in peers:
-            found[f"transcription z={z:g}"] = Variant(transcribed(gm), total)
-        if "merging" in peers:
-            merged = merged_at(model, images, total)
-            found[f"merging r={merged.r} for z={z:g}"] = Variant(merged.eval(), count_module_macs(merged, images))
+        for name in reducers:
+            if name == "papr":
+                found[f"papr z={z:g}"] = Variant(gm, total)
+            elif name == "transcription":
+                found[f"transcription z={z:g}"] = Variant(transcribed(gm), total)
+            else:
+                own = min(1.0, z + 0.05) if name.startswith("papr+") else 1.0  # what is merged behind is kept first
+                fewer = at_macs(PrunedModule(shell(reduced[name]), replace(reduced[name].plan, z=own)), total)
+                r = cast(Any, cast(Tokens, fewer.plan.operator).reduction).r
+                words = f"{name} z={own:g} r={r}" if own < 1 else f"{name} r={r}"
+                found[f"{words} (for z={z:g})"] = Variant(fewer, report(fewer).total_macs)
     return found
 
 

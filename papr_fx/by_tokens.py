@@ -140,7 +140,7 @@ def _reduced(
     used = next((part for part in positions if part), ())
     if used:
         raise NoSiteError(
-            f"merge: {type(model).__name__} uses positions beyond its embedding ({used[0]}), and a merged token has none of its own"
+            f"merge: {type(model).__name__} uses positions beyond its embedding ({used[0]}), and a merged token has none itself"
         )
     site = prune_tokens.find_site(graph, blocks)
     return reduce_tokens.find_sites(sandbox(traced.root(model)), graph, site, blocks, merge.blocks, images)

@@ -108,6 +108,15 @@ def _positive(text: str) -> int:
     return number
 
 
+def _reducers(text: str) -> tuple[str, ...]:
+    """Names of reducers, for argparse."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in bench.VARIANTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(bench.VARIANTS)}")
+    return names
+
+
 def _add_bench(command: argparse.ArgumentParser) -> None:
     """Options are named as in timm's benchmark.py."""
     command.set_defaults(run=_bench)
@@ -118,7 +127,13 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--proposal-size", type=int, help="shorter side of its images, in pixels (default: the model's)")
     command.add_argument("--z", type=float, nargs="+", default=[0.5], help="keep ratios")
     command.add_argument("--mode", choices=inputs.MODES, default="auto", help="what is pruned (default: %(default)s)")
-    command.add_argument("--peers", nargs="*", choices=bench.PEERS, default=[], help="what to measure beside it")
+    command.add_argument(
+        "--reducers",
+        type=_reducers,
+        default=("papr",),
+        metavar="NAME,...",
+        help=f"what to measure at the MACs of each keep ratio, among {', '.join(bench.VARIANTS)} (default: papr)",
+    )
     command.add_argument("--batch-size", "-b", type=_positive, nargs="+", default=[1, 8, 32], help="images in a batch")
     command.add_argument("--img-size", type=int, help="side of the images, in pixels (default: the model's)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -267,7 +282,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             proposal,
             [checked_z(z) for z in arguments.z],
             images=images,
-            peers=arguments.peers,
+            reducers=arguments.reducers,
             input_stats=statistics,
             proposal_size=arguments.proposal_size,
             mode=arguments.mode,

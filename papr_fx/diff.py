@@ -89,18 +89,14 @@ def _repeated(nodes: Sequence[fx.Node], start: int) -> tuple[int, int]:
     reduced = any(node.name.startswith("papr_tokens_") for node in nodes)
     for length in range(_MIN_GROUP, min(_MAX_GROUP, (len(nodes) - start) // 2) + 1):
         count = 0
-        while start + length * (count + 2) <= len(nodes) and _alike(
-            nodes, place, start, length, length * (count + 1), reduced
-        ):
+        while start + length * (count + 2) <= len(nodes) and _alike(nodes, place, start, length, length * (count + 1), reduced):
             count += 1
         if count:
             return length, count
     return 1, 0
 
 
-def _alike(
-    nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, length: int, distance: int, reduced: bool
-) -> bool:
+def _alike(nodes: Sequence[fx.Node], place: dict[fx.Node, int], start: int, length: int, distance: int, reduced: bool) -> bool:
     """Whether the group of nodes at `start` and that so many nodes on do the same to the same.
 
     The same is one and the same node, or one at the same place of its group; what enters the first group from before it may
@@ -195,7 +191,8 @@ def _argument(value: Any) -> str:
 
 def _function_name(function: Any) -> str:
     module = str(getattr(function, "__module__", "") or "")
-    short = {"_operator": "operator", "builtins": "", "torch._C._nn": "torch.nn.functional", "papr_fx.ops": "papr_fx", "papr_fx.reduction": "papr_fx"}
+    short = {"_operator": "operator", "builtins": "", "torch._C._nn": "torch.nn.functional"}
+    short |= dict.fromkeys(("papr_fx.ops", "papr_fx.reduction"), "papr_fx")
     module = short.get(module, "torch" if module.startswith("torch._") else module)
     return f"{module}.{function.__name__}" if module else function.__name__
 

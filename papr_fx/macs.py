@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,7 +43,7 @@ def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict
     mode, fake = fake_like(images, 1)
     _detach(root)
     counting = _CountNodes(root, graph)
-    with faking(mode):
+    with faking(mode), _spelled_out():
         counting.run(fake)
     return counting.counts
 
@@ -51,9 +53,20 @@ def count_module_macs(module: nn.Module, images: Tensor) -> int:
     mode, fake = fake_like(images, TRACED_BATCH)
     copied = sandbox(module)
     _detach(copied)
-    with faking(mode), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with faking(mode), _spelled_out(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         copied(fake)
     return counter.get_total_flops() // 2 // TRACED_BATCH
+
+
+@contextmanager
+def _spelled_out() -> Generator[None]:
+    """Runs torch.nn's attention modules by operations that are counted, not by one kernel that is not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _detach(root: nn.Module) -> None:

@@ -206,6 +206,10 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
     module = checked_module(gm)
     if module.plan.operator.mode != "tokens":
         raise ArgumentError("restore_grid is for token models: pixel operators are written back to their grids already")
+    if module.plan.reduction and module.plan.reduction.r:
+        raise ArgumentError(
+            "restore_grid: tokens were merged or dropped from block to block, so they have no places of their own"
+        )
     ((choice, psm, keep),) = _chosen(module, images)
     grid, prefix = psm.shape[1:], choice.prefix
     places = keep[:, prefix:] - prefix  # (B, k)

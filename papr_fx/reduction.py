@@ -165,7 +165,7 @@ def choose_tokens(
     Xu et al., WACV 2024, Sec. 3: how hard a token is to regenerate from others, and how much it broadcasts to them.
     """
     weights = attention_weights(queries, keys, sizes, scale)  # (B, N, N)
-    own = weights.diagonal(dim1=-2, dim2=-1)
+    own = (weights * torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)).sum(-1)
     scores = own * (weights.sum(1) - own)
     return split_by_score(scores[:, prefix:], r, prefix)
 
@@ -208,7 +208,8 @@ def propagate_tokens(
     cells = torch.stack(unravel(places[:, patches] - prefix, grid), dim=-1)  # (B, n, axes)
     touching = (cells.unsqueeze(2) - cells.unsqueeze(1)).abs().amax(-1) == 1  # (B, n, n)
     metric = F.normalize(keys[:, :, patches].mean(1, dtype=wide), dim=-1)
-    alike = (metric @ metric.transpose(1, 2)).diagonal_scatter(metric.new_zeros(metric.shape[:2]), dim1=1, dim2=2)
+    itself = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
+    alike = (metric @ metric.transpose(1, 2)).masked_fill(itself, 0)
     best = alike.topk(min(edges, alike.shape[-1]), dim=-1)
     alike = torch.zeros_like(alike).scatter(-1, best.indices, best.values.clamp(min=0))
     weights = torch.maximum(alike, alike.transpose(1, 2)) + touching  # symmetric

@@ -10,7 +10,9 @@ other functions; what is proved for them is these sites.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,17 +41,17 @@ def prove_reduction(root: nn.Module, plan: Plan, values: dict[str, Tensor], imag
     Raises:
         VerifyError: They are not sound.
     """
-    operator = plan.operator
-    if not isinstance(operator, Tokens) or not operator.reduction or not operator.reduced[training].sites:
+    tokens = plan.operator
+    if not isinstance(tokens, Tokens) or not tokens.reduction or not tokens.reduced[training].sites:
         return
-    merge = Merge(max(1, operator.reduction.r), operator.reduction.blocks)
-    whole = replace(plan, z=1.0, operator=replace(operator, reduction=merge))
+    merge = Merge(max(1, tokens.reduction.r), tokens.reduction.blocks)
+    whole = replace(plan, z=1.0, operator=replace(tokens, reduction=merge))
     graph = whole.rewrite(training)
     matches = [node for node in graph.nodes if node.name.startswith("papr_match_")]
     graph.output_node().args = ((graph.output_node().args[0], tuple(matches)),)
     output, matchings = run(fx.GraphModule(root, graph), values, images)
     groups = _groups(cast("list[Matching]", matchings))
-    additions = [site.addition for site in operator.reduced[training].sites]
+    additions = [site.addition for site in tokens.reduced[training].sites]
     averaged = _averaging(root, plan.dense_graph(training), additions)
     error = relative_error(_spread(output, groups[-1]), run(averaged, values, images, *groups))
     if not error <= TOLERANCES[images.dtype]:
@@ -86,7 +88,7 @@ def _averaging(root: nn.Module, graph: fx.Graph, additions: list[str]) -> fx.Gra
             last = graph.placeholder(f"groups_{number}")
         with graph.inserting_after(nodes[name]):
             average = graph.call_function(_average, (nodes[name], last))
-        nodes[name].replace_all_uses_with(average, delete_user_cb=lambda user, average=average: user is not average)
+        nodes[name].replace_all_uses_with(average, delete_user_cb=partial(operator.is_not, average))
     return fx.GraphModule(root, graph)
 
 

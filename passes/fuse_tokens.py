@@ -15,7 +15,7 @@ like tokens stays as it is; later ones are closer to linear, but an average is s
 Left alone: what `reduce_tokens` leaves alone.
 
 Tokens are matched as `merge_tokens` matches them. The paper finds by measurement from which block on a model is close to
-linear; here it is the second half of those that are asked for, or as `linear_from` says.
+linear; here `linear_from` says so.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ of them. A token that stands for s patches weighs s times as much in attentions 
 Sec. 3.2): merging equal tokens then changes nothing.
 
 Left alone:
-    1. A block of the chosen ones with no attention over the tokens by `scaled_dot_product_attention` or `nn.MultiheadAttention`,
-       or with several.
-    2. An attention that is given a mask or a bias, or a model that uses positions beyond the embedding: a merged token has none.
+    1. A chosen block with several attentions, or none by `scaled_dot_product_attention` or `nn.MultiheadAttention`.
+    2. An attention with a mask or a bias, or a model that uses positions beyond the embedding: a merged token has none.
     3. Tokens from before the attention's residual addition that are read behind it, by a skip connection.
     4. A module of torch.nn that attends to the tokens, or averages them, and cannot be traced through.
 """
@@ -234,7 +233,9 @@ def find_sites(
     stuck = [node for node in whole if type(root.get_submodule(str(node.target))).__module__.startswith("torch.nn.")]
     if stuck:
         kind = type(root.get_submodule(str(stuck[0].target))).__name__
-        raise NoSiteError(f"merge: `{stuck[0].target}` (torch.nn.{kind}) attends to tokens or averages them inside its own code")
+        raise NoSiteError(
+            f"merge: `{stuck[0].target}` (torch.nn.{kind}) attends to tokens or averages them inside its own code"
+        )
     if whole:
         raise WholeError({str(node.target) for node in whole})
     attentions = [node for node in seen if "attention" in seen[node]]
@@ -336,8 +337,8 @@ def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], atten
         if not crossing:
             return Site(block, inside[0].name, node.name)
     raise NoSiteError(
-        f"merge: `{block}` has no residual addition behind its attention `{inside[0].name}` after which nothing reads the tokens "
-        "from before it"
+        f"merge: `{block}` has no residual addition behind its attention `{inside[0].name}` after which nothing reads the "
+        "tokens from before it"
     )
 
 
@@ -379,9 +380,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and args[1].shape[-2] in self.counts:
-            self.seen.add("attention")
-        elif func is F.multi_head_attention_forward and args[1].shape[0] in self.counts:
+        keys = {F.scaled_dot_product_attention: -2, F.multi_head_attention_forward: 0}  # the axis that counts them
+        if func in keys and args[1].shape[keys[func]] in self.counts:
             self.seen.add("attention")
         elif func in (torch.mean, Tensor.mean) and args[0].ndim == 3 and args[0].shape[1] in self.counts:
             axes = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)

@@ -13,7 +13,7 @@ from papr_fx import bench, peers
 from papr_fx.cli import main
 from papr_fx.numerics import relative_error
 
-from .models import Shape, ToyViT, enliven, images, toy_proposal
+from .models import Shape, ToyViT, images, toy_proposal
 from .test_pixels import FAMILIES
 
 
@@ -36,53 +36,18 @@ def test_the_transcription_of_tokens_is_the_same_model():
     assert relative_error(peers.transcribed(gm)(x), gm(x)) < 1e-12
 
 
-def by_hand(x, keys, size, r, prefix):
-    """Token merging of one sample, with Python lists: (N, C) tokens, (N, D) keys, sizes."""
-    unit = [key / key.norm() for key in keys]
-    a, b = range(0, len(x), 2), range(1, len(x), 2)
-    best = {i: max((float(unit[i] @ unit[j]), j) for j in b if j >= prefix) for i in a if i >= prefix}
-    ranked = sorted(best, key=lambda i: best[i], reverse=True)
-    chosen = ranked[: min(r, (len(x) - prefix) // 2)]
-    total, weight = {j: x[j] * size[j] for j in b}, {j: size[j] for j in b}
-    for i in chosen:
-        into = best[i][1]
-        total[into], weight[into] = total[into] + x[i] * size[i], weight[into] + size[i]
-    stay = [i for i in a if i not in chosen]
-    if not prefix:
-        stay.sort(key=lambda i: best[i], reverse=True)
-    return torch.stack([x[i] for i in stay] + [total[j] / weight[j] for j in b]), [size[i] for i in stay] + list(
-        weight.values()
-    )
-
-
-@pytest.mark.parametrize(("count", "r", "prefix"), [(9, 3, 1), (10, 2, 0), (7, 100, 1), (11, 2, 2), (8, 0, 0)])
-def test_merging_against_lists(count, r, prefix):
-    x, keys = torch.randn(3, count, 4, dtype=torch.float64), torch.randn(3, count, 5, dtype=torch.float64)
-    size = torch.randint(1, 4, (3, count, 1)).double()
-    matching = peers.match(keys, r, prefix)
-    merged, sizes = peers.merge(x * size, matching) / peers.merge(size, matching), peers.merge(size, matching)
-    for sample in range(3):
-        expected, weights = by_hand(x[sample], keys[sample], size[sample, :, 0].tolist(), r, prefix)
-        assert torch.allclose(merged[sample], expected, atol=1e-12, rtol=0)
-        assert sizes[sample, :, 0].tolist() == weights
-
-
-@torch.no_grad()
-def test_a_vit_that_merges_nothing_is_itself():
-    model = enliven(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)).double().eval()
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    assert relative_error(peers.MergedViT(model, 0)(x), model(x)) < 1e-12
-    assert relative_error(peers.MergedViT(model, 2)(x), model(x)) > 1e-3
-
-
-def test_merging_at_given_macs():
+def test_reducers_at_given_macs():
     model = timm.create_model("vit_tiny_patch16_224").eval()
-    x = torch.zeros(1, 3, 224, 224)
-    whole = peers.count_module_macs(model, x)
-    merged = peers.merged_at(model, x, int(0.6 * whole))
-    assert peers.count_module_macs(merged, x) == pytest.approx(0.6 * whole, rel=0.05)
-    with pytest.raises(papr_fx.ArgumentError, match="has no"):
-        peers.merged_at(timm.create_model("convnext_atto"), x, whole)
+    gm = papr_fx.transform(model, toy_proposal(), 1, merge=peers.reduction_named("tome"), verify=False)
+    dense = papr_fx.report(gm).dense_macs
+    fitted = peers.at_macs(gm, int(0.6 * dense))
+    assert papr_fx.report(fitted).total_macs == pytest.approx(0.6 * dense, rel=0.05)
+    assert fitted.plan.reduction.blocks == "all"
+    whole = peers.at_macs(gm, 2 * dense)
+    x = torch.randn(1, 3, 224, 224)
+    assert whole.plan.reduction.r == 0
+    assert torch.equal(whole(x), model(x))
+    assert peers.reduction_named("papr+tome") == papr_fx.Merge(blocks="second-half")
 
 
 ROW = bench.Row("m", "papr z=0.5", "eager", 1, 224, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 2.0)
@@ -100,11 +65,22 @@ def test_break_even(speeds, expected):
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
 def test_rows(tmp_path, capsys, suffix):
     file = tmp_path / f"bench{suffix}"
-    arguments = ["--z", "0.5", "--peers", "transcription", "merging", "--proposal", "resnet10t", "--results-file", str(file)]
+    arguments = [
+        "--z",
+        "0.5",
+        "--reducers",
+        "papr,transcription,tome,papr+tome",
+        "--proposal",
+        "test_resnet",
+        "--results-file",
+        str(file),
+    ]
     counts = ["--batch-size", "1", "2", "--num-bench-iter", "2", "--num-warm-iter", "0", "--img-size", "64"]
     assert main(["bench", "--model", "vit_tiny_patch16_224", *arguments, *counts]) == 0
     rows = list(csv.DictReader(file.read_text().splitlines())) if suffix == ".csv" else json.loads(file.read_text())
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 6
+    macs = [float(row["infer_gmacs"]) for row in rows if "dense" not in row["variant"]]
+    assert max(macs) < 1.1 * min(macs)
     pruned = next(row for row in rows if row["variant"] == "papr z=0.5")
     dense = next(row for row in rows if row["variant"] == "dense")
     assert {"model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size", "infer_gmacs"} <= {
@@ -112,7 +88,7 @@ def test_rows(tmp_path, capsys, suffix):
     }
     report = papr_fx.report(
         papr_fx.transform(
-            timm.create_model("vit_tiny_patch16_224", img_size=64).eval(), timm.create_model("resnet10t"), 0.5, verify=False
+            timm.create_model("vit_tiny_patch16_224", img_size=64).eval(), timm.create_model("test_resnet"), 0.5, verify=False
         )
     )
     assert float(pruned["infer_gmacs"]) * 1e9 == pytest.approx(report.total_macs)
@@ -122,8 +98,11 @@ def test_rows(tmp_path, capsys, suffix):
 
 
 def test_refusals(capsys):
-    assert main(["bench", "--model", "convnext_atto", "--peers", "merging", "--proposal", "resnet10t"]) == 2
-    assert "token merging is measured on models" in capsys.readouterr().err
+    assert main(["bench", "--model", "convnext_atto", "--reducers", "papr,tome", "--proposal", "resnet10t"]) == 2
+    assert "keep a spatial layout" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--reducers", "papr,nothing"])
+    assert "'nothing' is none of papr, tome" in capsys.readouterr().err
     assert main(["bench", "--model", "vit_tiny_patch16_224", "--results-file", "out/bench.txt"]) == 2
     assert ".csv or .json" in capsys.readouterr().err
 

@@ -40,15 +40,23 @@ MODELS = {
 CLIPS = {"transformers_videomae": (1, 16, 3, 224, 224), "torchvision_swin3d_t": (1, 3, 16, 224, 224)}
 
 
-@pytest.mark.parametrize("name", MODELS)
+MERGED = {
+    "vit_small_patch16_224_merged": lambda: timm.create_model("vit_small_patch16_224"),
+    "torchvision_vit_b_32_merged": lambda: torchvision.models.vit_b_32(),
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MERGED])
 def test_graph_diff(name):
     example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
-    gm = papr_fx.transform(MODELS[name]().eval(), toy_proposal(), 0.5, example_input=example, verify=False)
+    merge = papr_fx.Merge(2) if name in MERGED else None
+    model = (MODELS | MERGED)[name]().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example, verify=False, merge=merge)
     assert_golden(gm, GOLDEN / f"{name}.diff")
 
 
 def test_no_golden_is_orphaned():
-    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in MODELS}
+    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in [*MODELS, *MERGED]}
 
 
 def test_diff_is_stable_and_traces_the_model_afresh():
