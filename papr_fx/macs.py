@@ -21,6 +21,22 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
+class _NoModules:
+    """Tells the flop counter of no modules: its hooks for them fail where code takes gradients itself."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _counter() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = cast(Any, _NoModules())
+    return counter
+
+
 class _CountNodes(fx.Interpreter):
     """Runs a graph and notes the multiply-accumulates of every node."""
 
@@ -29,7 +45,7 @@ class _CountNodes(fx.Interpreter):
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with _counter() as counter:
             value = super().run_node(n)
         self.counts[n.name] = counter.get_total_flops() // 2
         return value
@@ -53,7 +69,7 @@ def count_module_macs(module: nn.Module, images: Tensor) -> int:
     mode, fake = fake_like(images, TRACED_BATCH)
     copied = sandbox(module)
     _detach(copied)
-    with faking(mode), _spelled_out(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with faking(mode), _spelled_out(), _counter() as counter:
         copied(fake)
     return counter.get_total_flops() // 2 // TRACED_BATCH
 

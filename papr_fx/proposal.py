@@ -12,10 +12,9 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
@@ -25,11 +24,12 @@ from torch import Tensor, fx, nn
 
 from .depthwise import replace_depthwise
 from .errors import ArgumentError, ProposalError, TraceError, VerifyError
+from .features import find_cut
 from .fold import fold_batch_norms, kernel_size
-from .macs import count_macs
 from .numerics import exact_float32, relative_error
 from .planar import replace_planar
-from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, shape_of, trace
+from .saliency import Saliency, build_map, classifier_behind
+from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, trace
 
 # The ConvNets of one pathway among pytorchvideo's.
 _HUB = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")
@@ -39,7 +39,7 @@ InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
 
 
 class SignificanceNet(nn.Module):
-    """Images (B, C, H, W) to significance maps (B, h, w): the mean over a ConvNet's last feature maps (PaPr, Eq. 2).
+    """Images (B, C, H, W) to significance maps (B, h, w): of a ConvNet's last feature maps, the mean (PaPr, Eq. 2) or another.
 
     Clips (B, C, T, H, W) or (B, T, C, H, W) become maps (B, t, h, w), or (B, T, h, w) by a network of images.
 
@@ -52,8 +52,8 @@ class SignificanceNet(nn.Module):
     def __init__(
         self,
         trunk: nn.Module,
+        saliency: nn.Module,
         *,
-        channel_axis: int | None,
         layout: str = "BCHW",
         per_frame: bool = False,
         size: int | tuple[int, ...] | None = None,
@@ -63,7 +63,7 @@ class SignificanceNet(nn.Module):
 
         Args:
             trunk: Images to features.
-            channel_axis: Axis of the features to average over; None where the trunk returns maps without channels.
+            saliency: Features and images to maps; see `saliency`.
             layout: Axes of the images or clips: BCHW, BCTHW or BTCHW.
             per_frame: Whether the trunk takes the frames of clips as images; one of clips takes (B, C, T, H, W).
             size: Shorter side, or (rows, columns), to which images are resized first, in pixels; of clips also
@@ -72,7 +72,7 @@ class SignificanceNet(nn.Module):
         """
         super().__init__()
         self.trunk = trunk
-        self.channel_axis = channel_axis
+        self.saliency = saliency
         self.layout = layout
         self.per_frame = per_frame
         self.size = size
@@ -101,18 +101,9 @@ class SignificanceNet(nn.Module):
         if self.per_frame:
             images = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
         packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
-        features: Tensor = self.trunk(images.contiguous(memory_format=packed))
-        wide = torch.promote_types(features.dtype, torch.float32)
-        maps = features.to(wide) if self.channel_axis is None else features.mean(self.channel_axis, dtype=wide)
+        images = images.contiguous(memory_format=packed)
+        maps: Tensor = self.saliency(self.trunk(images), images)
         return maps.unflatten(0, (-1, frames)) if self.per_frame else maps
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """The features of a traced proposal, and the axis that holds their channels (None: a map without channels)."""
-
-    features: fx.Node
-    channel_axis: int | None
 
 
 def build_proposal(
@@ -123,6 +114,7 @@ def build_proposal(
     layout: str = "BCHW",
     size: int | tuple[int, ...] | None,
     input_stats: InputStats,
+    saliency: Saliency = "psm",
     verify: bool,
 ) -> SignificanceNet:
     """Makes a significance network of `proposal` for the images that `model` takes. `proposal` itself is not changed.
@@ -136,6 +128,7 @@ def build_proposal(
         layout: Its axes: BCHW, BCTHW or BTCHW.
         size: See `SignificanceNet`.
         input_stats: "auto", "shared" or ((mean, std) of the target, (mean, std) of the proposal).
+        saliency: See `transform`.
         verify: Whether to check the fused network against the one given.
 
     Raises:
@@ -157,9 +150,11 @@ def build_proposal(
     device = images.device if parameter is None else parameter.device
     dtype = images.dtype if parameter is None else parameter.dtype
     sample = torch.empty((1, channels, *(extent if clips else extent[-2:])), dtype=dtype, device=device)
-    trunk, axis = _trunk(network, source, sample, verify=verify)
+    parts = _parts(network, source, sample, verify=verify)
+    trunk = parts.trunk
+    weighed = build_map(saliency, trunk, parts.classifier, parts.channel_axis, sample, type(source).__name__)
     if images.device.type != "meta":
-        trunk = trunk.to(device=images.device, dtype=images.dtype)
+        trunk, weighed = (part.to(device=images.device, dtype=images.dtype) for part in (trunk, weighed))
     if statistics is not None:
         where = None if images.device.type == "meta" else images.device
         scale, shift = (t.to(where, images.dtype).view(-1, 1, 1) for t in statistics)
@@ -170,7 +165,7 @@ def build_proposal(
     replace_planar(trunk)
     return SignificanceNet(
         trunk,
-        channel_axis=axis,
+        weighed,
         layout=layout,
         per_frame="T" in layout and not clips,
         size=size,
@@ -264,13 +259,21 @@ def _copied(source: nn.Module) -> nn.Module:
         raise ProposalError(f"proposal ({type(source).__name__}) holds something that cannot be copied: {error}") from error
 
 
-def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> tuple[nn.Module, int | None]:
+class _Parts(NamedTuple):
+    """A network in two, images to features and features to logits, if it goes on so; and the axis of the channels."""
+
+    trunk: nn.Module
+    classifier: nn.Module | None
+    channel_axis: int | None
+
+
+def _parts(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> _Parts:
     try:
         traced, pooled = _traced(network, sample)
     except TraceError as error:
         return _whole(network, sample, error)
     gm = fx.GraphModule(traced.root(network), traced.graph)
-    found = _find_cut(gm, sample)
+    found = find_cut(gm, sample)
     with torch.no_grad():
         fold_batch_norms(gm)
     if verify:
@@ -278,7 +281,7 @@ def _trunk(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: boo
         if pooled:
             _pool_globally(given, pooled)
         _check_fusion(gm, given, sample)
-    return cut(gm, gm.graph, found.features), found.channel_axis
+    return _Parts(cut(gm, gm.graph, found.features), classifier_behind(gm, found.features), found.channel_axis)
 
 
 def _traced(network: nn.Module, sample: Tensor) -> tuple[Traced, str]:
@@ -321,7 +324,7 @@ def _check_fusion(gm: fx.GraphModule, source: nn.Module, sample: Tensor) -> None
         )
 
 
-def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Module, int | None]:
+def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> _Parts:
     """A network whose code cannot be traced serves as it is, if what it returns is a map."""
     mode, fake = fake_like(sample, TRACED_BATCH)
     copied = sandbox(network)
@@ -332,7 +335,7 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
     ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with
     if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
-        return network, None if out.ndim == ranks[0] else 1
+        return _Parts(network, None, None if out.ndim == ranks[0] else 1)
     raise ProposalError(
         f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}"
     )
@@ -341,91 +344,6 @@ def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> tuple[nn.Mo
 def _is_layered(module: nn.Module, name: str) -> bool:
     """Everything but torch.nn's own layers is opened: the proposal is frozen, so nothing in it depends on the mode."""
     return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Sequential | nn.ModuleList)
-
-
-def _find_cut(gm: fx.GraphModule, sample: Tensor) -> _Cut:
-    output = gm.graph.output_node().args[0]
-    shape = shape_of(output) if isinstance(output, fx.Node) else None
-    if not isinstance(output, fx.Node) or shape is None:
-        raise ProposalError(
-            f"proposal returns a {type(output).__name__}, not one tensor: pass a classifier, or a module that returns its "
-            "last feature map (B, K, h, w)"
-        )
-    rank = sample.ndim - 2
-    if len(shape) == rank + 1 and _covers(shape, sample) and (rank == 2 or shape[1] <= sample.shape[2]):
-        return _Cut(output, None)
-    spatial = [n for n in _spatial_nodes(gm.graph, rank) if len(shape_of(n) or ()) == rank + 2]
-    last = output if len(shape) == rank + 2 and _covers(shape, sample) else spatial[-1]
-    # A convolution that leaves one position only pools if its kernel covers the map, as in VGG; else the images are too small.
-    whole = (None, (shape_of(last) or ())[2:])
-    shrunk = [user for user in last.users if not _is_spatial(shape_of(user), rank) and kernel_size(gm, user) not in whole]
-    if last.op == "placeholder" or shrunk:
-        raise ProposalError(
-            "proposal has no spatial map: sought a value (B, K, h, w) with h * w > 1 computed from images "
-            f"{tuple(sample.shape)}, found none. Pass a ConvNet, or give it larger images (proposal_size)"
-        )
-    _refuse_tokens(gm, last, sample)
-    behind = [n for n in descendants(last) if n is not last and prod(kernel_size(gm, n) or ()) > 1]
-    if any(kernel_size(gm, n) != whole[1] for n in behind):
-        raise ProposalError(
-            f"proposal goes on with convolutions (`{behind[0].name}`) behind `{last.name}`, the last value that keeps the axes "
-            f"of its input: pass a module that returns its last feature map itself"
-        )
-    return _Cut(last, _channel_axis(last, rank))
-
-
-def _covers(shape: tuple[int, ...], sample: Tensor) -> bool:
-    """Whether the last two axes have the aspect of the images and more than one position."""
-    rows, columns = shape[-2:]
-    height, width = sample.shape[-2:]
-    return rows * columns > 1 and abs(rows * width / height - columns) < 1
-
-
-def _spatial_nodes(graph: fx.Graph, rank: int) -> list[fx.Node]:
-    """Values that keep `rank` spatial axes all the way from the images; one that was flattened on the way does not count."""
-    found = {graph.find_nodes(op="placeholder")[0]: True}
-    for node in graph.nodes:
-        shapes = node.meta.get("parts", (shape_of(node),))
-        if any(source in found for source in node.all_input_nodes) and all(_is_spatial(shape, rank) for shape in shapes):
-            found[node] = True
-    return list(found)
-
-
-def _is_spatial(shape: tuple[int, ...] | None, rank: int) -> bool:
-    if shape is None or len(shape) < rank + 2 or shape[0] != TRACED_BATCH:
-        return False
-    return max(shape[-2:]) > 1 and max(shape[1 : rank + 1]) > 1  # neither (B, K, 1, 1) nor (B, 1, 1, K): those are pooled
-
-
-def _channel_axis(features: fx.Node, rank: int) -> int:
-    """Where the channels are: the axis that the pooling behind the features leaves."""
-    shape = cast("tuple[int, ...]", shape_of(features))
-    for user in features.users:
-        pooled = tuple(size for size in (shape_of(user) or ()) if size != 1)[1:]
-        if pooled == shape[rank + 1 :] and pooled != shape[1:2]:
-            return rank + 1
-    return 1
-
-
-def _refuse_tokens(gm: fx.GraphModule, features: fx.Node, sample: Tensor) -> None:
-    """Refuses a network that goes on to mix the features as tokens: its map is where its work begins, not its result."""
-    shape = cast("tuple[int, ...]", shape_of(features))
-    reached = {features}
-    tokens: list[fx.Node] = []
-    for node in gm.graph.nodes:
-        if any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-            found = shape_of(node) or ()
-            if len(found) == 3 and min(found[1:]) > 1:
-                tokens.append(node)
-    if not tokens:
-        return
-    share = count_macs(cut(gm, gm.graph, features), sample) / max(1, count_macs(gm, sample))
-    if share < 0.5:
-        raise ProposalError(
-            f"proposal turns its features `{features.name}` {shape} into tokens `{tokens[0].name}` {shape_of(tokens[0])} and "
-            f"does {1 - share:.0%} of its work on them: a patch embedding is no significance map. Pass a ConvNet classifier"
-        )
 
 
 def _renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given: InputStats) -> tuple[Tensor, Tensor] | None:

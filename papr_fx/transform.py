@@ -19,6 +19,7 @@ from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
 from .module import PrunedModule, checked_z
 from .passes.reduce_tokens import Reduction
 from .proposal import InputStats, SignificanceNet, build_proposal
+from .saliency import Saliency, checked_saliency
 from .trace import REFUSALS, sandbox
 from .verify import prove
 
@@ -33,7 +34,7 @@ def transform(
     background: Literal["auto", "keep", "zero"] = "auto",
     proposal_size: int | tuple[int, ...] | None = None,
     input_stats: InputStats = "auto",
-    saliency: Literal["psm"] = "psm",
+    saliency: Saliency = "psm",
     merge: Reduction | None = None,
     output: Literal["logits", "features"] = "logits",
     verify: bool = True,
@@ -61,7 +62,9 @@ def transform(
             clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where the (mean, std) of both networks are known and
             differ, "shared" hands them over as they are, ((mean, std) of the model, (mean, std) of the proposal) says both.
-        saliency: Source of the map: "psm", the mean over the proposal's last feature maps.
+        saliency: Source of the map: "psm", the mean over the proposal's last feature maps, or these weighed by its classifier:
+            "expected-cam" by class probability, "cam" and "gradcam" for the best class, "scorecam" (a forward pass a map);
+            "random", a baseline; or a function of features (B, K, h, w) that returns maps (B, h, w).
         merge: `Merge(r, blocks, proportional)`: token merging in some blocks of a token model, behind the pruning, or alone
             with z=1. Or one of its peers in `papr_fx.peers`.
         output: "logits", what the model returns, or "features", what its `forward_features` does (timm): of a token model
@@ -83,7 +86,7 @@ def transform(
     model = inputs.with_output(model, inputs.checked_word("output", output, inputs.OUTPUTS))
     inputs.checked_word("mode", mode, inputs.MODES)
     inputs.checked_word("background", background, inputs.BACKGROUNDS)
-    inputs.checked_word("saliency", saliency, ("psm",))
+    saliency = checked_saliency(saliency)
     mode = _checked_merge(merge, mode)
     images = inputs.example_images(model, example_input)
     layout = inputs.layout_of(model, images)
@@ -105,7 +108,9 @@ def transform(
 
     @cache
     def network() -> SignificanceNet:
-        return build_proposal(proposal, model, images, layout=layout, size=size, input_stats=input_stats, verify=verify)
+        return build_proposal(
+            proposal, model, images, layout=layout, size=size, input_stats=input_stats, saliency=saliency, verify=verify
+        )
 
     some = min(keep_ratio, 0.9)
     if mode == "pixels":

@@ -80,7 +80,7 @@ def test_rows(tmp_path, capsys, suffix):
     rows = list(csv.DictReader(file.read_text().splitlines())) if suffix == ".csv" else json.loads(file.read_text())
     assert len(rows) == 2 * 6
     macs = [float(row["infer_gmacs"]) for row in rows if "dense" not in row["variant"]]
-    assert max(macs) < 1.1 * min(macs)
+    assert max(macs) < 1.15 * min(macs)
     pruned = next(row for row in rows if row["variant"] == "papr z=0.5")
     dense = next(row for row in rows if row["variant"] == "dense")
     assert {"model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size", "infer_gmacs"} <= {
