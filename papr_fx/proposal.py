@@ -81,6 +81,11 @@ class SignificanceNet(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.requires_grad_(False)
         self.eval()
+        self.register_load_state_dict_post_hook(_nothing_missing)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: a transformed model's checkpoints are those of the model, and `transform` is given the proposal."""
+        return kwargs.get("destination", {})
 
     def train(self, mode: bool = True) -> SignificanceNet:
         """Stays in eval mode: the proposal is frozen (`mode` is ignored)."""
@@ -104,6 +109,11 @@ class SignificanceNet(nn.Module):
         images = images.contiguous(memory_format=packed)
         maps: Tensor = self.saliency(self.trunk(images), images)
         return maps.unflatten(0, (-1, frames)) if self.per_frame else maps
+
+
+def _nothing_missing(network: nn.Module, keys: Any) -> None:
+    """Checkpoints hold nothing of the proposal."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if "papr_proposal." not in key]
 
 
 def build_proposal(

@@ -16,20 +16,22 @@ def interleaved_times(
     rounds: int = 7,
     warmup: int = 1,
     progress: Callable[[], object] = lambda: None,
+    gradients: bool = False,
 ) -> dict[str, list[float]]:
     """Wall-clock times of each variant, interleaved.
 
     Args:
-        variants: Functions to time, by name. They are called without gradients.
+        variants: Functions to time, by name.
         rounds: Timed calls of each.
         warmup: Calls of each beforehand.
         progress: Called behind every call.
+        gradients: Whether they are called with gradients, as training steps are.
 
     Returns:
         Milliseconds of each round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.inference_mode():
+    with torch.inference_mode(not gradients):
         for turn in range(warmup + rounds):
             for name, call in variants.items():
                 start = _now()
@@ -40,9 +42,11 @@ def interleaved_times(
     return times
 
 
-def median_times(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1) -> dict[str, float]:
+def median_times(
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, gradients: bool = False
+) -> dict[str, float]:
     """Median milliseconds of each variant, from `interleaved_times`."""
-    times = interleaved_times(variants, rounds=rounds, warmup=warmup)
+    times = interleaved_times(variants, rounds=rounds, warmup=warmup, gradients=gradients)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

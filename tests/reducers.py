@@ -13,7 +13,7 @@ import torch
 
 def merged_by_hand(x, keys, size, r, prefix, *, average=True, places=None, longest=False):
     """Bipartite soft matching of tokens (N, C) by keys (N, D)."""
-    unit = [key / key.norm() for key in keys]
+    unit = [key.detach() / key.detach().norm() for key in keys]
     a, b = range(0, len(x), 2), range(1, len(x), 2)
     best = {i: max((float(unit[i] @ unit[j]), j) for j in b if j >= prefix) for i in a if i >= prefix and len(x) - prefix > 1}
     ranked = sorted(best, key=lambda i: best[i], reverse=True)
