@@ -1,0 +1,1 @@
+"""Examples that run offline, on data that packages ship."""
