@@ -1,4 +1,4 @@
-"""Accuracy against keep ratio, of a ViT trained on objects in clutter: PSM, other maps, merging. `python -m benchmarks.clutter`.
+"""Accuracy against keep ratio on objects in clutter: PSM, other maps, merging. `python -m benchmarks.clutter`.
 
 The ViT and the ConvNet that proposes are trained first (`examples.clutter`), in minutes, the ViT without pruning. What is then
 pruned was never trained for it. Merging runs at the MACs of the pruned model, its proposal included.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import papr_fx
 from examples.clutter import Images, accuracy, cluttered, proposal_for, small_vit, train
@@ -101,8 +102,6 @@ def main() -> None:
     model = small_vit()
     train(model, images, arguments.steps, rate=2.5e-3, name="ViT")
     dense, own = accuracy(model, held_out), accuracy(proposal, held_out)
-    from tqdm import tqdm
-
     with tqdm(total=len(arguments.z) * (len(MAPS) + len(REDUCERS)), leave=False) as bar:
         macs, *rows = measure(model, proposal, held_out, arguments.z, lambda: bar.update())
     print(f"{environment(1)}\n{len(held_out.labels)} held-out images; ViT dense: {dense:.1f} % right, proposal: {own:.1f} %")

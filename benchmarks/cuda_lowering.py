@@ -35,6 +35,7 @@ LIBRARY_CALLS = frozenset(
         "bmm",
         "baddbmm",
         "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
         "topk",
     }
 )

@@ -126,8 +126,8 @@ def lower(
         shape: Shape of the images.
         dtype: Of images and floating-point parameters.
         gpu: See `GPUS`.
-        flash: Whether attention without a mask is one flash-attention call, which a GPU would pick in half precision;
-            otherwise, and with a mask, it becomes matrix products and a softmax.
+        flash: Whether attention is one call, as a GPU would make it in half precision: flash attention without a mask,
+            memory-efficient attention with one; otherwise it becomes matrix products and a softmax.
         compile_kernels: Whether Triton compiles the kernels, or only inductor writes them.
     """
     lowering = Lowering()
@@ -199,15 +199,26 @@ def _call_flash_attention(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("attn_mask") is not None or given.get("dropout_p") or given.get("enable_gqa"):
+        if given.get("dropout_p") or given.get("enable_gqa"):
             continue
-        arguments = (*(given[name] for name in names[:3]), 0.0, given.get("is_causal", False), False)
+        inputs = tuple(given[name] for name in names[:3])
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_function(flash, arguments, {"scale": given.get("scale")})
-            out = gm.graph.call_function(getitem, (call, 0))
+            if given.get("attn_mask") is not None:
+                out = gm.graph.call_function(_efficient_attention, (*inputs, given["attn_mask"], given.get("scale")))
+            else:
+                causal = given.get("is_causal", False)
+                call = gm.graph.call_function(flash, (*inputs, 0.0, causal, False), {"scale": given.get("scale")})
+                out = gm.graph.call_function(getitem, (call, 0))
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _efficient_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """Attention with a bias, for which flash attention has no place."""
+    bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attention(query, key, value, bias, False, scale=scale)[0]
 
 
 def _inspect(graph: fx.Graph, lowering: Lowering) -> None:

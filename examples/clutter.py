@@ -1,8 +1,8 @@
 """Trains a small ViT from scratch with and without pruning, on objects in clutter. `python -m examples.clutter`.
 
-An image is a crop of a photograph (scikit-image ships them) with a handwritten digit (scikit-learn's) on a tile of two colours,
-and beside it a tile of the same kind whose strokes are scrambled. The class is the digit's. A small ConvNet is trained first: it
-proposes. Then two ViTs start from the same weights; one is transformed before its first step. Minutes on a laptop.
+An image is a crop of a photograph (scikit-image ships them) with a handwritten digit (scikit-learn's) on a tile of two
+colours, and beside it a tile of the same kind whose strokes are scrambled. The class is the digit's. A small ConvNet is trained
+first: it proposes. Then two ViTs start from the same weights; one is transformed before its first step. Minutes on a laptop.
 """
 
 import argparse

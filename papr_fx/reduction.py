@@ -70,24 +70,16 @@ def merge_tokens(tokens: Tensor, sizes: Tensor | None, matching: Matching) -> tu
         Tokens (B, N - r, C) and their sizes (B, N - r), float32 or wider.
     """
     stay, merged, into = matching
-    weighted = tokens if sizes is None else tokens * sizes.unsqueeze(-1).to(tokens.dtype)
-    summed = add_rows(gather_tokens(weighted, stay), into, gather_tokens(weighted, merged))
-    sizes = merge_sizes(tokens, sizes, matching)
-    return summed / sizes.unsqueeze(-1).to(tokens.dtype), sizes
-
-
-def merge_sizes(tokens: Tensor, sizes: Tensor | None, matching: Matching) -> Tensor:
-    """The sizes (B, N - r) of matched tokens; see `merge_tokens`."""
     if sizes is None:
         sizes = torch.ones_like(tokens[:, :, 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return sizes.gather(1, matching.stay).scatter_add(1, matching.into, sizes.gather(1, matching.merged))
-
-
-def add_rows(tokens: Tensor, into: Tensor, added: Tensor) -> Tensor:
-    """Adds tokens (B, r, C) to those at places `into` (B, r) of `tokens` (B, N, C)."""
-    batch, count, width = tokens.shape
-    first_row = torch.arange(batch, device=tokens.device).unsqueeze(1) * count
-    return tokens.reshape(-1, width).index_add(0, (into + first_row).reshape(-1), added.reshape(-1, width)).view_as(tokens)
+        weighted = tokens
+    else:
+        weighted = tokens * sizes.unsqueeze(-1).to(tokens.dtype)
+    # A product with zeros and ones, as tokens are summed in half precision by one kernel then, and in a fixed order.
+    members = torch.arange(stay.shape[1], device=into.device).view(1, -1, 1) == into.unsqueeze(1)  # (B, N - r, r)
+    summed = gather_tokens(weighted, stay) + members.to(tokens.dtype) @ gather_tokens(weighted, merged)
+    sizes = sizes.gather(1, stay) + (members * sizes.gather(1, merged).unsqueeze(1)).sum(-1)
+    return summed / sizes.unsqueeze(-1).to(tokens.dtype), sizes
 
 
 def size_bias(sizes: Tensor, queries: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ def lower_all(path: Path) -> None:
         parts = {"dense": dense, "proposal": proposal, "pruned": pruned}
         found[name] = {part: describe(value) for part, value in parts.items()}
         found[name] |= {"limit": kernel_limit(dense, proposal, gm), "device": gm.example().device.type}
+    merged = papr_fx.transform(
+        MODELS["ViT"]().eval(),
+        toy_proposal(),
+        0.8,
+        example_input=torch.zeros(1, *SHAPE[1:]),
+        verify=False,
+        merge=papr_fx.Merge(2, "all"),
+    )
+    found["merged"] = describe(lowered(merged))
     for name, (build, _) in CONTROLS.items():
         found[name] = describe(lowered(build()))
     found["cuda afterwards"] = torch.cuda.is_available()
@@ -172,6 +181,15 @@ def test_a_depthwise_convolution_joins_the_kernels_around_it(found):
 def test_attention_is_one_call(found):
     for part in ("dense", "pruned"):
         assert found["ViT"][part]["calls"]["_scaled_dot_product_flash_attention"] == 2
+
+
+def test_merging_is_one_cuda_graph_and_its_attention_one_call(found):
+    merged = found["merged"]
+    assert merged["faults"] == []
+    assert merged["graphs"] == 1
+    assert merged["calls"]["_scaled_dot_product_flash_attention"] == 1  # in front of the first merge, where all sizes are 1
+    assert merged["calls"]["_scaled_dot_product_efficient_attention"] == 1
+    assert merged["calls"].get("bmm", 0) == 4  # of keys, and of what is merged
 
 
 def test_every_kernel_becomes_machine_code(found):

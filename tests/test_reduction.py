@@ -136,6 +136,18 @@ MODELS = {
     "transformers ViT": lambda: hf("ViT"),
     "transformers DeiT": lambda: hf("DeiT"),
     "transformers DINOv2": lambda: hf("Dinov2"),
+    "transformers VideoMAE": lambda: transformers.VideoMAEForVideoClassification(
+        transformers.VideoMAEConfig(
+            image_size=64,
+            patch_size=16,
+            num_frames=4,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_labels=5,
+        )
+    ),
 }
 
 
@@ -144,7 +156,7 @@ MODELS = {
 def test_models(name):
     """Each is proved by averaging; here also that merged tokens are as many as asked, and that r=0 is the model."""
     model = enliven(MODELS[name]()).eval()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 4, 3, 64, 64) if "Video" in name else torch.randn(2, 3, 64, 64)
     gm = papr_fx.transform(model, toy_proposal(), 0.8, example_input=x, merge=papr_fx.Merge(2))
     counts = [node.meta["shape"][1] for node in gm.graph.nodes if node.name.startswith("papr_tokens")]
     assert [counts[i] - counts[i + 1] for i in range(len(counts) - 1)] == [2, 2]
