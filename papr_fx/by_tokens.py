@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import inputs
+from .attentions import WholeError
 from .blocks import ancestors_of, find_blocks
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, TraceError
@@ -86,7 +87,7 @@ def _plan(
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
             continue
-        except reduce_tokens.WholeError as clash:
+        except WholeError as clash:
             opened |= _reachable(clash, opened)
             continue
         positions, reduced = {False: found, True: found}, {False: fewer, True: fewer}
@@ -100,7 +101,7 @@ def _plan(
             break
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
-        except reduce_tokens.WholeError as clash:
+        except WholeError as clash:
             opened |= _reachable(clash, opened)
     flags = {model.training, *(model.get_submodule(name).training for name in opened)}
     if dense[True] is not dense[False] and len(flags) > 1:
@@ -146,7 +147,7 @@ def _reduced(
     return reduce_tokens.find_sites(sandbox(traced.root(model)), graph, site, blocks, merge.blocks, images)
 
 
-def _reachable(clash: reduce_tokens.WholeError, opened: Collection[str]) -> set[str]:
+def _reachable(clash: WholeError, opened: Collection[str]) -> set[str]:
     """The modules to be traced through, unless they were opened in vain."""
     if stuck := clash.modules & set(opened):
         raise NoSiteError(f"merge: the attention in `{min(stuck)}` cannot be reached, as its code cannot be traced through")

@@ -33,19 +33,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
+from ..attentions import Attention, find_attention, spelled_out
 from ..errors import ArgumentError, NoSiteError
 from ..moves import operands
-from ..reduction import join_heads, mean_by_size, size_bias, split_heads
-from ..trace import TRACED_BATCH, descendants, fake_like, faking, shape_of
+from ..reduction import mean_by_size, size_bias
+from ..trace import descendants, shape_of
 from . import prune_tokens
-
-# Parameters of nn.MultiheadAttention.
-_PROJECTIONS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 
 Blocks = Literal["second-half", "all"] | Sequence[int]
 
@@ -63,18 +58,6 @@ class Site:
     block: str
     attention: str
     addition: str
-
-
-class Attention(NamedTuple):
-    """A node that attends to tokens.
-
-    Attributes:
-        node: Its name.
-        heads: Of an `nn.MultiheadAttention`, how many heads it has; else 0.
-    """
-
-    node: str
-    heads: int
 
 
 class Found(NamedTuple):
@@ -167,18 +150,6 @@ class Reduction(ABC):
         """Inserts nodes at the graph's insertion point; returns the fewer tokens and what is known of them."""
 
 
-class WholeError(Exception):
-    """Modules hold an attention or an average that is to be reached: they are to be traced through first.
-
-    Attributes:
-        modules: Their qualified names.
-    """
-
-    def __init__(self, modules: set[str]) -> None:
-        super().__init__()
-        self.modules = modules
-
-
 def chosen_blocks(names: Sequence[str], blocks: Blocks) -> list[str]:
     """The blocks that a reduction names, in order.
 
@@ -222,28 +193,12 @@ def find_sites(
     chosen = chosen_blocks(list(calls), wanted)
     if not chosen:
         return Found()
-    nodes = list(graph.nodes)
-    start = nodes.index(calls[chosen[0]][0])
-    watched = _Watched(root, graph, {tokens.prefix + prod(tokens.grid), prod(tokens.grid)})
-    mode, fake = fake_like(images, TRACED_BATCH)
-    with faking(mode):
-        watched.run(fake)
-    seen = {node: watched.seen[node] for node in nodes[start:] if watched.seen[node]}
-    whole = [node for node in seen if node.op == "call_module" and not _heads(root, node)]
-    stuck = [node for node in whole if type(root.get_submodule(str(node.target))).__module__.startswith("torch.nn.")]
-    if stuck:
-        kind = type(root.get_submodule(str(stuck[0].target))).__name__
-        raise NoSiteError(
-            f"merge: `{stuck[0].target}` (torch.nn.{kind}) attends to tokens or averages them inside its own code"
-        )
-    if whole:
-        raise WholeError({str(node.target) for node in whole})
-    attentions = [node for node in seen if "attention" in seen[node]]
-    for node in attentions:
-        _check_bare(node)
-    sites = tuple(_site(tokens, block, calls[block], attentions) for block in chosen)
-    means = tuple(node.name for node in seen if "mean" in seen[node])
-    return Found(sites, tuple(Attention(node.name, _heads(root, node)) for node in attentions), means)
+    nodes = {node.name: node for node in graph.nodes}
+    start = list(nodes).index(calls[chosen[0]][0].name)
+    counts = {tokens.prefix + prod(tokens.grid), prod(tokens.grid)}
+    seen = find_attention(root, graph, [*nodes.values()][start:], counts, images)
+    attentions = [nodes[name] for name, _ in seen.attentions]
+    return Found(tuple(_site(tokens, block, calls[block], attentions) for block in chosen), *seen)
 
 
 def rewrite(
@@ -272,7 +227,7 @@ def rewrite(
     state, number = State(None, keep), 0
     for node in nodes:
         if node.name in heads:
-            attended[node.name] = attention = _spelled_out(graph, node, heads[node.name]) if heads[node.name] else node
+            attended[node.name] = attention = spelled_out(graph, node, heads[node.name]) if heads[node.name] else node
             if state.sizes is not None and reduction.proportional:
                 _weigh(graph, attention, state.sizes, number)
         if node.name in found.means and state.sizes is not None:
@@ -286,32 +241,6 @@ def rewrite(
                 fewer, state = reduction.insert(at, state)
             node.replace_all_uses_with(fewer, delete_user_cb=before.__contains__)
             number += 1
-
-
-def _heads(root: nn.Module, node: fx.Node) -> int:
-    """The heads of a call of `nn.MultiheadAttention` that can be spelled out; 0 for anything else."""
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if not isinstance(module, nn.MultiheadAttention) or node.op != "call_module":
-        return 0
-    plain = module.batch_first and module.in_proj_weight is not None and module.in_proj_bias is not None
-    plain = plain and module.bias_k is None and not module.add_zero_attn and not module.dropout
-    return module.num_heads if plain and all(_part(user) == 0 for user in node.users) else 0
-
-
-def _part(user: fx.Node) -> object:
-    """Which part of a tuple a node takes."""
-    return user.args[1] if user.target is operator.getitem else None
-
-
-def _check_bare(node: fx.Node) -> None:
-    """Refuses an attention with a mask, of other queries, or one that is causal."""
-    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 and node.op == "call_function" else None)
-    if mask is not None or node.kwargs.get("key_padding_mask") is not None:
-        raise NoSiteError(f"merge: the attention `{node.name}` is given a mask or a bias, which says nothing of merged tokens")
-    if node.kwargs.get("is_causal"):
-        raise NoSiteError(f"merge: the attention `{node.name}` is causal, so that the order of tokens matters")
-    if node.op == "call_module" and (len(node.args) < 3 or len(set(node.args[:3])) > 1):
-        raise NoSiteError(f"merge: `{node.target}` is no self-attention: queries, keys and values are not the same tokens")
 
 
 def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], attentions: Sequence[fx.Node]) -> Site:
@@ -342,64 +271,9 @@ def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], atten
     )
 
 
-def _spelled_out(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
-    """Puts `scaled_dot_product_attention` and projections in the place of an nn.MultiheadAttention; returns the former."""
-    tokens, name = node.args[0], node.name
-    with graph.inserting_before(node):
-
-        def create(function: Callable[..., Any], *arguments: Any, suffix: str) -> fx.Node:
-            return graph.create_node("call_function", function, arguments, name=f"{name}_{suffix}")
-
-        weights = [graph.get_attr(f"{node.target}.{part}") for part in _PROJECTIONS]
-        split = create(split_heads, create(F.linear, tokens, *weights[:2], suffix="qkv"), heads, suffix="heads")
-        queries, keys, values = (create(operator.getitem, split, i, suffix="qkv"[i]) for i in range(3))
-        attention = create(F.scaled_dot_product_attention, queries, keys, values, suffix="mixed")
-        out = create(F.linear, create(join_heads, attention, suffix="joined"), *weights[2:], suffix="out")
-    for user in list(node.users):
-        user.replace_all_uses_with(out)
-        graph.erase_node(user)
-    graph.erase_node(node)
-    return attention
-
-
 def _weigh(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, number: int) -> None:
     """Gives an attention the sizes of its keys."""
     with graph.inserting_before(attention):
         bias = graph.create_node("call_function", size_bias, (sizes, attention.args[0]), name=f"papr_bias_{number}")
     attention.args = attention.args[:3] + attention.args[4:]
     attention.kwargs = {**attention.kwargs, "attn_mask": bias}
-
-
-class _Watch(TorchFunctionMode):
-    """Notes which calls attend to tokens, or average them."""
-
-    def __init__(self, counts: Collection[int]) -> None:
-        super().__init__()
-        self.counts = counts
-        self.seen: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        keys = {F.scaled_dot_product_attention: -2, F.multi_head_attention_forward: 0}  # the axis that counts them
-        if func in keys and args[1].shape[keys[func]] in self.counts:
-            self.seen.add("attention")
-        elif func in (torch.mean, Tensor.mean) and args[0].ndim == 3 and args[0].shape[1] in self.counts:
-            axes = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
-            if axes in (1, -2, (1,), (-2,), [1], [-2]):
-                self.seen.add("mean")
-        return out
-
-
-class _Watched(fx.Interpreter):
-    """Runs a graph and notes in which of its nodes tokens are attended to, or averaged."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, counts: Collection[int]) -> None:
-        super().__init__(root, graph=graph)
-        self.counts = counts
-        self.seen: dict[fx.Node, set[str]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        with _Watch(self.counts) as watch:
-            out = super().run_node(n)
-        self.seen[n] = watch.seen
-        return out
