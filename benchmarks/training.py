@@ -16,6 +16,8 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
+from papr_fx.named import VIDEO_MODELS, video_model
+from papr_fx.numerics import tensors_of
 from papr_fx.timing import median_times
 
 from .record import environment, write
@@ -36,7 +38,7 @@ def step_of(module: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, co
 
     def step() -> None:
         optimiser.zero_grad()
-        F.cross_entropy(run(images), labels).backward()
+        F.cross_entropy(tensors_of(run(images))[0], labels).backward()
         optimiser.step()
 
     return step
@@ -44,19 +46,21 @@ def step_of(module: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, co
 
 def measure(name: str, z: float, batch: int, rounds: int, *, compiled: bool, device: torch.device) -> dict[str, Any]:
     """Dense and pruned steps of one model in turns."""
-    model = timm.create_model(name).train().to(device)
-    gm = papr_fx.transform(model, timm.create_model(PROPOSAL), z, verify=False)
-    images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
-    last: Any = timm.create_model(name).train().to(device)
-    last.to(memory_format=torch.channels_last)
+    clips = name in VIDEO_MODELS
+    model = (video_model(name, pretrained=False).model if clips else timm.create_model(name)).train().to(device)
+    images = torch.randn((batch, 16, 3, 224, 224) if clips else (batch, 3, 224, 224), device=device)
+    labels = torch.randint(400, (batch,), device=device)
+    gm = papr_fx.transform(model, timm.create_model(PROPOSAL), z, example_input=images[:1], verify=False)
     torch.compiler.reset()
-    steps = {
-        "dense": step_of(model, images, labels, compiled=compiled),
-        "dense channels-last": step_of(last, images.to(memory_format=torch.channels_last), labels, compiled=compiled),
-        "pruned": step_of(gm, images, labels, compiled=compiled),
-    }
+    steps = {"pruned": step_of(gm, images, labels, compiled=compiled)}
+    steps["dense"] = step_of(model, images, labels, compiled=compiled)
+    if not clips:
+        last: Any = timm.create_model(name).train().to(device)
+        last.to(memory_format=torch.channels_last)
+        packed = images.to(memory_format=torch.channels_last)
+        steps["dense channels-last"] = step_of(last, packed, labels, compiled=compiled)
     times = median_times(steps, rounds=rounds, warmup=2, gradients=True)
-    dense = min(times["dense"], times["dense channels-last"])
+    dense = min(times[key] for key in steps if key.startswith("dense"))
     found = papr_fx.report(gm)
     macs = 3 * found.dense_macs / (3 * found.pruned_macs + found.proposal_macs)
     speed = dense / times["pruned"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +110,9 @@ def _heads(root: nn.Module, node: fx.Node) -> int:
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if not isinstance(module, nn.MultiheadAttention) or node.op != "call_module":
         return 0
-    plain = module.batch_first and module.in_proj_weight is not None and module.in_proj_bias is not None
-    plain = plain and module.bias_k is None and not module.add_zero_attn and not module.dropout
+    parts = cast(Any, module)  # any of its parameters may be None
+    plain = parts.batch_first and parts.in_proj_weight is not None and parts.in_proj_bias is not None
+    plain = plain and parts.bias_k is None and not parts.add_zero_attn and not parts.dropout
     return module.num_heads if plain and all(_part(user) == 0 for user in node.users) else 0
 
 
