@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import papr_fx
 from examples.clutter import Images, accuracy, cluttered, proposal_for, small_vit, train
-from papr_fx.peers import at_macs, reduction_named
+from papr_fx.peers import at_macs, kept_before, reduction_named
 
 from .record import environment, write
 
@@ -64,7 +64,7 @@ def measure(
         gm = papr_fx.transform(model, proposal, 1, merge=reduction_named(name))
         row = {"method": name}
         for z in ratios:
-            papr_fx.set_keep_ratio(gm, min(1.0, z + 0.1) if name.startswith("papr+") else 1.0)
+            papr_fx.set_keep_ratio(gm, kept_before(z) if name.startswith("papr+") else 1.0)
             row[f"z={z:g}"] = accuracy(at_macs(gm, totals[z]), images)
             done()
         rows.append(row)

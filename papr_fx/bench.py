@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .macs import count_module_macs
 from .module import PrunedModule, shell
-from .peers import REDUCERS, at_macs, reduction_named, transcribed
+from .peers import REDUCERS, at_macs, kept_before, reduction_named, transcribed
 from .plan import Tokens
 from .proposal import InputStats
 from .report import report
@@ -128,7 +128,7 @@ def variants(
             elif name == "transcription":
                 found[f"transcription z={z:g}"] = Variant(transcribed(gm), total)
             else:
-                own = min(1.0, z + 0.05) if name.startswith("papr+") else 1.0  # what is merged behind is kept first
+                own = kept_before(z) if name.startswith("papr+") else 1.0
                 fewer = at_macs(PrunedModule(shell(reduced[name]), replace(reduced[name].plan, z=own)), total)
                 r = cast(Any, cast(Tokens, fewer.plan.operator).reduction).r
                 words = f"{name} z={own:g} r={r}" if own < 1 else f"{name} r={r}"

@@ -136,15 +136,21 @@ def _reduced(
     positions: gather_positions.Found,
 ) -> reduce_tokens.Found:
     """Where `merge` leaves fewer tokens."""
-    if merge is None or isinstance(graph, str):
+    if merge is None or not merge.r or isinstance(graph, str):
         return reduce_tokens.Found()
     used = next((part for part in positions if part), ())
     if used:
+        what = next(iter(vars(used[0]).values()))
         raise NoSiteError(
-            f"merge: {type(model).__name__} uses positions beyond its embedding ({used[0]}), and a merged token has none itself"
+            f"merge: {type(model).__name__} uses positions beyond its embedding (`{what}`), and a merged token has none itself"
         )
     site = prune_tokens.find_site(graph, blocks)
-    return reduce_tokens.find_sites(sandbox(traced.root(model)), graph, site, blocks, merge.blocks, images)
+    found = reduce_tokens.find_sites(sandbox(traced.root(model)), graph, site, blocks, merge.blocks, images)
+    targets = {node.name: str(node.target) for node in graph.nodes}
+    for attention in found.attentions:
+        if attention.heads:  # its forward will not be called
+            inputs.check_no_hooks(model.get_submodule(targets[attention.node]), f"model.{targets[attention.node]}")
+    return found
 
 
 def _reachable(clash: WholeError, opened: Collection[str]) -> set[str]:
@@ -229,4 +235,11 @@ def _built(root: nn.Module, plan: Plan) -> PrunedModule:
     try:
         return PrunedModule(root, plan)
     except TraceError as error:
+        if plan.reduction and plan.reduction.r:
+            try:
+                PrunedModule(root, plan.pruning)
+            except TraceError:
+                pass  # merging is not the reason
+            else:
+                raise NoSiteError(f"merge: {plan.name} does not run on merged tokens: {str(error).splitlines()[0]}") from error
         raise NoSiteError(f"{_REFUSED.format(plan.name)}: {str(error).splitlines()[0]}") from error

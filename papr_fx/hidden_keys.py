@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
 
 class HiddenKeys(TorchFunctionMode):
     """While active, every attention over `hidden.shape[1]` keys gives no weight to hidden ones.
@@ -28,11 +30,10 @@ class HiddenKeys(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         count = self.hidden.shape[1]
-        if func is F.scaled_dot_product_attention and args[1].shape[-2] == count:
-            kwargs["attn_mask"] = self._bias(args[0]) + self._given(
-                args[3] if len(args) > 3 else kwargs.get("attn_mask"), args[0]
-            )
-            args = args[:3] + args[4:] if len(args) > 3 else args
+        given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs} if func is F.scaled_dot_product_attention else {}
+        if given and given["key"].shape[-2] == count:
+            given["attn_mask"] = self._bias(given["query"]) + self._given(given.get("attn_mask"), given["query"])
+            args, kwargs = (), given
             self.seen += 1
         elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
             kwargs["key_padding_mask"] = self.hidden

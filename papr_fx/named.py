@@ -36,8 +36,8 @@ class VideoModel:
     statistics: Statistics
 
 
-def image_model(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Module:
-    """A timm model in eval mode.
+def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options: Any) -> nn.Module:
+    """A timm model in eval mode; `options` are given to timm.
 
     Raises:
         ArgumentError: timm knows no such model, or its weights cannot be loaded.
@@ -47,7 +47,7 @@ def image_model(name: str, *, pretrained: bool, checkpoint: str = "") -> nn.Modu
             f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).eval()
+        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **options).eval()
     except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
         source = checkpoint or "timm's hub"
         raise ArgumentError(
@@ -86,7 +86,7 @@ def video_model(name: str, *, pretrained: bool) -> VideoModel:
     return VideoModel(cast(nn.Module, model).eval(), (tuple(processor.image_mean), tuple(processor.image_std)))
 
 
-def proposal_for(statistics: Statistics, name: str, *, pretrained: bool) -> tuple[nn.Module, InputStats]:
+def proposal_for(statistics: Statistics, name: str, *, pretrained: bool, checkpoint: str = "") -> tuple[nn.Module, InputStats]:
     """The proposal network of that name, and how its images are normalised beside those of a model with `statistics`.
 
     Raises:
@@ -95,7 +95,8 @@ def proposal_for(statistics: Statistics, name: str, *, pretrained: bool) -> tupl
     if name == LITE0:
         return lite0(), (statistics, LITE0_STATISTICS)
     try:
-        network = create_network(name, pretrained=pretrained).eval()
+        network = image_model(name, pretrained=False, checkpoint=checkpoint) if checkpoint else None
+        network = network or create_network(name, pretrained=pretrained).eval()
     except (OSError, RuntimeError) as error:
         raise ProposalError(f"the weights of {name!r} could not be loaded: {type(error).__name__} {error}") from error
     own = statistics_of(network)

@@ -23,7 +23,7 @@ from .passes.propagate_tokens import TokenPropagation
 from .passes.reduce_tokens import Reduction
 from .plan import Tokens
 
-__all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "reduction_named", "transcribed"]
+__all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 
 # Reductions by the name that a benchmark gives them, each in every block but for merging behind pruning.
 _REDUCTIONS: dict[str, Reduction] = {
@@ -85,6 +85,11 @@ def reduction_named(name: str) -> Reduction:
     """The reduction that a name of `REDUCERS` such as "tome" or "papr+tome" stands for; behind PaPr, in the second half."""
     pruning, _, peer = name.rpartition("+")
     return replace(_REDUCTIONS[peer], blocks="second-half") if pruning else _REDUCTIONS[peer]
+
+
+def kept_before(z: float) -> float:
+    """The keep ratio in front of merging that is to cost what pruning at z costs: the paper takes 0.55 for 0.5."""
+    return min(1.0, z + 0.05)
 
 
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:

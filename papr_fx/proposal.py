@@ -107,7 +107,7 @@ class SignificanceNet(nn.Module):
             images = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
         packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
         images = images.contiguous(memory_format=packed)
-        maps: Tensor = self.saliency(self.trunk(images), images)
+        maps: Tensor = self.saliency(self.trunk(images), images, self.trunk)
         return maps.unflatten(0, (-1, frames)) if self.per_frame else maps
 
 

@@ -6,7 +6,8 @@ places; patches at even places of the whole sequence are set A, those at odd pla
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +41,15 @@ def match_tokens(keys: Tensor, r: int, prefix: int) -> Matching:
     Returns:
         The matching. What stays of A keeps its order behind prefix tokens, and goes by descending score without.
     """
-    metric = keys.mean(1, dtype=torch.promote_types(keys.dtype, torch.float32))
-    metric = F.normalize(metric, dim=-1)  # (B, N, D)
+    metric = F.normalize(keys.mean(1, dtype=wide(keys)), dim=-1)  # (B, N, D)
     count = metric.shape[1]
     first, second = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first patches at an even and at an odd place
     r = min(r, (count - prefix) // 2)
     places = torch.arange(count, device=keys.device).expand(keys.shape[0], count)
     if not r:
         return Matching(places, places[:, :0], places[:, :0])
-    scores = metric[:, first::2] @ metric[:, second::2].transpose(1, 2)  # (B, |A|, |B|)
+    with exact(keys):
+        scores = metric[:, first::2] @ metric[:, second::2].transpose(1, 2)  # (B, |A|, |B|)
     best, partner = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
     merged, unmerged = order[:, :r], order[:, r:]
@@ -71,27 +72,49 @@ def merge_tokens(tokens: Tensor, sizes: Tensor | None, matching: Matching) -> tu
     """
     stay, merged, into = matching
     if sizes is None:
-        sizes = torch.ones_like(tokens[:, :, 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
-        weighted = tokens
-    else:
-        weighted = tokens * sizes.unsqueeze(-1).to(tokens.dtype)
-    # A product with zeros and ones, as tokens are summed in half precision by one kernel then, and in a fixed order.
+        sizes = torch.ones_like(tokens[:, :, 0], dtype=wide(tokens))
+    # A product, as tokens are summed in half precision by one kernel then, and in a fixed order. Shares are 1 at most: sums of
+    # weighted tokens would not fit float16.
     members = torch.arange(stay.shape[1], device=into.device).view(1, -1, 1) == into.unsqueeze(1)  # (B, N - r, r)
-    summed = gather_tokens(weighted, stay) + members.to(tokens.dtype) @ gather_tokens(weighted, merged)
-    sizes = sizes.gather(1, stay) + (members * sizes.gather(1, merged).unsqueeze(1)).sum(-1)
-    return summed / sizes.unsqueeze(-1).to(tokens.dtype), sizes
+    own, added = sizes.gather(1, stay), members * sizes.gather(1, merged).unsqueeze(1)
+    sizes = own + added.sum(-1)
+    share = (own / sizes).unsqueeze(-1).to(tokens.dtype)
+    mixed = (added / sizes.unsqueeze(-1)).to(tokens.dtype) @ gather_tokens(tokens, merged)
+    return gather_tokens(tokens, stay) * share + mixed, sizes
 
 
-def size_bias(sizes: Tensor, queries: Tensor) -> Tensor:
-    """Sizes (B, N) as a bias (B, 1, 1, N) of attention logits, in the dtype of `queries`: proportional attention."""
-    return sizes.log().to(queries.dtype)[:, None, None]
+def size_bias(sizes: Tensor, keys: Tensor) -> Tensor:
+    """The sizes (B, N) of keys (B, heads, n, D), the last n, as a bias (B, 1, 1, n) of logits: proportional attention."""
+    return last_sizes(sizes, keys.shape[-2]).log().to(keys.dtype)[:, None, None]
 
 
-def mean_by_size(tokens: Tensor, dim: object = 1, keepdim: bool = False, *, sizes: Tensor) -> Tensor:
-    """The mean over the last tokens (B, n, C), each weighted by its size, of all sizes (B, N); (B, C), or (B, 1, C)."""
-    weights = sizes[:, sizes.shape[1] - tokens.shape[1] :].unsqueeze(-1)
-    weights = (weights / weights.sum(1, keepdim=True)).to(tokens.dtype)
-    return (tokens * weights).sum(1, keepdim=keepdim)
+def mean_by_size(tokens: Tensor, axis: int, sizes: Tensor, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean over `axis` of (B, n, C) or (B, C, n), each of the n tokens weighted by its size, the last n of (B, N)."""
+    weights = last_sizes(sizes, tokens.shape[axis])
+    weights = (weights / weights.sum(1, keepdim=True)).to(dtype or tokens.dtype)
+    weights = weights.unsqueeze(-1) if axis == 1 else weights.unsqueeze(1)
+    return (tokens.to(weights.dtype) * weights).sum(axis, keepdim=keepdim)
+
+
+def last_sizes(sizes: Tensor, count: int) -> Tensor:
+    """The last `count` sizes of (B, N).
+
+    Raises:
+        ValueError: There are fewer: the tokens are from before a reduction.
+    """
+    if count > sizes.shape[1]:
+        raise ValueError(f"{count} tokens from before a reduction, of which {sizes.shape[1]} were left")
+    return sizes[:, sizes.shape[1] - count :]
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """float32, or the tensor's own dtype if that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the tensor's device: what is compared is compared at full precision."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def split_heads(projected: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +139,9 @@ def fuse_tokens(tokens: Tensor, sizes: Tensor | None, matching: Matching) -> tup
 
 def attention_weights(queries: Tensor, keys: Tensor, sizes: Tensor | None, scale: float | None) -> Tensor:
     """Weights (B, M, N) of queries (B, heads, M, D) for keys (B, heads, N, D), as a mean over heads, float32 or wider."""
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    logits = (queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * (keys.shape[-1] ** -0.5 if scale is None else scale)
+    dtype = wide(keys)
+    with exact(keys):
+        logits = (queries.to(dtype) @ keys.to(dtype).transpose(-2, -1)) * (keys.shape[-1] ** -0.5 if scale is None else scale)
     return (logits if sizes is None else logits + size_bias(sizes, logits)).softmax(dim=-1).mean(1)
 
 
@@ -193,24 +217,24 @@ def propagate_tokens(
     batch, count = tokens.shape[:2]
     if places is None:
         places = torch.arange(count, device=tokens.device).expand(batch, count)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
     if sizes is None:
-        sizes = torch.ones((batch, count), dtype=wide, device=tokens.device)
+        sizes = torch.ones((batch, count), dtype=wide(tokens), device=tokens.device)
     patches = slice(prefix, None)
     cells = torch.stack(unravel(places[:, patches] - prefix, grid), dim=-1)  # (B, n, axes)
     touching = (cells.unsqueeze(2) - cells.unsqueeze(1)).abs().amax(-1) == 1  # (B, n, n)
-    metric = F.normalize(keys[:, :, patches].mean(1, dtype=wide), dim=-1)
+    metric = F.normalize(keys[:, :, patches].mean(1, dtype=wide(keys)), dim=-1)
     itself = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
-    alike = (metric @ metric.transpose(1, 2)).masked_fill(itself, 0)
+    with exact(keys):
+        alike = (metric @ metric.transpose(1, 2)).masked_fill(itself, 0)
     best = alike.topk(min(edges, alike.shape[-1]), dim=-1)
     alike = torch.zeros_like(alike).scatter(-1, best.indices, best.values.clamp(min=0))
     weights = torch.maximum(alike, alike.transpose(1, 2)) + touching  # symmetric
-    root = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny).rsqrt()
+    root = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny).rsqrt()
     weights = F.pad(weights * root * root.transpose(1, 2), (prefix, 0, prefix, 0))  # (B, N, N)
     share = gather_tokens(weights, stay).gather(2, drop.unsqueeze(1).expand(-1, stay.shape[1], -1))  # (B, N - r, r)
     share = strength * share
     fewer = gather_tokens(tokens, stay) + share.to(tokens.dtype) @ gather_tokens(tokens, drop)
-    grown = sizes.gather(1, stay) + (share @ sizes.gather(1, drop).unsqueeze(-1)).squeeze(-1)
+    grown = sizes.gather(1, stay) + (share * sizes.gather(1, drop).unsqueeze(1)).sum(-1)
     return fewer, grown, places.gather(1, stay)
 
 

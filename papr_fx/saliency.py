@@ -7,9 +7,10 @@ passes through the network, so that they run inside a compiled graph.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ Named = Literal["psm", "expected-cam", "cam", "gradcam", "scorecam", "random"]
 Saliency = Named | Callable[[Tensor], Tensor]
 NAMES: tuple[Named, ...] = ("psm", "expected-cam", "cam", "gradcam", "scorecam", "random")
 
+_PRIME = 2**31 - 1  # its square fits int64
 # Maps of which Score-CAM masks one image at a time.
 _MASKS = 32
 
@@ -39,7 +41,7 @@ def checked_saliency(saliency: object) -> Saliency:
 def build_map(
     saliency: Saliency, trunk: nn.Module, classifier: nn.Module | None, axis: int | None, sample: Tensor, name: str
 ) -> nn.Module:
-    """A module that maps (features, images) to maps (B, h, w), of clips (B, t, h, w), float32 or wider.
+    """A module that maps (features, images, trunk) to maps (B, h, w), of clips (B, t, h, w), float32 or wider.
 
     Args:
         saliency: A name, or a function of features with channels in axis 1.
@@ -52,16 +54,18 @@ def build_map(
     Raises:
         ProposalError: The network has no classifier, or none of the kind that is needed.
     """
+    if saliency == "random":
+        return _Random(axis)
     if axis is None:
         if saliency != "psm":
             raise ProposalError(f"saliency: the proposal ({name}) returns one map, so there are no features to weigh")
         return _Given()
     if saliency == "psm":
         return _Mean(axis)
-    if saliency == "random":
-        return _Random(axis)
     if not isinstance(saliency, str):
-        return _Function(saliency, axis)
+        own = copy.deepcopy(saliency) if isinstance(saliency, nn.Module) else saliency
+        with torch.no_grad():
+            return _checked(_Function(own, axis), trunk(sample), sample, trunk)
     if classifier is None:
         raise ProposalError(
             f'saliency="{saliency}" asks the classes of the proposal, but ({name}) returns features: pass a classifier'
@@ -69,8 +73,14 @@ def build_map(
     if saliency == "gradcam":
         return _GradCAM(classifier, axis)
     if saliency == "scorecam":
-        return _ScoreCAM(trunk, classifier, axis)
+        return _ScoreCAM(classifier, axis)
     return _CAM(classifier, _class_weights(trunk, classifier, axis, sample, name), axis, expected=saliency == "expected-cam")
+
+
+def _checked(function: nn.Module, *given: Any) -> nn.Module:
+    """Returns a user's function if it makes maps of features."""
+    function(*given)
+    return function
 
 
 def classifier_behind(gm: fx.GraphModule, features: fx.Node) -> nn.Module | None:
@@ -104,7 +114,7 @@ def _weighed(features: Tensor, weights: Tensor, axis: int) -> Tensor:
 class _Given(nn.Module):
     """Maps as they come."""
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         return features.to(_wide(features))
 
 
@@ -115,26 +125,27 @@ class _Mean(nn.Module):
         super().__init__()
         self.axis = axis
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         return features.mean(self.axis, dtype=_wide(features))
 
 
 class _Random(nn.Module):
     """Scores that have nothing to do with a position's content, and are the same again for the same image."""
 
-    def __init__(self, axis: int) -> None:
+    def __init__(self, axis: int | None) -> None:
         super().__init__()
         self.axis = axis
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
-        grid = features.movedim(self.axis, 1).shape[2:]
-        numbers = torch.arange(1, math.prod(grid) + 1, dtype=torch.float64, device=features.device)
-        means = (
-            32 * images.flatten(2).mean(2, dtype=torch.float64)
-        ).round()  # whole numbers: rounding elsewhere changes nothing
-        seed = torch.frac(torch.sin((means * torch.arange(1, images.shape[1] + 1, device=means.device)).sum(1)) * 43758.5453)
-        scores = torch.frac(torch.sin(12.9898 * numbers + 78.233 * seed.unsqueeze(1)) * 43758.5453).abs()
-        return scores.view(-1, *grid)
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
+        grid = features.shape[1:] if self.axis is None else features.movedim(self.axis, 1).shape[2:]
+        numbers = torch.arange(1, math.prod(grid) + 1, device=features.device)
+        # Whole numbers throughout, so that no device rounds otherwise.
+        means = (2**20 * images.flatten(2).mean(2, dtype=torch.float64)).round().long()
+        seed = (means * torch.arange(1, images.shape[1] + 1, device=means.device)).sum(1, keepdim=True) % _PRIME
+        mixed = (48271 * seed + 69621 * numbers) % _PRIME
+        for _ in range(3):
+            mixed = (mixed * mixed + numbers + seed) % _PRIME
+        return (mixed.double() / _PRIME).view(-1, *grid)
 
 
 class _Function(nn.Module):
@@ -145,11 +156,12 @@ class _Function(nn.Module):
         self.function = function
         self.axis = axis
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         features = features.movedim(self.axis, 1)
         maps = self.function(features)
         if maps.shape != (features.shape[0], *features.shape[2:]):
-            raise ValueError(f"saliency must map features {tuple(features.shape)} to maps (B, *grid), not {tuple(maps.shape)}")
+            found = tuple(maps.shape)
+            raise ProposalError(f"saliency must map features {tuple(features.shape)} to maps (B, *grid), not {found}")
         return maps.to(_wide(maps))
 
 
@@ -165,7 +177,7 @@ class _CAM(nn.Module):
         self.expected = expected
         self.register_buffer("weights", weights, persistent=False)  # (classes, K)
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         logits = self.classifier(features)  # (B, classes)
         if self.expected:
             weights = logits.softmax(-1, dtype=_wide(logits)).to(self.weights.dtype) @ self.weights
@@ -185,7 +197,7 @@ class _GradCAM(nn.Module):
         self.classifier = classifier
         self.axis = axis
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         def best(values: Tensor) -> Tensor:
             return self.classifier(values).amax(-1).sum()
 
@@ -199,29 +211,28 @@ class _ScoreCAM(nn.Module):
     A forward pass for each of the K maps: for comparisons, not for speed. Its last ReLU is left out, as in Grad-CAM.
     """
 
-    def __init__(self, trunk: nn.Module, classifier: nn.Module, axis: int) -> None:
+    def __init__(self, classifier: nn.Module, axis: int) -> None:
         super().__init__()
-        self.trunk = trunk
         self.classifier = classifier
         self.axis = axis
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         maps = features.movedim(self.axis, 1)  # (B, K, *grid)
         flat = maps.flatten(2)
         flat = flat - flat.amin(-1, keepdim=True)
         flat = flat / flat.amax(-1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
         best = self.classifier(features).argmax(-1, keepdim=True)  # (B, 1)
         some = flat.view_as(maps).split(_MASKS, dim=1)
-        scores = torch.cat([self._scores(images, masks, best) for masks in some], dim=1)
+        scores = torch.cat([self._scores(images, masks, best, trunk) for masks in some], dim=1)
         return _weighed(features, scores.softmax(-1, dtype=_wide(scores)), self.axis)
 
-    def _scores(self, images: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
+    def _scores(self, images: Tensor, masks: Tensor, labels: Tensor, trunk: nn.Module) -> Tensor:
         """What classes (B, 1) score for images (B, C, *size) times each of their masks (B, m, *grid), (B, m)."""
         mode = "bilinear" if images.ndim == 4 else "trilinear"
         masks = F.interpolate(masks, size=images.shape[2:], mode=mode, align_corners=False)
         masked = (images.unsqueeze(1) * masks.unsqueeze(2)).flatten(0, 1)  # (B * m, C, *size)
         packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
-        logits = self.classifier(self.trunk(masked.contiguous(memory_format=packed)))
+        logits = self.classifier(trunk(masked.contiguous(memory_format=packed)))
         return logits.unflatten(0, masks.shape[:2]).gather(2, labels.unsqueeze(1).expand(-1, masks.shape[1], 1)).squeeze(2)
 
 

@@ -21,9 +21,11 @@ linear; here `linear_from` says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import fx
 
+from ..errors import ArgumentError
 from ..ops import gather_tokens
 from ..reduction import fuse_tokens, match_tokens
 from .reduce_tokens import Attended, Blocks, Reduction, State
@@ -42,6 +44,13 @@ class TokenFusion(Reduction):
 
     blocks: Blocks = "all"
     linear_from: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(cast(Any, self.linear_from), int):
+            raise ArgumentError(
+                f"merge: linear_from (blocks in which tokens are dropped) must be a number, not {self.linear_from!r}"
+            )
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""

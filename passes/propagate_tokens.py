@@ -20,6 +20,7 @@ the embedding; here it is that of each block's keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import fx
 
@@ -49,8 +50,8 @@ class TokenPropagation(Reduction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.strength >= 0 or self.edges < 1:
-            raise ArgumentError("merge: strength must be 0 at least, and edges 1")
+        if not 0 <= self.strength < float("inf") or not isinstance(cast(Any, self.edges), int) or self.edges < 1:
+            raise ArgumentError("merge: strength must be a number from 0 on, and edges a whole number from 1 on")
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""

@@ -6,7 +6,7 @@ Before:
     out    = tokens + mlp(tokens)
 
 Becomes:
-    papr_bias_1   = size_bias(papr_sizes_0, queries)               # (B, 1, 1, N), from the second reduction on
+    papr_bias_1   = size_bias(papr_sizes_0, keys)                  # (B, 1, 1, N), from the second reduction on
     mixed         = scaled_dot_product_attention(queries, keys, values, attn_mask=papr_bias_1)
     tokens        = stream + project(mixed)
     papr_tokens_1 = ...                                            # (B, N - r, C), by the reduction, such as `merge_tokens`
@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from ..attentions import Attention, find_attention, spelled_out
+from ..attentions import Attention, Mean, arguments, find_attention, spelled_out
 from ..errors import ArgumentError, NoSiteError
 from ..moves import operands
 from ..reduction import mean_by_size, size_bias
@@ -71,7 +71,7 @@ class Found(NamedTuple):
 
     sites: tuple[Site, ...] = ()
     attentions: tuple[Attention, ...] = ()
-    means: tuple[str, ...] = ()
+    means: tuple[Mean, ...] = ()
 
 
 class State(NamedTuple):
@@ -189,7 +189,9 @@ def find_sites(
         WholeError: Modules are to be traced through first.
         NoSiteError: Fewer tokens would not be sound, with the reason.
     """
-    calls = dict(prune_tokens.calls(graph, blocks))
+    calls: dict[str, list[fx.Node]] = {}
+    for name, part in prune_tokens.calls(graph, blocks):  # a block may be called in several parts
+        calls.setdefault(name, []).extend(part)
     chosen = chosen_blocks(list(calls), wanted)
     if not chosen:
         return Found()
@@ -222,16 +224,16 @@ def rewrite(
     """
     additions = {site.addition: site for site in found.sites}
     nodes = list(graph.nodes)
-    heads = dict(found.attentions)
+    heads, axes = dict(found.attentions), dict(found.means)
     attended: dict[str, fx.Node] = {}  # each as a call of `scaled_dot_product_attention`
     state, number = State(None, keep), 0
     for node in nodes:
         if node.name in heads:
-            attended[node.name] = attention = spelled_out(graph, node, heads[node.name]) if heads[node.name] else node
+            attended[node.name] = attention = spelled_out(graph, node, heads[node.name])
             if state.sizes is not None and reduction.proportional:
                 _weigh(graph, attention, state.sizes, number)
-        if node.name in found.means and state.sizes is not None:
-            node.op, node.target, node.kwargs = "call_function", mean_by_size, {**node.kwargs, "sizes": state.sizes}
+        if node.name in axes and state.sizes is not None:
+            _average(node, axes[node.name], state.sizes)
         if node.name in additions:
             before = set(graph.nodes)
             attention = attended[additions[node.name].attention]
@@ -246,12 +248,19 @@ def rewrite(
 def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], attentions: Sequence[fx.Node]) -> Site:
     inside = [node for node in nodes if node in attentions]
     if len(inside) != 1:
-        reason = "has no attention over the tokens by scaled_dot_product_attention" if not inside else "has several attentions"
-        raise NoSiteError(f"merge: `{block}` {reason}")
+        plain = (
+            "has no attention over the tokens by scaled_dot_product_attention, nor by nn.MultiheadAttention. timm uses it by "
+            "timm.layers.set_fused_attn(True), transformers with attn_implementation='sdpa'"
+        )
+        raise NoSiteError(f"merge: `{block}` {plain if not inside else 'has several attentions, or is called several times'}")
     shape = tokens.stream.meta["shape"]
     behind = descendants(inside[0])
     stream = descendants(tokens.stream)
-    for node in nodes:
+    others = [node for node in attentions if node in behind and node is not inside[0]]
+    beyond = descendants(*others) if others else {}
+    for node in behind:  # the addition may stand behind the block, in the code that calls it
+        if node in beyond:
+            break
         pair = operands(node) if node in behind and shape_of(node) == shape else None
         if pair is None or all(value in behind for value in pair):
             continue
@@ -271,9 +280,16 @@ def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], atten
     )
 
 
+def _average(node: fx.Node, axis: int, sizes: fx.Node) -> None:
+    """Gives a mean the sizes of its tokens."""
+    given = arguments(node)
+    options = {key: given[key] for key in ("keepdim", "dtype") if key in given}
+    node.op, node.target = "call_function", mean_by_size
+    node.args, node.kwargs = (given["input"], axis, sizes), options
+
+
 def _weigh(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, number: int) -> None:
     """Gives an attention the sizes of its keys."""
     with graph.inserting_before(attention):
-        bias = graph.create_node("call_function", size_bias, (sizes, attention.args[0]), name=f"papr_bias_{number}")
-    attention.args = attention.args[:3] + attention.args[4:]
+        bias = graph.create_node("call_function", size_bias, (sizes, attention.args[1]), name=f"papr_bias_{number}")
     attention.kwargs = {**attention.kwargs, "attn_mask": bias}

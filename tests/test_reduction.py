@@ -260,7 +260,7 @@ def test_values_of_a_reduction(given):
 @pytest.mark.parametrize("fault", ["no bias", "plain mean", "bias of older sizes"])
 def test_the_proof_sees_a_fault(monkeypatch, fault):
     if fault == "plain mean":
-        monkeypatch.setattr(reduce_tokens, "mean_by_size", lambda x, dim=1, keepdim=False, *, sizes: x.mean(dim, keepdim))
+        monkeypatch.setattr(reduce_tokens, "mean_by_size", lambda x, axis, sizes, **options: x.mean(axis))
     else:
         weigh = reduce_tokens._weigh
         seen = []
@@ -348,3 +348,167 @@ def test_attention_stays_fused():
     names = {event.name for event in profile.events()}
     assert any("flash_attention" in name for name in names)
     assert not any("softmax" in name for name in names)
+
+
+class Spelled(Attention):
+    """Calls attention as users may."""
+
+    def __init__(self, call):
+        super().__init__(8, 2, True)
+        self.call = call
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(self.call(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+CALLS = {
+    "by name": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
+    "some by name": lambda q, k, v: F.scaled_dot_product_attention(q, k, value=v),
+    "all in order": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0),
+    "scaled": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ways_to_call_attention(name):
+    model = with_blocks(lambda: Block(8, Spelled(CALLS[name]))).double().eval()
+    enliven(model)
+    gm = papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(2, "all"))
+    x = images(model.shape, 2)
+    assert relative_error(gm(x), model(x)) > 1e-6
+    causal = with_blocks(lambda: Block(8, Spelled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True))))
+    with pytest.raises(papr_fx.NoSiteError, match="is causal"):
+        papr_fx.transform(causal, toy_proposal(), 1, merge=papr_fx.Merge(2, "all"))
+
+
+class Pooled(ToyViT):
+    """Averages tokens in one of many ways."""
+
+    def __init__(self, mean):
+        super().__init__(Shape(depth=DEPTH))
+        self.mean = mean
+
+    def classify(self, x):
+        return self.head(self.mean(self.norm(x)))
+
+
+MEANS = {
+    "by name": lambda x: torch.mean(input=x, dim=1),
+    "axis": lambda x: x.mean(axis=1),
+    "of another type": lambda x: x.mean(1, dtype=torch.float64),
+    "kept": lambda x: x.mean((1,), keepdim=True).squeeze(1),
+    "turned": lambda x: x.transpose(1, 2).mean(-1),
+    "patches, turned": lambda x: x[:, 1:].transpose(1, 2).mean(2),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+@torch.no_grad()
+def test_ways_to_average(name):
+    model = Pooled(MEANS[name]).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2, "all"))
+    model.shape = Shape(depth=DEPTH, pool="patches" if "patches" in name else "avg")
+    agree(model, gm, reducers.merging(2, 1), range(DEPTH))
+
+
+class Split(ToyViT):
+    """Attention and MLP are lists in a list, and the model adds what they return."""
+
+    def __init__(self):
+        super().__init__(Shape())
+        norm = lambda part: nn.Sequential(nn.LayerNorm(8), part)  # noqa: E731
+        mlp = lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))  # noqa: E731
+        self.blocks = nn.ModuleList(nn.ModuleList([norm(Attention(8, 2, True)), norm(mlp())]) for _ in range(3))
+        enliven(self)
+
+    def forward(self, x):
+        x = self.tokens(x)
+        for attention, mlp in self.blocks:
+            x = attention(x) + x
+            x = mlp(x) + x
+        return self.classify(x)
+
+
+class Twice(ToyViT):
+    def forward(self, x):
+        x = self.tokens(x)
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        return self.classify(x)
+
+
+def test_blocks_in_parts():
+    gm = papr_fx.transform(Split(), toy_proposal(), 0.8, merge=papr_fx.Merge(2, "all"))
+    assert [before - after for _, before, after in papr_fx.report(gm).reduced] == [2, 2, 2]
+    with pytest.raises(papr_fx.NoSiteError, match="is called several times"):
+        papr_fx.transform(Twice(Shape()), toy_proposal(), 0.8, merge=papr_fx.Merge(2, "all"))
+
+
+@torch.fx.wrap
+def attend_keys_first(k, q, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_function_around_attention_is_refused():
+    model = with_blocks(lambda: Block(8, Spelled(lambda q, k, v: attend_keys_first(k, q, v))))
+    with pytest.raises(papr_fx.NoSiteError, match="inside its own code"):
+        papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(2, "all"))
+
+
+@pytest.mark.parametrize("options", [{"class_token": True}, {"reg_tokens": 2}], ids=["class token", "registers"])
+def test_attention_pooling_over_patches_alone(options):
+    model = enliven(small("vit_tiny_patch16_224", global_pool="map", **options)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
+    assert sum("papr_bias" in node.name for node in gm.graph.nodes) == 2  # in the last block and in the pooling
+
+
+def test_the_last_block_of_a_class_token_model():
+    model = ToyViT(Shape(depth=2, pool="cls")).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
+    agree(model, gm, reducers.merging(2, 1), (1,))
+
+
+def test_multihead_attention_that_cannot_be_spelled_out():
+    with pytest.raises(papr_fx.NoSiteError, match="one with dropout"):
+        papr_fx.transform(
+            torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 48, attention_dropout=0.1),
+            toy_proposal(),
+            0.5,
+            merge=papr_fx.Merge(2),
+        )
+    hooked = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 48)
+    hooked.encoder.layers[1].self_attention.register_forward_hook(lambda *given: None)
+    with pytest.raises(papr_fx.ArgumentError, match="hook"):
+        papr_fx.transform(hooked, toy_proposal(), 0.5, merge=papr_fx.Merge(2))
+
+
+def test_large_tokens_fit_half_precision():
+    matching = papr_fx.reduction.match_tokens(torch.randn(1, 2, 8, 4), 4, 0)
+    tokens = torch.full((1, 8, 4), 400.0, dtype=torch.float16)
+    merged, sizes = papr_fx.reduction.merge_tokens(tokens, torch.full((1, 8), 180.0), matching)
+    assert torch.equal(merged, torch.full((1, 4, 4), 400.0, dtype=torch.float16))
+    assert int(sizes.sum()) == 8 * 180
+
+
+@torch.no_grad()
+def test_autocast_matches_the_same_tokens():
+    keys = 5 + 0.05 * torch.randn(2, 2, 40, 8)
+    expected = papr_fx.reduction.match_tokens(keys, 8, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = papr_fx.reduction.match_tokens(keys, 8, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peers.TokenFusion(linear_from="x"),
+        lambda: peers.TokenPropagation(strength=float("inf")),
+        lambda: peers.TokenPropagation(edges=2.5),
+    ],
+)
+def test_values_of_peers(make):
+    with pytest.raises(papr_fx.ArgumentError, match="merge: "):
+        make()

@@ -100,7 +100,7 @@ def test_a_function_or_module_of_features(make, x):
     if isinstance(function, nn.Module):
         function = function.double()
     assert relative_error(maps(function, net, x), function(net.features(x))) < 1e-12
-    with pytest.raises(ValueError, match="saliency must map features"):
+    with pytest.raises(papr_fx.ProposalError, match="saliency must map features"):
         maps(lambda f: f.mean(), net, x)
 
 
@@ -155,3 +155,26 @@ def test_in_a_transformed_model(saliency):
     assert scores[mask].view(2, -1).amin() >= scores[~mask].view(2, -1).amin()
     assert not papr_fx.significance(gm, x).requires_grad
     assert papr_fx.report(gm).proposal_macs > 0
+
+
+def test_a_users_module_is_not_changed():
+    module = nn.Sequential(nn.Conv2d(16, 1, 1), nn.Flatten(1, 2)).train()
+    gm = papr_fx.transform(ToyViT(Shape(image=(16, 24))).double(), network().float(), 0.5, saliency=module)
+    assert gm.example().dtype == torch.float64
+    assert module.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("saliency", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(saliency, dtype):
+    gm = papr_fx.transform(ToyViT(Shape(image=(16, 24))).to(dtype).eval(), enliven(ConvNet()), 0.5, saliency=saliency)
+    assert papr_fx.significance(gm, torch.randn(2, 3, 16, 24, dtype=dtype)).dtype in (torch.float32, torch.float64)
+
+
+def test_random_scores_need_no_features():
+    flat = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.Flatten(1, 2))
+    assert maps("random", flat, torch.randn(2, 3, 8, 8)).shape == (2, 8, 8)
+    many = torch.randn(50, 3, 32, 32)
+    assert len({tuple(m.flatten().topk(10).indices.tolist()) for m in maps("random", toy_proposal(), many)}) == 50

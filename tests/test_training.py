@@ -69,9 +69,7 @@ def test_gradients_are_those_of_hidden_keys(name):
     seen = {}
     last = model.get_submodule(blocks)[-1]
     handle = last.register_forward_hook(lambda module, inputs, output: seen.update(tokens=output))
-    count = int(keep.max()) + 1
     total = {"ViT": 17, "DeiT": 17, "VideoMAE": 32}[name]
-    assert count <= total
     hidden = torch.ones(len(x), total, dtype=torch.bool).scatter(1, keep, False)
     with HiddenKeys(hidden) as mode:
         model(x)

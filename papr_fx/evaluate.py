@@ -1,0 +1,299 @@
+"""Accuracy of a model, dense and at several keep ratios, in one pass over the data, on one process or many.
+
+Every sample is read once and counted once, whatever the number of processes: of each chunk of the data, rank r of n takes every
+n-th sample, and behind it the counts of all ranks are added up. What was counted by then is what a results file holds, so that
+an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import ArgumentError, PaprError
+from .numerics import tensors_of
+
+# What decoders raise for files that hold no image.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class DataError(PaprError):
+    """Data cannot be read, and the run was to be strict."""
+
+
+class Sample(NamedTuple):
+    """One sample as it is collated.
+
+    Attributes:
+        pixels: What the model takes; zeros where the sample could not be read.
+        label: Its class.
+        place: Its place in the data.
+        error: Why it could not be read; empty if it could.
+    """
+
+    pixels: Tensor
+    label: int
+    place: int
+    error: str
+
+
+class Images(Dataset[Sample]):
+    """A data set of timm, read so that a file that holds no image is told of, not replaced by the next one.
+
+    Args:
+        dataset: From `timm.data.create_dataset`, of the kind that can be indexed.
+        transform: A PIL image to pixels (3, H, W).
+        shape: Shape of the pixels.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], shape: Sequence[int]) -> None:
+        self.reader = dataset.reader
+        self.transform = transform
+        self.shape = tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            source, label, *_ = self.reader[index]
+            with source, Image.open(source) as opened:
+                pixels = self.transform(opened.convert("RGB"))
+        except _UNREADABLE as error:
+            return Sample(torch.zeros(self.shape), -1, index, f"{self.name(index)}: {type(error).__name__}: {error}")
+        return Sample(pixels, int(label), index, "")
+
+    def name(self, index: int) -> str:
+        """The file of a sample, as the reader names it."""
+        return str(self.reader.filename(index))
+
+
+@dataclass
+class Counts:
+    """What was counted of one variant; counts of several runs add up.
+
+    Attributes:
+        top1: Samples whose class comes first.
+        top5: Samples whose class is among the first five.
+        agree: Samples of which the first class is that of the dense model.
+        real: Samples whose first class is among ImageNet's reassessed labels.
+        real_total: Samples that have such labels.
+        seconds: Time that the variant took, the data left out.
+    """
+
+    top1: int = 0
+    top5: int = 0
+    agree: int = 0
+    real: int = 0
+    real_total: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        """Adds another's counts."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        done: Samples of the data that were taken, from the first on.
+        total: Those that could be read.
+        counts: For each variant, by name.
+        failed: Of those that could not be read: place in the data, and why.
+    """
+
+    done: int = 0
+    total: int = 0
+    counts: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    failed: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+
+    def add(self, other: Progress) -> None:
+        """Adds what another process counted of the same chunk; `done` is not touched."""
+        self.total += other.total
+        for name, counts in other.counts.items():
+            self.counts.setdefault(name, Counts()).add(counts)
+        self.failed = sorted({*self.failed, *other.failed})
+
+
+class Runner:
+    """Calls a model, in halves of a batch where the memory is too small for all of it.
+
+    Args:
+        module: The model, possibly compiled.
+        autocast: Lower precision to run in, if any.
+    """
+
+    def __init__(self, module: Callable[[Tensor], Any], *, autocast: torch.dtype | None = None) -> None:
+        self.module = module
+        self.autocast = autocast
+        self.largest = 0  # images in a batch that fit; 0 as long as none failed
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, ...)."""
+        while True:
+            try:
+                parts = images.split(self.largest or len(images))
+                return torch.cat([self._logits(part) for part in parts])
+            except RuntimeError as error:
+                smaller = decay_batch_step(self.largest or len(images), num_intra_steps=1)
+                if not _is_out_of_memory(error) or not smaller:
+                    raise
+                self.largest = smaller
+            if images.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return tensors_of(self.module(images))[0].float()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or ("alloc" in text and "memory" in text and check_batch_size_retry(text))
+
+
+def evaluate(
+    variants: Mapping[str, Runner],
+    data: Dataset[Sample],
+    *,
+    dense: str,
+    batch_size: int = 64,
+    workers: int = 4,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
+    chunk: int = 0,
+    progress: Progress | None = None,
+    behind_chunk: Callable[[Progress], object] = lambda progress: None,
+    behind_batch: Callable[[int], object] = lambda count: None,
+    real_labels: Callable[[int], Sequence[int]] | None = None,
+    strict: bool = False,
+) -> Progress:
+    """Counts what several variants of a model find, in one pass.
+
+    Under torch.distributed all processes call it; each returns the sum of all.
+
+    Args:
+        variants: Ready to be called, by name.
+        data: Samples.
+        dense: Name of the variant with which the others are to agree.
+        batch_size: Samples in a batch of one process.
+        workers: Processes that read data, of each process.
+        device: Where the variants are.
+        channels_last: Memory layout of the images.
+        chunk: Samples between two sums; default: 32 batches of every process.
+        progress: How far an earlier run came; it is continued.
+        behind_chunk: Called on every process with the sum so far.
+        behind_batch: Called with the samples that this batch took, on all processes together.
+        real_labels: Labels of a sample by its place, where several may be right.
+        strict: Whether a sample that cannot be read ends the run.
+
+    Raises:
+        DataError: `strict`, and a sample cannot be read.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = progress or Progress()
+    size = len(cast(Any, data))
+    step = chunk or 32 * batch_size * world
+    chunks = [range(start, min(start + step, size)) for start in range(found.done, size, step)]
+    mine = [_batches(places[rank::world], batch_size) for places in chunks]
+    loader = DataLoader(
+        data,
+        batch_sampler=[batch for batches in mine for batch in batches],
+        num_workers=workers,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=False,
+    )
+    batches: Iterator[Any] = iter(loader)
+    for places, own in zip(chunks, mine, strict=True):
+        part = Progress()
+        for _ in own:
+            _count(part, variants, dense, next(batches), device, channels_last, real_labels)
+            behind_batch(world * batch_size)
+        for other in _gathered(part):
+            found.add(other)
+        if strict and found.failed:
+            raise DataError(f"unreadable: {found.failed[0][1]} (--strict)")
+        found.done = places.stop
+        behind_chunk(found)
+    return found
+
+
+def _batches(places: Sequence[int], size: int) -> list[list[int]]:
+    return [[*places[start : start + size]] for start in range(0, len(places), size)]
+
+
+def _gathered(part: Progress) -> list[Progress]:
+    """What every process counted."""
+    if not dist.is_initialized():
+        return [part]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+@torch.inference_mode()
+def _count(
+    part: Progress,
+    variants: Mapping[str, Runner],
+    dense: str,
+    batch: Any,
+    device: torch.device | str,
+    channels_last: bool,
+    real_labels: Callable[[int], Sequence[int]] | None,
+) -> None:
+    pixels, labels, places, errors = batch
+    part.failed += [(int(place), error) for place, error in zip(places, errors, strict=True) if error]
+    readable = torch.tensor([not error for error in errors])
+    pixels, labels, places = pixels[readable], labels[readable], places[readable]
+    part.total += len(labels)
+    if not len(labels):
+        return
+    pixels = pixels.to(device, non_blocking=True)
+    if channels_last:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    first: Tensor | None = None
+    for name in sorted(variants, key=lambda name: name != dense):  # the dense one first
+        start = _now(pixels)
+        logits = variants[name](pixels)
+        counts = part.counts.setdefault(name, Counts())
+        counts.seconds += _now(pixels) - start
+        logits = logits.cpu()
+        best = logits.argmax(1)
+        first = best if first is None else first
+        counts.agree += int((best == first).sum())
+        if int(labels.max()) >= logits.shape[1]:
+            raise ArgumentError(f"the data has class {int(labels.max())}, but the model tells {logits.shape[1]} apart")
+        known = labels >= 0
+        for word, k in (("top1", 1), ("top5", min(5, logits.shape[1]))):
+            right = _right(logits[known], labels[known], k) if bool(known.any()) else 0
+            setattr(counts, word, getattr(counts, word) + right)
+        for place, label in zip(places.tolist(), best.tolist(), strict=True):
+            allowed = real_labels(place) if real_labels else ()
+            counts.real += label in allowed
+            counts.real_total += len(allowed) > 0
+
+
+def _right(logits: Tensor, labels: Tensor, k: int) -> int:
+    """How many labels are among the k largest logits."""
+    from torchmetrics.functional.classification import multiclass_stat_scores  # it takes its time
+
+    scores = multiclass_stat_scores(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")
+    return int(scores[0])
+
+
+def _now(like: Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
