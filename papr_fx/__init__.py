@@ -1,6 +1,7 @@
 """papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
 
 from . import proposal, testing, video
+from .choose import KeepRatio, choose_keep_ratio
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
 from .module import keep_masks, restore_grid, set_keep_ratio, significance
@@ -10,6 +11,7 @@ from .transform import transform
 
 __all__ = [
     "ArgumentError",
+    "KeepRatio",
     "Merge",
     "NoSiteError",
     "PaprError",
@@ -17,6 +19,7 @@ __all__ = [
     "Report",
     "TraceError",
     "VerifyError",
+    "choose_keep_ratio",
     "graph_diff",
     "keep_masks",
     "proposal",

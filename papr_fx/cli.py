@@ -1,4 +1,4 @@
-"""The command line: `papr-fx demo`, `show`, `diff`, `bench` and `models`; the same as `python -m papr_fx`."""
+"""The command line: `papr-fx demo`, `show`, `diff`, `bench`, `eval`, `tune` and `models`; the same as `python -m papr_fx`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import bench, coverage, inputs
-from .cli_eval import add_eval
+from .cli_eval import add_eval, add_tune
 from .diff import graph_diff
 from .errors import ArgumentError, PaprError
 from .module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
     _add_bench(commands.add_parser("bench", help="time the dense model, its pruned forms and their peers in turns"))
     add_eval(commands.add_parser("eval", help="accuracy dense and at several keep ratios, in one pass over a data set"))
+    add_tune(commands.add_parser("tune", help="find the keep ratio for an accuracy, a speed-up or a number of MACs"))
     _add_models(commands.add_parser("models", help="try every architecture of a library: what is pruned, and what is refused"))
     return parser
 

@@ -1,4 +1,7 @@
-"""`papr-fx eval`: accuracy dense and at several keep ratios, in one pass; options are named as in timm's validate.py."""
+"""`papr-fx eval` and `papr-fx tune`: accuracy at several keep ratios in one pass, and the ratio for a target.
+
+Options are named as in timm's validate.py.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ import torch.distributed as dist
 from tabulate import tabulate
 from timm.data import RealLabelsImagenet, create_dataset, create_transform, resolve_data_config
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from .choose import choose_keep_ratio
 from .errors import ArgumentError
 from .evaluate import Images, Progress, Runner, evaluate
 from .macs import count_module_macs
@@ -35,9 +40,8 @@ def ratios(text: str) -> tuple[float, ...]:
     return tuple(checked_z(float(part)) for part in text.split(","))
 
 
-def add_eval(command: argparse.ArgumentParser) -> None:
-    """Adds the options of `papr-fx eval`."""
-    command.set_defaults(run=run_eval)
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    """Adds the options that say what runs on which data."""
     command.add_argument("data", help="a folder with a folder a class, or with splits of such; or hfds/NAME as timm reads it")
     command.add_argument("--model", "-m", default="vit_base_patch16_224", help="name of a timm model (default: %(default)s)")
     command.add_argument(
@@ -45,7 +49,6 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--proposal-size", type=int, help="shorter side of its images, in pixels (default: the model's)")
     command.add_argument("--proposal-checkpoint", default="", help="a local checkpoint of the proposal, read by timm")
-    command.add_argument("--z", type=ratios, default=(1.0, 0.7, 0.5), help="keep ratios, with commas (default: 1.0,0.7,0.5)")
     command.add_argument("--saliency", choices=NAMES, default="psm", help="source of the map (default: %(default)s)")
     command.add_argument(
         "--shared-stats", action="store_true", help="hand the model's normalised images to the proposal as they are"
@@ -61,21 +64,62 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--crop-pct", type=float, help="default: the model's")
     command.add_argument("--interpolation", default="", help="default: the model's")
     command.add_argument("--num-classes", type=int, help="default: the model's")
-    command.add_argument("--amp", action="store_true", help="run under autocast")
-    command.add_argument("--amp-dtype", choices=_PRECISIONS, default="bfloat16", help="default: %(default)s")
     command.add_argument("--channels-last", action="store_true", help="memory layout of images and model")
-    command.add_argument("--torchcompile", action="store_true", help="compile every variant")
     command.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
     command.add_argument("--threads", type=int, help="threads on a CPU (default: torch's)")
     command.add_argument("--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)")
     command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
     command.add_argument("--seed", type=int, default=0, help="of random weights, where none are loaded (default: %(default)s)")
+
+
+def add_eval(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `papr-fx eval`."""
+    _add_shared(command)
+    command.set_defaults(run=run_eval)
+    command.add_argument("--z", type=ratios, default=(1.0, 0.7, 0.5), help="keep ratios, with commas (default: 1.0,0.7,0.5)")
+    command.add_argument("--amp", action="store_true", help="run under autocast")
+    command.add_argument("--amp-dtype", choices=_PRECISIONS, default="bfloat16", help="default: %(default)s")
+    command.add_argument("--torchcompile", action="store_true", help="compile every variant")
     command.add_argument(
         "--real-labels", nargs="?", const="", metavar="JSON", help="also count ImageNet's reassessed labels (default: timm's)"
     )
     command.add_argument("--results-file", type=Path, help=".csv or .json file to write; an interrupted run goes on from it")
     command.add_argument("--plot", type=Path, help=".png file for accuracy against GMACs")
     command.add_argument("--strict", action="store_true", help="end where an image cannot be read")
+
+
+def add_tune(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `papr-fx tune`."""
+    _add_shared(command)
+    command.set_defaults(run=run_tune)
+    target = command.add_mutually_exclusive_group(required=True)
+    target.add_argument("--max-drop", type=float, help="accuracy that may be lost, from 0 to 1")
+    target.add_argument("--speedup", type=float, help="of a batch, eager, over the dense model")
+    target.add_argument("--gmacs", type=float, help="of an image, the proposal included")
+    command.add_argument("--samples", type=int, default=1000, help="images to try ratios on (default: %(default)s)")
+    command.add_argument("--no-labels", action="store_true", help="count agreement with the dense model, not right answers")
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    """Runs `papr-fx tune`."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = _joined(arguments.device)
+    torch.manual_seed(arguments.seed)
+    model = _model(arguments).to(device)
+    config = _config(arguments, model)
+    data = _data(arguments, config)
+    proposal, options = _proposal(arguments, config)
+    size = len(data)
+    places = sorted({round(i * (size - 1) / max(1, arguments.samples - 1)) for i in range(min(size, arguments.samples))})
+    images = DataLoader(Subset(data, places), arguments.batch_size, num_workers=arguments.workers)
+    batches = [(sample[0][keep], sample[1][keep]) for sample in images if any(keep := [not error for error in sample[3]])]
+    loader = [pixels for pixels, _ in batches] if arguments.no_labels else batches
+    targets = {key: getattr(arguments, key) for key in ("max_drop", "speedup", "gmacs")}
+    z = choose_keep_ratio(model, proposal, loader, **targets, example_input=batches[0][0][:1].to(device), **options)
+    (name,) = (key for key, value in targets.items() if value is not None)
+    print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
+    print(f"z = {z:.4f}")
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -110,16 +154,9 @@ def _joined(name: str) -> torch.device:
 def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(arguments.seed)
     model = _model(arguments).to(device)
-    given = {key: getattr(arguments, key) for key in ("img_size", "crop_pct", "interpolation")}
-    config: dict[str, Any] = resolve_data_config(given, model=model)
+    config = _config(arguments, model)
     data = _data(arguments, config)
-    proposal, statistics = proposal_for(
-        (config["mean"], config["std"]),
-        arguments.proposal,
-        pretrained=arguments.pretrained,
-        checkpoint=arguments.proposal_checkpoint,
-    )
-    variants = _variants(model, proposal, arguments, config, "shared" if arguments.shared_stats else statistics)
+    variants = _variants(model, arguments, config)
     settings = _settings(arguments, config, len(data))
     progress = read_part(arguments.results_file, settings) if arguments.results_file else None
     if progress and is_first():
@@ -174,24 +211,36 @@ def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> Images:
     return Images(dataset, cast(Any, create_transform(**options, is_training=False)), config["input_size"])
 
 
-def _variants(
-    model: nn.Module, proposal: nn.Module, arguments: argparse.Namespace, config: Mapping[str, Any], statistics: Any
-) -> dict[str, tuple[nn.Module, int]]:
+def _config(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """How timm prepares images for a model."""
+    given = {key: getattr(arguments, key) for key in ("img_size", "crop_pct", "interpolation")}
+    return cast("dict[str, Any]", resolve_data_config(given, model=model))
+
+
+def _proposal(arguments: argparse.Namespace, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The proposal, and what `transform` is told of it."""
+    proposal, statistics = proposal_for(
+        (config["mean"], config["std"]),
+        arguments.proposal,
+        pretrained=arguments.pretrained,
+        checkpoint=arguments.proposal_checkpoint,
+    )
+    return proposal, {
+        "proposal_size": arguments.proposal_size,
+        "input_stats": "shared" if arguments.shared_stats else statistics,
+        "saliency": arguments.saliency,
+    }
+
+
+def _variants(model: nn.Module, arguments: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, tuple[nn.Module, int]]:
     """The dense model and what is made of it at every keep ratio, each with its MACs, the proposal included."""
     like = next(model.parameters())
     example = torch.zeros((1, *config["input_size"]), dtype=like.dtype, device=like.device)
     found: dict[str, tuple[nn.Module, int]] = {"1": (model, count_module_macs(model, example))}
     some = [z for z in arguments.z if z < 1]
     if some:
-        gm = transform(
-            model,
-            proposal,
-            some[0],
-            example_input=example,
-            proposal_size=arguments.proposal_size,
-            input_stats=statistics,
-            saliency=arguments.saliency,
-        )
+        proposal, options = _proposal(arguments, config)
+        gm = transform(model, proposal, some[0], example_input=example, **options)
         for z in some:
             pruned = PrunedModule(shell(gm), replace(gm.plan, z=z))
             found[f"{z:g}"] = pruned, report(pruned).total_macs

@@ -1,0 +1,316 @@
+"""Evaluation: counts against a plain loop, the same on many processes, behind faults and after interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+import papr_fx
+from papr_fx.cli import main
+from papr_fx.evaluate import Counts, DataError, Images, Progress, Runner, evaluate
+from papr_fx.results import read_part, write_part, write_whole
+
+from .models import Shape, ToyViT, images, toy_proposal
+
+ROOT = Path(__file__).parent.parent
+MODEL = ["--model", "test_vit", "--num-classes", "5", "--proposal", "test_resnet", "--proposal-checkpoint"]
+
+
+def noise(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(256, (60, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """41 images in 5 classes, and a checkpoint of the proposal."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(41):
+        noise(root / "validation" / f"class{i % 5}" / f"{i:02d}.png", i)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), root / "proposal.pth")
+    return root
+
+
+def options(folder, results, *more):
+    given = ["eval", folder, *MODEL, folder / "proposal.pth", "--z", "1.0,0.5,0.3", "--workers", 0, "--batch-size", 4]
+    return [str(part) for part in [*given, "--results-file", results, *more]]
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def counted(path):
+    keys = ("z", "top1", "top5", "agreement", "gmacs", "count", "unreadable")
+    return [{key: row[key] for key in keys} for row in rows_of(path)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """What a plain loop finds, image by image."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    proposal = timm.create_model("test_resnet", checkpoint_path=str(folder / "proposal.pth")).eval()
+    config = resolve_data_config({}, model=model)
+    preprocess = create_transform(**config, is_training=False)
+    rows = []
+    for z in (1.0, 0.5, 0.3):
+        statistics = ((config["mean"], config["std"]), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
+        gm = papr_fx.transform(model, proposal, z, input_stats=statistics)
+        top1 = agree = count = 0
+        for path in sorted((folder / "validation").glob("*/*.png")):
+            with torch.no_grad(), Image.open(path) as opened:
+                x = preprocess(opened.convert("RGB")).unsqueeze(0)
+                top1 += int(gm(x).argmax()) == int(path.parent.name[-1])
+                agree += int(gm(x).argmax()) == int(model(x).argmax())
+                count += 1
+        rows.append((z, round(100 * top1 / count, 3), round(100 * agree / count, 3), papr_fx.report(gm).total_macs / 1e9))
+    return rows
+
+
+def test_counts_are_those_of_a_plain_loop(folder, expected, tmp_path, capsys):
+    results = tmp_path / "a.json"
+    assert main(options(folder, results, "--plot", tmp_path / "a.png")) == 0
+    found = rows_of(results)
+    assert [(row["z"], row["top1"], row["agreement"]) for row in found] == [row[:3] for row in expected]
+    assert [row["gmacs"] for row in found] == pytest.approx([row[3] for row in expected])
+    assert found[0]["agreement"] == 100.0
+    assert all(row["top5"] == 100.0 and row["count"] == 41 and row["unreadable"] == 0 for row in found)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
+    assert "| 0.30 |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png", "a.json"] or {p.name for p in tmp_path.iterdir()} == {
+        "a.png",
+        "a.json",
+    }
+
+
+def run(*arguments, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_many_processes_count_each_sample_once(folder, expected, tmp_path, processes):
+    """41 divides by neither; the last process has fewer samples."""
+    results = tmp_path / "a.csv"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "-m", "papr_fx"]
+    done = run(*launch, *options(folder, results))
+    assert done.stdout.count("| 0.50 |") == 1
+    lines = results.read_text().splitlines()
+    found = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert [(float(row["z"]), float(row["top1"]), float(row["agreement"])) for row in found] == [row[:3] for row in expected]
+    assert {row["count"] for row in found} == {"41"}
+
+
+def test_killed_and_resumed(folder, tmp_path):
+    whole, results = tmp_path / "whole.json", tmp_path / "a.json"
+    assert main(options(folder, whole, "--batch-size", 1)) == 0
+    command = [sys.executable, "-m", "papr_fx", *options(folder, results, "--batch-size", 1)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "a.json.part"
+    for _ in range(1200):
+        if part.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not results.exists()
+    assert json.loads(part.read_text())["progress"]["done"] == 32
+    done = run("-m", "papr_fx", *options(folder, results, "--batch-size", 1))
+    assert "going on behind 32 of 41 samples" in done.stdout
+    assert counted(results) == counted(whole)
+    assert not part.exists()
+
+
+def test_a_part_of_another_run_is_refused(tmp_path):
+    progress = Progress(8, 7, {"1": Counts(top1=3)}, [(2, "x")])
+    write_part(tmp_path / "a.json", progress, {"model": "a", "z": (1.0,)})
+    assert read_part(tmp_path / "a.json", {"model": "a", "z": (1.0,)}) == progress
+    with pytest.raises(papr_fx.ArgumentError, match=r"other settings \(model\)"):
+        read_part(tmp_path / "a.json", {"model": "b", "z": (1.0,)})
+    (tmp_path / "b.json.part").write_text("{")
+    with pytest.raises(papr_fx.ArgumentError, match="does not say how far"):
+        read_part(tmp_path / "b.json", {})
+    assert read_part(tmp_path / "c.json", {}) is None
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    write_whole(tmp_path / "folder" / "a", "text")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+    with pytest.raises(papr_fx.ArgumentError, match="cannot be written"):
+        write_whole(tmp_path / "folder" / "a" / "b", "text")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    root = tmp_path / "damaged"
+    for i in range(20):
+        noise(root / "validation" / f"class{i % 5}" / f"{i:02d}.png", i)
+    for name in ("class1/06.png", "class4/19.png"):
+        (root / "validation" / name).write_bytes(b"no image")
+    whole = (root / "validation" / "class2" / "12.png").read_bytes()
+    (root / "validation" / "class2" / "12.png").write_bytes(whole[: len(whole) // 2])
+    torch.save(timm.create_model("test_resnet").state_dict(), root / "proposal.pth")
+    return root
+
+
+def test_unreadable_files_are_named_and_left_out(damaged, tmp_path, capsys):
+    results = tmp_path / "a.json"
+    assert main(options(damaged, results)) == 0
+    assert {(row["count"], row["unreadable"]) for row in rows_of(results)} == {(17, 3)}
+    told = capsys.readouterr().err
+    assert "3 could not be read" in told
+    assert all(name in told for name in ("06.png", "12.png", "19.png"))
+    assert "05.png" not in told
+    assert main(options(damaged, tmp_path / "b.json", "--strict")) == 2
+    assert "unreadable: " in capsys.readouterr().err
+
+
+def test_batches_are_halved_where_memory_is_short():
+    calls = []
+
+    def small(x):
+        calls.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return x * 2
+
+    runner = Runner(small)
+    x = torch.arange(10.0).unsqueeze(1)
+    assert torch.equal(runner(x), x * 2)
+    assert calls == [10, 8, 4, 2, 2, 2, 2, 2]
+    calls.clear()
+    assert torch.equal(runner(x[:5]), x[:5] * 2)
+    assert calls == [2, 2, 1]  # it stays so
+
+    def broken(x):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Runner(broken)(x)
+
+    def never(x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Runner(never)(x)
+
+
+class Reader(list):
+    def filename(self, index, *_):
+        return f"{index}.png"
+
+
+def test_labels_beyond_the_model_are_refused():
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return torch.zeros(3), 7, index, ""
+
+    with pytest.raises(papr_fx.ArgumentError, match="class 7, but the model tells 4 apart"):
+        evaluate({"1": Runner(lambda x: torch.zeros(len(x), 4))}, Data(), dense="1", workers=0)
+
+
+def test_strict_names_the_file(tmp_path):
+    bad = tmp_path / "a.png"
+    bad.write_bytes(b"")
+
+    class Dataset:
+        reader = Reader([(bad.open("rb"), 0)])
+
+    data = Images(Dataset(), lambda image: torch.zeros(3, 2, 2), (3, 2, 2))
+    with pytest.raises(DataError, match="0.png"):
+        evaluate({"1": Runner(lambda x: x)}, data, dense="1", workers=0, strict=True)
+
+
+def test_arguments(folder, capsys):
+    assert main(["eval", "nowhere", "--proposal", "test_resnet"]) == 2
+    assert main(options(folder, "a.txt")) == 2
+    assert "--results-file must end in .csv or .json" in capsys.readouterr().err
+
+
+def loader(count=3, *, labels=False):
+    batches = [images(Shape(), 4, seed=i, dtype=torch.float32) for i in range(count)]
+    return [(x, torch.randint(7, (4,))) for x in batches] if labels else batches
+
+
+def test_choosing_by_macs():
+    model = ToyViT(Shape(image=(32, 48))).eval()
+    dense = papr_fx.report(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    target = (0.5 * dense.dense_macs + dense.proposal_macs) / 1e9
+    z = papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=target)
+    assert 0.3 < z < 0.7
+    for ratio, fits in ((float(z), True), (float(z) + 0.02, False)):
+        total = papr_fx.report(papr_fx.transform(model, toy_proposal(), ratio, verify=False)).total_macs
+        assert (total / 1e9 <= target) == fits
+    assert len(z.curve) < 10
+    assert sorted(z.curve) == list(z.curve)
+    assert papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e3) == 1.0
+    with pytest.raises(papr_fx.ArgumentError, match="cannot be reached"):
+        papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e-9)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_choosing_by_accuracy(labels):
+    torch.manual_seed(0)
+    model = ToyViT(Shape(image=(16, 24), pool="avg")).train()
+    x = [torch.randn(8, 3, 16, 24) for _ in range(3)]
+    data = [(batch, model.eval()(batch).argmax(1)) for batch in x] if labels else x
+    z = papr_fx.choose_keep_ratio(model.train(), toy_proposal(), data, max_drop=0.25)
+    assert model.training
+    seen = dict(z.curve)
+    assert z == 1.0 or seen[min(seen, key=lambda ratio: abs(ratio - z))] <= 0.25
+    assert any(value > 0.25 for value in seen.values())
+    assert papr_fx.choose_keep_ratio(model, toy_proposal(), data, max_drop=1.0) == pytest.approx(0.05)
+
+
+def test_choosing_by_speed(monkeypatch):
+    from papr_fx import choose
+
+    ratios = []
+
+    def times(calls, *, rounds):
+        z = ratios[-1]
+        return {"dense": 1.0, "pruned": 0.1 + 0.9 * z}
+
+    at = choose._at
+    monkeypatch.setattr(choose, "_at", lambda proved, z: ratios.append(z) or at(proved, z))
+    monkeypatch.setattr(choose, "median_times", times)
+    z = papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=2.0)
+    assert z == pytest.approx((0.5 - 0.1) / 0.9, abs=0.01)
+    with pytest.raises(papr_fx.ArgumentError, match="a speed-up of 9 cannot be reached"):
+        papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=9.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"gmacs": 1, "speedup": 2}, {"max_drop": 2}, {"gmacs": -1}])
+def test_one_target_is_needed(given):
+    with pytest.raises(papr_fx.ArgumentError):
+        papr_fx.choose_keep_ratio(ToyViT(Shape()), toy_proposal(), [], **given)
+
+
+@pytest.mark.parametrize("target", [["--gmacs", "0.02"], ["--max-drop", "0.5"], ["--max-drop", "0.9", "--no-labels"]])
+def test_tune(folder, target, capsys):
+    given = ["tune", folder, *MODEL, folder / "proposal.pth", "--workers", 0, "--batch-size", 4, "--samples", 9, *target]
+    code = main([str(part) for part in given])
+    told = capsys.readouterr()
+    if "--gmacs" in target:
+        assert code == 2
+        assert "0.02 GMACs cannot be reached" in told.err
+    else:
+        assert code == 0
+        assert 0.05 <= float(told.out.splitlines()[-1].removeprefix("z = ")) <= 1
