@@ -19,7 +19,7 @@ from torch.func import grad
 
 from .errors import ArgumentError, ProposalError
 from .numerics import exact_float32, relative_error
-from .trace import ancestors, descendants
+from .trace import TRACED_BATCH, ancestors, descendants
 
 Named = Literal["psm", "expected-cam", "cam", "gradcam", "scorecam", "random"]
 Saliency = Named | Callable[[Tensor], Tensor]
@@ -92,6 +92,9 @@ def classifier_behind(gm: fx.GraphModule, features: fx.Node) -> nn.Module | None
     graph = fx.Graph()
     copied = {features: graph.placeholder("features")}
     for node in gm.graph.nodes:
+        if node is not features and node in needed and node not in behind and node.meta.get("value") == TRACED_BATCH:
+            copied[node] = graph.call_method("size", (copied[features], 0))  # the batch, read from the images
+            continue
         if node is features or node not in needed or not (node in behind or node.op == "get_attr"):
             continue
         if any(source not in copied for source in node.all_input_nodes):
@@ -137,7 +140,8 @@ class _Random(nn.Module):
         self.axis = axis
 
     def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
-        grid = features.shape[1:] if self.axis is None else features.movedim(self.axis, 1).shape[2:]
+        coarse = features.shape[1:] if self.axis is None else features.movedim(self.axis, 1).shape[2:]
+        grid = [8 * size for size in coarse]  # finer than that of tokens: resized to it, neighbours have nothing in common
         numbers = torch.arange(1, math.prod(grid) + 1, device=features.device)
         # Whole numbers throughout, so that no device rounds otherwise.
         means = (2**20 * images.flatten(2).mean(2, dtype=torch.float64)).round().long()
