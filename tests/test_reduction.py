@@ -50,7 +50,7 @@ def agree(model, gm, reduce, blocks, *, proportional=True, batch=3):
     proportional=st.booleans(),
     blocks=st.sampled_from(["second-half", "all", (0, -1), (2,)]),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 @torch.no_grad()
 def test_merging_against_a_transcription(rows, columns, prefix, r, z, pool, proportional, blocks):
     pool = "avg" if pool == "cls" and not prefix else pool
