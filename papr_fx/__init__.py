@@ -1,6 +1,6 @@
 """papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
 
-from . import proposal, testing, video
+from . import peers, proposal, testing, video
 from .choose import KeepRatio, choose_keep_ratio
 from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
@@ -22,6 +22,7 @@ __all__ = [
     "choose_keep_ratio",
     "graph_diff",
     "keep_masks",
+    "peers",
     "proposal",
     "report",
     "restore_grid",

@@ -37,7 +37,10 @@ _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def ratios(text: str) -> tuple[float, ...]:
     """Keep ratios such as 1.0,0.7,0.5, for argparse."""
-    return tuple(checked_z(float(part)) for part in text.split(","))
+    try:
+        return tuple(checked_z(float(part)) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
@@ -119,7 +122,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
     z = choose_keep_ratio(model, proposal, loader, **targets, example_input=batches[0][0][:1].to(device), **options)
     (name,) = (key for key, value in targets.items() if value is not None)
     print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
-    print(f"z = {z:.4f}")
+    print(f"{_described(arguments)}\nz = {z:.4f}")
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -203,12 +206,23 @@ def _model(arguments: argparse.Namespace) -> nn.Module:
 
 def _data(arguments: argparse.Namespace, config: Mapping[str, Any]) -> Images:
     name, root = (arguments.data, arguments.data_dir) if arguments.data.startswith("hfds/") else ("", arguments.data)
+    if root and not name and not Path(root).is_dir():
+        raise ArgumentError(f"there is no folder {root}; it holds a folder a class, or {arguments.split}/ with such")
     try:
         dataset: Any = create_dataset(name, root=root, split=arguments.split, class_map=arguments.class_map)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise ArgumentError(f"cannot read images from {arguments.data}: {type(error).__name__}: {error}") from error
     options = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
     return Images(dataset, cast(Any, create_transform(**options, is_training=False)), config["input_size"])
+
+
+def _described(arguments: argparse.Namespace) -> str:
+    """The networks, and which have random weights."""
+    loaded = arguments.pretrained
+    words = [arguments.model + ("" if loaded or arguments.checkpoint else " (random weights; --pretrained loads real ones)")]
+    known = loaded or arguments.proposal_checkpoint or arguments.proposal == LITE0
+    words.append(f"proposal {arguments.proposal}" + ("" if known else " (random weights)"))
+    return ", ".join(words)
 
 
 def _config(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
@@ -305,7 +319,7 @@ def _tell(
         rows = rows[1:]
     shown = ["z", "top1", "top5", "top1_real", "agreement", "gmacs", "img_per_sec"]
     table = [{key: row[key] for key in shown if key in row} for row in rows]
-    print(f"{arguments.model}, proposal {arguments.proposal}: {found.total} images of {arguments.data}")
+    print(f"{_described(arguments)}: {found.total} images of {arguments.data}")
     print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
     if found.failed:
         print(f"{len(found.failed)} could not be read and were left out:", file=sys.stderr)

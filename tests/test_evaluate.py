@@ -238,6 +238,10 @@ def test_strict_names_the_file(tmp_path):
 
 def test_arguments(folder, capsys):
     assert main(["eval", "nowhere", "--proposal", "test_resnet"]) == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "nowhere", "--z", "1.5"])
+    assert "must lie in (0, 1], not 1.5" in capsys.readouterr().err
     assert main(options(folder, "a.txt")) == 2
     assert "--results-file must end in .csv or .json" in capsys.readouterr().err
 
