@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import torch
 from torch import Tensor, fx, nn
@@ -236,10 +237,7 @@ def _built(root: nn.Module, plan: Plan) -> PrunedModule:
         return PrunedModule(root, plan)
     except TraceError as error:
         if plan.reduction and plan.reduction.r:
-            try:
+            with suppress(TraceError):  # then merging is not the reason
                 PrunedModule(root, plan.pruning)
-            except TraceError:
-                pass  # merging is not the reason
-            else:
                 raise NoSiteError(f"merge: {plan.name} does not run on merged tokens: {str(error).splitlines()[0]}") from error
         raise NoSiteError(f"{_REFUSED.format(plan.name)}: {str(error).splitlines()[0]}") from error

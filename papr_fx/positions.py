@@ -83,12 +83,11 @@ class Positions:
         key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
         if key not in self._known:
             module = sandbox(self._root.get_submodule(target)).eval()
+            if any(buffer.is_meta for buffer in module.buffers()):
+                return Verdict(reason="holds a buffer without values (meta device)")
             for part in module.modules():
                 part.training = self._training and isinstance(part, _NormBase)
-            try:
-                values = redraw(module, self._random, torch.float32)
-            except NotImplementedError:  # raised by torch for a buffer on the meta device: what it holds is not known
-                return Verdict(reason="holds a buffer without values (meta device)")
+            values = redraw(module, self._random, torch.float32)
             self._known[key] = self._try(
                 node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
             )
