@@ -50,7 +50,8 @@ def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) 
     """Parameters at unit scale, by qualified name, and buffers as they are, all in `dtype`, on the device of `random`.
 
     Kernels (two or more axes) keep the variance of their input; everything else, which is added or multiplied per channel
-    or position (biases, scales, tables of shape (1, N, C)), is drawn from a standard normal distribution.
+    or position (biases, scales, tables of shape (1, N, C)), is drawn from a standard normal distribution. A buffer on the
+    meta device is filled with ones, unless it `holds_indices`: those must be there.
     """
     values: dict[str, torch.Tensor] = {}
     drawn: dict[torch.Tensor, torch.Tensor] = {}
@@ -59,11 +60,16 @@ def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) 
             values[name] = drawn.setdefault(parameter, unit_scale(parameter.shape, random, dtype))
     for name, buffer in model.named_buffers(remove_duplicate=False):
         kind = dtype if buffer.is_floating_point() else buffer.dtype
-        if buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim):  # an index cannot be made up
+        if buffer.is_meta and not holds_indices(buffer):
             values[name] = torch.ones(buffer.shape, dtype=kind, device=random.device)
         else:
             values[name] = buffer.to(random.device, kind, copy=True)
     return values
+
+
+def holds_indices(buffer: torch.Tensor) -> bool:
+    """Whether `buffer` is a table of integers, such as positions to look up, which cannot be made up as scales can."""
+    return not buffer.is_floating_point() and buffer.ndim > 0
 
 
 def unit_scale(shape: Sequence[int], random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from .numerics import exact_float32, redraw, relative_error, tensors_of, unit_scale
+from .numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
 from .trace import ancestors, sandbox, shape_of
 
 # Axes by letter: batch, channels, rows and columns (of T frames), or N positions in one axis.
@@ -83,8 +83,8 @@ class Positions:
         key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
         if key not in self._known:
             module = sandbox(self._root.get_submodule(target)).eval()
-            if any(buffer.is_meta for buffer in module.buffers()):
-                return Verdict(reason="holds a buffer without values (meta device)")
+            if any(buffer.is_meta and holds_indices(buffer) for buffer in module.buffers()):
+                return Verdict(reason="holds indices without values (meta device)")
             for part in module.modules():
                 part.training = self._training and isinstance(part, _NormBase)
             values = redraw(module, self._random, torch.float32)
