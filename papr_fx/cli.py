@@ -1,4 +1,4 @@
-"""The command line: `papr-fx demo`, `show`, `diff`, `bench`, `eval`, `tune` and `models`; the same as `python -m papr_fx`."""
+"""The command line: `papr-fx COMMAND`, the same as `python -m papr_fx COMMAND`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import bench, coverage, inputs
+from .cli_data import positive
 from .cli_eval import add_eval, add_tune
+from .cli_reproduce import add_reproduce
 from .diff import graph_diff
 from .errors import ArgumentError, PaprError
 from .module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
@@ -99,16 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands.add_parser("bench", help="time the dense model, its pruned forms and their peers in turns"))
     add_eval(commands.add_parser("eval", help="accuracy dense and at several keep ratios, in one pass over a data set"))
     add_tune(commands.add_parser("tune", help="find the keep ratio for an accuracy, a speed-up or a number of MACs"))
+    add_reproduce(commands.add_parser("reproduce", help="measure a table of the paper, side by side with its figures"))
     _add_models(commands.add_parser("models", help="try every architecture of a library: what is pruned, and what is refused"))
     return parser
-
-
-def _positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 at least, not {number}")
-    return number
 
 
 def _reducers(text: str) -> tuple[str, ...]:
@@ -137,7 +132,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help=f"what to measure at the MACs of each keep ratio, among {', '.join(bench.VARIANTS)} (default: papr)",
     )
-    command.add_argument("--batch-size", "-b", type=_positive, nargs="+", default=[1, 8, 32], help="images in a batch")
+    command.add_argument("--batch-size", "-b", type=positive, nargs="+", default=[1, 8, 32], help="images in a batch")
     command.add_argument("--img-size", type=int, help="side of the images, in pixels (default: the model's)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     command.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of weights (default: %(default)s)")
@@ -145,7 +140,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--amp-dtype", choices=[*_PRECISIONS][1:], default="bfloat16", help="default: %(default)s")
     command.add_argument("--torchcompile", action="store_true", help="compiled too, beside eager")
     command.add_argument("--num-warm-iter", type=int, default=2, help="untimed calls (default: %(default)s)")
-    command.add_argument("--num-bench-iter", type=_positive, default=10, help="timed calls (default: %(default)s)")
+    command.add_argument("--num-bench-iter", type=positive, default=10, help="timed calls (default: %(default)s)")
     command.add_argument("--threads", type=int, help="threads on a CPU (default: torch's)")
     command.add_argument("--results-file", type=Path, help=".csv or .json file to write")
     command.add_argument("--pretrained", action="store_true", help="load pretrained weights; times do not depend on them")
@@ -162,7 +157,7 @@ def _add_models(command: argparse.ArgumentParser) -> None:
         help="architectures or families, which are modules of the library (default: transformers and what took their shape)",
     )
     command.add_argument("--z", type=float, default=0.5, help="keep ratio")
-    command.add_argument("--workers", type=_positive, default=1, help="processes, of one thread each (default: %(default)s)")
+    command.add_argument("--workers", type=positive, default=1, help="processes, of one thread each (default: %(default)s)")
     command.add_argument("--table", type=Path, help="also write the tables to this Markdown file")
 
 

@@ -10,71 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .data import Sample
 from .errors import ArgumentError, PaprError
 from .numerics import tensors_of
-
-# What decoders raise for files that hold no image.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class DataError(PaprError):
     """Data cannot be read, and the run was to be strict."""
-
-
-class Sample(NamedTuple):
-    """One sample as it is collated.
-
-    Attributes:
-        pixels: What the model takes; zeros where the sample could not be read.
-        label: Its class.
-        place: Its place in the data.
-        error: Why it could not be read; empty if it could.
-    """
-
-    pixels: Tensor
-    label: int
-    place: int
-    error: str
-
-
-class Images(Dataset[Sample]):
-    """A data set of timm, read so that a file that holds no image is told of, not replaced by the next one.
-
-    Args:
-        dataset: From `timm.data.create_dataset`, of the kind that can be indexed.
-        transform: A PIL image to pixels (3, H, W).
-        shape: Shape of the pixels.
-    """
-
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], shape: Sequence[int]) -> None:
-        self.reader = dataset.reader
-        self.transform = transform
-        self.shape = tuple(shape)
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            source, label, *_ = self.reader[index]
-            with source, Image.open(source) as opened:
-                pixels = self.transform(opened.convert("RGB"))
-        except _UNREADABLE as error:
-            return Sample(torch.zeros(self.shape), -1, index, f"{self.name(index)}: {type(error).__name__}: {error}")
-        return Sample(pixels, int(label), index, "")
-
-    def name(self, index: int) -> str:
-        """The file of a sample, as the reader names it."""
-        return str(self.reader.filename(index))
 
 
 @dataclass
@@ -133,25 +83,33 @@ class Runner:
     Args:
         module: The model, possibly compiled.
         autocast: Lower precision to run in, if any.
+        views: Whether a sample is several views, whose probabilities are averaged.
     """
 
-    def __init__(self, module: Callable[[Tensor], Any], *, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, module: Callable[[Tensor], Any], *, autocast: torch.dtype | None = None, views: bool = False) -> None:
         self.module = module
         self.autocast = autocast
-        self.largest = 0  # images in a batch that fit; 0 as long as none failed
+        self.views = views
+        self.largest = 0  # inputs in a batch that fit; 0 as long as none failed
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, ...)."""
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, ...), or of views (B, V, ...) probabilities."""
+        if not self.views:
+            return self._in_parts(inputs)
+        scores = self._in_parts(inputs.flatten(0, 1)).softmax(-1)  # (B * V, classes)
+        return scores.unflatten(0, inputs.shape[:2]).mean(1)
+
+    def _in_parts(self, inputs: Tensor) -> Tensor:
         while True:
             try:
-                parts = images.split(self.largest or len(images))
+                parts = inputs.split(self.largest or len(inputs))
                 return torch.cat([self._logits(part) for part in parts])
             except RuntimeError as error:
-                smaller = decay_batch_step(self.largest or len(images), num_intra_steps=1)
+                smaller = decay_batch_step(self.largest or len(inputs), num_intra_steps=1)
                 if not _is_out_of_memory(error) or not smaller:
                     raise
                 self.largest = smaller
-            if images.is_cuda:
+            if inputs.is_cuda:
                 torch.cuda.empty_cache()
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -218,9 +176,9 @@ def evaluate(
     batches: Iterator[Any] = iter(loader)
     for places, own in zip(chunks, mine, strict=True):
         part = Progress()
-        for _ in own:
+        for start in range(0, world * batch_size * len(own), world * batch_size):
             _count(part, variants, dense, next(batches), device, channels_last, real_labels)
-            behind_batch(world * batch_size)
+            behind_batch(min(world * batch_size, len(places) - start))
         for other in _gathered(part):
             found.add(other)
         if strict and found.failed:

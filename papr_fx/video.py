@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,11 @@ from .errors import ArgumentError
 from .numerics import tensors_of
 
 
-def read_video(path: str | Path) -> Tensor:
+def read_video(path: str | Path | IO[bytes]) -> Tensor:
     """Decodes all frames of a video file's first video stream (needs the `video` extra: PyAV).
 
     Args:
-        path: Any file that FFmpeg reads. Grey and other pixel formats become RGB.
+        path: Any file that FFmpeg reads, by name or opened. Grey and other pixel formats become RGB.
 
     Returns:
         (T, 3, H, W) uint8.
@@ -25,9 +25,10 @@ def read_video(path: str | Path) -> Tensor:
     Raises:
         ArgumentError: The file cannot be read, holds no video, or no frame; or PyAV is not installed.
     """
-    av = _pyav()
+    av = pyav()
+    source, path = (str(path), path) if isinstance(path, str | Path) else (path, getattr(path, "name", "memory"))
     try:
-        with av.open(str(path)) as container:
+        with av.open(source) as container:
             if not container.streams.video:
                 raise ArgumentError(f"cannot read a clip from {path}: it has no video stream")
             frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -48,7 +49,7 @@ def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
         frames: RGB.
         rate: Frames a second.
     """
-    av = _pyav()
+    av = pyav()
     even = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]
     pixels = (even.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()  # (T, H, W, 3)
     with av.open(str(path), "w") as container:
@@ -129,7 +130,12 @@ def average_views(model: nn.Module, views: Tensor, *, layout: str = "BTCHW", bat
     return torch.cat(scores).mean(dim=0)
 
 
-def _pyav() -> Any:
+def pyav() -> Any:
+    """PyAV's module.
+
+    Raises:
+        ArgumentError: It is not installed.
+    """
     try:
         import av
     except ImportError as error:

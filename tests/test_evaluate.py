@@ -16,7 +16,8 @@ from timm.data import create_transform, resolve_data_config
 
 import papr_fx
 from papr_fx.cli import main
-from papr_fx.evaluate import Counts, DataError, Images, Progress, Runner, evaluate
+from papr_fx.data import ImageDecoder, Samples
+from papr_fx.evaluate import Counts, DataError, Progress, Runner, evaluate
 from papr_fx.results import read_part, write_part, write_whole
 
 from .models import Shape, ToyViT, images, toy_proposal
@@ -130,6 +131,7 @@ def test_killed_and_resumed(folder, tmp_path):
     done = run("-m", "papr_fx", *options(folder, results, *small))
     assert "going on behind 32 of 41 samples" in done.stdout
     assert counted(results) == counted(whole)
+    assert [row["z"] for row in rows_of(results)] == [1.0, 0.5]
     assert not part.exists()
 
 
@@ -227,11 +229,7 @@ def test_labels_beyond_the_model_are_refused():
 def test_strict_names_the_file(tmp_path):
     bad = tmp_path / "a.png"
     bad.write_bytes(b"")
-
-    class Dataset:
-        reader = Reader([(bad.open("rb"), 0)])
-
-    data = Images(Dataset(), lambda image: torch.zeros(3, 2, 2), (3, 2, 2))
+    data = Samples(Reader([(bad.open("rb"), 0)]), ImageDecoder(lambda image: torch.zeros(3, 2, 2)), (3, 2, 2))
     with pytest.raises(DataError, match="0.png"):
         evaluate({"1": Runner(lambda x: x)}, data, dense="1", workers=0, strict=True)
 

@@ -1,0 +1,139 @@
+"""`papr-fx reproduce`: the paper's tables, side by side with what is measured here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from . import subject as subjects
+from .cli_data import add_data, add_run, counted, described, finish, is_first, row_of, started
+from .errors import ArgumentError
+from .evaluate import Progress
+from .module import PrunedModule
+from .paper import TABLES, Line, Table
+from .passes.merge_tokens import Merge
+from .passes.reduce_tokens import Reduction
+from .peers import at_macs
+from .report import report
+from .subject import Subject, Variant
+
+_HEADERS = {
+    "variant": "",
+    "gmacs": "GMACs",
+    "paper_gmacs": "paper",
+    "top1": "top-1",
+    "paper_top1": "paper",
+    "change": "change",
+    "paper_change": "paper",
+    "img_per_sec": "img/s",
+    "videos_per_sec": "videos/s",
+    "paper_img_per_sec": "paper",
+    "speed_up": "speed-up",
+    "paper_speed_up": "paper",
+}
+
+
+def add_reproduce(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `papr-fx reproduce`."""
+    command.add_argument("name", choices=(*TABLES, "all"), metavar="NAME", help=f"one of {', '.join(TABLES)}, or all")
+    add_data(command, optional=True)
+    add_run(command)
+    command.set_defaults(run=run_reproduce)
+
+
+def run_reproduce(arguments: argparse.Namespace) -> None:
+    """Runs `papr-fx reproduce`: accuracy and speed where there are data, multiply-accumulates without."""
+    names = list(TABLES) if arguments.name == "all" else [arguments.name]
+    if len(names) > 1 and (arguments.data or arguments.checkpoint):
+        raise ArgumentError("with data or a checkpoint, give the name of one table")
+    if arguments.results_file and not arguments.data:
+        raise ArgumentError("--results-file: there are results only where there are data")
+    with started(arguments) as device:
+        for name in names:
+            _reproduce(arguments, name, TABLES[name], device if arguments.data else torch.device("meta"))
+
+
+def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: torch.device) -> None:
+    subject = _subject(arguments, table, device)
+    loaded = arguments.pretrained and bool(arguments.data)
+    proposal, options = subjects.proposal_of(
+        subject, table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True
+    )
+    variants = [subjects.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    found = counted(arguments, subject, variants) if arguments.data else Progress()
+    if not is_first():
+        return
+    rows: list[dict[str, Any]] = [
+        {"model": name, "variant": _named(variant), **row_of(subject, variant, found), **_paper(line)}
+        for variant, line in zip(variants, table.lines, strict=True)
+    ]
+    for row, line in zip(rows, table.lines, strict=True):
+        row["change"], row["paper_change"] = row["top1"] - rows[0]["top1"], line.top1 - table.lines[0].top1
+        speed = "videos_per_sec" if subject.views else "img_per_sec"
+        row["speed_up"] = row[speed] / rows[0][speed] if arguments.data else 0.0
+        row["paper_speed_up"] = line.img_per_sec / table.lines[0].img_per_sec if line.img_per_sec else None
+    shown = [key for key in _HEADERS if key in rows[0] and (arguments.data or "gmacs" in key or key == "variant")]
+    cells = [[row[key] for key in shown] for row in rows]
+    networks = described(arguments, table.model, table.proposal) if arguments.data else f"{table.model}, {table.proposal}"
+    print(f"\n{name}, {table.where}: {networks}")
+    if arguments.data:
+        kind = "videos" if subject.views else "images"
+        print(f"{found.total} {kind} of {arguments.data}; the paper's images a second are of an RTX A5000")
+    print(tabulate(cells, headers=[_HEADERS[key] for key in shown], floatfmt=".2f", tablefmt="github"))
+    finish(arguments, rows, found.failed)
+
+
+def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) -> Subject:
+    loaded = arguments.pretrained and bool(arguments.data)  # multiply-accumulates need no weights
+    if loaded and not table.pretrained and not arguments.checkpoint:
+        raise ArgumentError(f"{arguments.name}: its weights come as a file; give it as --checkpoint")
+    if not subjects.is_image_model(table.model):
+        if arguments.checkpoint:
+            raise ArgumentError("--checkpoint is for models of timm; video models are loaded with --pretrained")
+        return subjects.clip_subject(
+            table.pretrained if loaded else table.model,
+            device=device,
+            pretrained=loaded,
+            temporal=arguments.temporal_views,
+            spatial=arguments.spatial_views,
+            step=arguments.frame_step,
+        )
+    return subjects.image_subject(
+        table.model,
+        device=device,
+        pretrained=loaded and not arguments.checkpoint,
+        checkpoint=arguments.checkpoint,
+        data=table.data,
+        channels_last=arguments.channels_last,
+        **table.options,
+    )
+
+
+def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
+    """What lines stand for; where tokens are merged, as many as come nearest to a line's multiply-accumulates."""
+    found: dict[Line, Variant] = {}
+    for merging in (False, True):
+        some = [line for line in lines if line.merging == merging]
+        merge = Merge(r=1) if merging else None
+        found |= zip(some, subjects.pruned(subject, proposal, [line.z for line in some], merge=merge, **options), strict=True)
+    return [_merged(found[line], line) if line.merging else found[line] for line in lines]
+
+
+def _merged(variant: Variant, line: Line) -> Variant:
+    module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
+    return Variant(module, report(module).total_macs, line.z, cast(Reduction, module.plan.reduction).r)
+
+
+def _named(variant: Variant) -> str:
+    if variant.z == 1:
+        return "dense"
+    return f"PaPr z={variant.z:g}" + (f" + merging r={variant.r}" if variant.r else "")
+
+
+def _paper(line: Line) -> dict[str, float | None]:
+    return {"paper_gmacs": line.gmacs, "paper_top1": line.top1, "paper_img_per_sec": line.img_per_sec or None}
