@@ -94,6 +94,28 @@ def test_counts_are_those_of_a_plain_loop(folder, expected, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.json"}
 
 
+def test_merging(folder, tmp_path):
+    results = tmp_path / "a.json"
+    assert main(options(folder, results, "--merge", 2, "--merge-blocks", "all")) == 0
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    proposal = timm.create_model("test_resnet", checkpoint_path=str(folder / "proposal.pth")).eval()
+    found = rows_of(results)
+    assert [(row["z"], row["r"]) for row in found] == [(1.0, 0), (1.0, 2), (0.5, 2), (0.3, 2)]
+    config = resolve_data_config({}, model=model)
+    preprocess = create_transform(**config, is_training=False)
+    statistics = ((config["mean"], config["std"]), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
+    for row in found[1:]:
+        gm = papr_fx.transform(model, proposal, row["z"], merge=papr_fx.Merge(2, "all"), input_stats=statistics)
+        right = 0
+        for path in (folder / "validation").glob("*/*.png"):
+            with torch.no_grad(), Image.open(path) as opened:
+                right += int(gm(preprocess(opened.convert("RGB"))[None]).argmax()) == int(path.parent.name[-1])
+        assert row["top1"] == round(100 * right / 41, 3)
+        assert row["gmacs"] == papr_fx.report(gm).total_macs / 1e9
+    assert found[1]["gmacs"] < found[0]["gmacs"]
+
+
 def run(*arguments, check=True):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]

@@ -1,0 +1,86 @@
+"""Whether a keep ratio of its own for each stage pays, on objects in clutter. `python -m benchmarks.stages`.
+
+A small ConvNeXt and the ConvNet that proposes are trained first (`examples.clutter`), without pruning. Then one ratio for all
+stages is compared with ratios a stage at equal multiply-accumulates: those that do best on one half of the held-out images are
+measured on the other.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+import papr_fx
+from examples.clutter import SIDE, Images, accuracy, cluttered, proposal_for, train
+from papr_fx.macs import count_macs_by_node
+from papr_fx.module import PrunedModule
+from papr_fx.ops import top_positions
+
+from .record import environment, write
+
+
+def small_convnext() -> nn.Module:
+    """Four stages of 28, 14, 7 and 3 rows."""
+    return timm.create_model(
+        "convnext_atto", patch_size=2, depths=(2, 2, 4, 2), dims=(24, 48, 96, 192), num_classes=10, drop_path_rate=0.0
+    )
+
+
+def with_ratios(gm: PrunedModule, ratios: tuple[float, ...]) -> int:
+    """Sets a keep ratio for each grid, from the finest on; returns multiply-accumulates of an image."""
+    chosen = [node for node in gm.graph.nodes if node.target is top_positions]
+    for node, z in zip(chosen, ratios, strict=True):
+        node.args = (node.args[0], z, *node.args[2:])
+    gm.recompile()
+    return sum(count_macs_by_node(gm.for_shapes(), gm.graph, gm.example()).values())
+
+
+def measure(gm: PrunedModule, halves: tuple[Images, Images], uniform: float, choices: list[float]) -> dict[str, Any]:
+    """One row: percent right with one ratio, and with the best ratios a stage that take no more than 2 % off its MACs."""
+    stages = len(papr_fx.keep_masks(gm, halves[0].pixels[:1].float()))
+    macs = with_ratios(gm, (uniform,) * stages)
+    row: dict[str, Any] = {"z": uniform, "MMACs": macs / 1e6, "one ratio": accuracy(gm, halves[1])}
+    near = [some for some in product(choices, repeat=stages) if abs(with_ratios(gm, some) - macs) < 0.02 * macs]
+    found: list[tuple[float, tuple[float, ...]]] = []
+    for some in tqdm(near, desc=f"z={uniform:g}", leave=False):
+        with_ratios(gm, some)
+        found.append((accuracy(gm, halves[0]), some))
+    _, best = max(found)
+    spent = with_ratios(gm, best)
+    row |= {"ratios tried": len(near), "best": " ".join(map(str, best)), "its MMACs": spent / 1e6}
+    return row | {"a ratio a stage": accuracy(gm, halves[1])}
+
+
+def main() -> None:
+    """Prints the table and writes out/stages.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--z", nargs="+", type=float, default=[0.7, 0.5, 0.4])
+    parser.add_argument("--choices", nargs="+", type=float, default=[0.2, 0.35, 0.5, 0.65, 0.8, 1.0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=12000, help="images for training")
+    parser.add_argument("--background", choices=("auto", "keep", "zero"), default="auto")
+    parser.add_argument("--out", type=Path, default=Path("out/stages.json"))
+    arguments = parser.parse_args()
+    images, held_out = cluttered(arguments.images, test=False), cluttered(max(2, arguments.images // 6), test=True)
+    half = len(held_out.labels) // 2
+    halves = Images(*(part[:half] for part in held_out)), Images(*(part[half:] for part in held_out))
+    proposal = proposal_for(images, arguments.steps)
+    torch.manual_seed(1)
+    model = small_convnext()
+    train(model, images, arguments.steps, rate=2.5e-3, name="ConvNeXt")
+    like = torch.zeros(1, 3, SIDE, SIDE)
+    gm = papr_fx.transform(model, proposal, 0.5, example_input=like, background=arguments.background)
+    rows = [measure(gm, halves, z, arguments.choices) for z in arguments.z]
+    print(f"{environment(1)}\n{half} held-out images; dense {accuracy(model, halves[1]):.1f} % right\n")
+    print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="github"))
+    write(arguments.out, rows, seed=1)
+
+
+if __name__ == "__main__":
+    main()
