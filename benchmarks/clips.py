@@ -17,7 +17,7 @@ from papr_fx.timing import median_times
 
 from .record import environment, write
 
-# Keep ratios and GMACs of one view of 16 frames at 224 px with PaPr (Tab. 4 of the paper: dense 180 and 598).
+# Keep ratios and GMACs of one view of 16 frames at 224 px with PaPr (Tab. 9 of the paper: dense 180 and 598).
 PAPER = {"videomae_base": {0.45: 76, 0.35: 59}, "videomae_large": {0.5: 275, 0.3: 160}}
 PROPOSALS: dict[str, tuple[int, int, int] | None] = {"x3d_m": None, "x3d_s": (13, 160, 160)}
 

@@ -84,16 +84,3 @@ def test_training_on_two_processes(tmp_path):
     before = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=10).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in before)
     assert all(not torch.equal(first[name], before[name]) for name in before if "weight" in name)
-
-
-@torch.no_grad()
-def test_clips_of_the_readme():
-    """As it stands, on a small VideoMAE."""
-    text = (PAGE.parent.parent / "README.md").read_text()
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "VideoMAEConfig()" in code]
-    small = "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48"
-    given = {"papr_fx": papr_fx, "torch": torch}
-    exec(block.replace("VideoMAEConfig()", f"VideoMAEConfig({small})"), given)
-    assert given["views"].shape == (15, 16, 3, 224, 224)
-    assert given["scores"].sum() == pytest.approx(1)
-    assert papr_fx.report(given["gm"]).sites[0].kept == 705

@@ -29,7 +29,7 @@ def test_counts_of_a_timm_vit(fused):
     ("name", "z", "dense", "pruned"), [("vit_small_patch16_224", 0.45, 4.61, 2.29), ("vit_base_patch16_224", 0.5, 17.59, 8.98)]
 )
 def test_figures_of_the_paper(name, z, dense, pruned):
-    """GMACs with MobileOne-S0 as proposal; Tab. 1 counts a few operations that are no multiply-accumulates."""
+    """GMACs with MobileOne-S0 as proposal; Tab. 2 counts a few operations that are no multiply-accumulates."""
     gm = papr_fx.transform(timm.create_model(name).eval(), timm.create_model("mobileone_s0"), z, verify=False)
     found = papr_fx.report(gm)
     assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
