@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import NoSiteError
+from .fakes import TRACED_BATCH, fake_like, faking
+from .graphs import shape_of
 from .reduction import join_heads, split_heads
-from .trace import TRACED_BATCH, fake_like, faking, shape_of
 
 # Parameters of nn.MultiheadAttention.
 _PROJECTIONS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")

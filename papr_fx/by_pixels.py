@@ -12,13 +12,15 @@ from torch import Tensor, fx, nn
 from . import inputs
 from .blocks import find_blocks
 from .errors import NoSiteError, TraceError
+from .fakes import sandbox
+from .graphs import cut, propagate, shape_of
 from .module import PrunedModule
 from .passes import prune_pixels, prune_tokens
 from .passes.prune_pixels import Left, Site
 from .plan import Pixels, Plan
 from .positions import Positions, Verdict
 from .proposal import SignificanceNet
-from .trace import Traced, cut, propagate, sandbox, shape_of, trace
+from .trace import Traced, trace
 
 
 def prune_by_pixels(

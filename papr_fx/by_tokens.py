@@ -13,11 +13,13 @@ from .attentions import WholeError
 from .blocks import ancestors_of, find_blocks
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, TraceError
+from .fakes import REFUSALS, sandbox
+from .graphs import cut, descendants, fixed_value, propagate, shape_of
 from .module import PrunedModule
 from .passes import gather_positions, prune_tokens, reduce_tokens
 from .plan import Plan, Tokens
 from .proposal import SignificanceNet
-from .trace import REFUSALS, Traced, cut, descendants, fixed_value, propagate, sandbox, shape_of, trace
+from .trace import Traced, trace
 
 _REFUSED = (
     "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that no gather mends "

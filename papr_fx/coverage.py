@@ -24,11 +24,12 @@ from tabulate import tabulate
 from torch import nn
 
 from .errors import ArgumentError, PaprError
+from .fakes import REFUSALS
 from .inputs import example_images
 from .ops import keep_count
 from .plan import Pixels
 from .proposal import takes_clips
-from .trace import REFUSALS, trace
+from .trace import trace
 from .transform import transform
 
 # The families that are tried unless others are asked for: transformers and the networks that took their shape.

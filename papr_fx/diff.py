@@ -10,9 +10,11 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .errors import ArgumentError
+from .fakes import TRACED_BATCH
+from .graphs import descendants, shape_of
 from .inputs import with_output
 from .module import PrunedModule, checked_module
-from .trace import TRACED_BATCH, descendants, shape_of, trace
+from .trace import trace
 
 # Sizes of groups of nodes that are shown once when they are repeated: from a residual addition and its branch to large blocks.
 _MIN_GROUP, _MAX_GROUP = 3, 120

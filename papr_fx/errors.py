@@ -45,3 +45,9 @@ class SiteError(VerifyError):
     def __init__(self, message: str, merges: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.merges = merges
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,9 +9,10 @@ from typing import cast
 from torch import Tensor, fx
 
 from .errors import ProposalError
+from .fakes import TRACED_BATCH
 from .fold import kernel_size
+from .graphs import cut, descendants, shape_of
 from .macs import count_macs
-from .trace import TRACED_BATCH, cut, descendants, shape_of
 
 
 @dataclass(frozen=True)

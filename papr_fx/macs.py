@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .trace import TRACED_BATCH, fake_like, faking, sandbox
+from .fakes import TRACED_BATCH, fake_like, faking, sandbox
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ArgumentError
+from .fakes import sandbox
+from .graphs import cut, propagate, remove_dead_code
 from .plan import Choice, Pixels, Plan
 from .proposal import SignificanceNet
-from .trace import cut, propagate, remove_dead_code, sandbox
 
 Grid = tuple[int, ...]
 

@@ -13,8 +13,9 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
+from .fakes import REFUSALS, TRACED_BATCH
+from .graphs import ancestors, shape_of
 from .positions import PERMUTATIONS, Layout, called
-from .trace import REFUSALS, TRACED_BATCH, ancestors, shape_of
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MOVES = (*PERMUTATIONS, "view", "reshape", "flatten", "unflatten", "contiguous", "clone")

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
+from .fakes import sandbox
+from .graphs import ancestors, shape_of
 from .numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
-from .trace import ancestors, sandbox, shape_of
 
 # Axes by letter: batch, channels, rows and columns (of T frames), or N positions in one axis.
 Layout = str

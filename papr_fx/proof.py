@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import SiteError, VerifyError
-from .trace import REFUSALS
+from .fakes import REFUSALS
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 

@@ -24,12 +24,14 @@ from torch import Tensor, fx, nn
 
 from .depthwise import replace_depthwise
 from .errors import ArgumentError, ProposalError, TraceError, VerifyError
+from .fakes import TRACED_BATCH, fake_like, faking, sandbox
 from .features import find_cut
 from .fold import fold_batch_norms, kernel_size
+from .graphs import cut, descendants
 from .numerics import exact_float32, relative_error
 from .planar import replace_planar
 from .saliency import Saliency, build_map, classifier_behind
-from .trace import TRACED_BATCH, Traced, cut, descendants, fake_like, faking, sandbox, trace
+from .trace import Traced, trace
 
 # The ConvNets of one pathway among pytorchvideo's.
 _HUB = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")

@@ -9,12 +9,12 @@ from math import prod
 from tabulate import tabulate
 from torch import fx
 
+from .graphs import ancestors, shape_of
 from .macs import count_macs_by_node
 from .module import PrunedModule, checked_module
 from .ops import keep_count
 from .passes import prune_pixels, prune_tokens
 from .plan import Pixels, Plan, Tokens
-from .trace import ancestors, shape_of
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.func import grad
 
 from .errors import ArgumentError, ProposalError
+from .fakes import TRACED_BATCH
+from .graphs import ancestors, descendants
 from .numerics import exact_float32, relative_error
-from .trace import TRACED_BATCH, ancestors, descendants
 
 Named = Literal["psm", "expected-cam", "cam", "gradcam", "scorecam", "random"]
 Saliency = Named | Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .diff import graph_changes
 from .errors import ArgumentError, VerifyError
+from .graphs import cut
 from .hidden_keys import HiddenKeys
 from .inputs import checked_model, example_images, with_output
 from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio, shell
@@ -19,7 +20,6 @@ from .numerics import redraw, relative_error, tensors_of
 from .passes import prune_tokens
 from .passes.prune_pixels import mask_branches
 from .plan import Pixels, Tokens
-from .trace import cut
 from .transform import transform
 
 _TOLERANCE = 1e-9

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
@@ -22,14 +21,10 @@ from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .errors import ArgumentError, TraceError
+from .errors import TraceError, first_line
+from .fakes import TRACED_BATCH, clone, fake_like, faking, sandbox
+from .graphs import annotate, is_in_place, remove_dead_code
 from .joins import RecordJoins
-
-# Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
-TRACED_BATCH = 2
-
-# What the code of models raises for images that it does not take.
-REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
 
 # Facts of a tensor that tracing never changes: answered at once, never recorded.
 _FIXED_ATTRIBUTES = frozenset(
@@ -83,95 +78,6 @@ class Traced:
             for node in graph.find_nodes(op="get_attr"):
                 node.target = names.get(str(node.target), node.target)
         return Traced(self.graph, {names[name]: constant for name, constant in self.constants.items()}, self.recorded)
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own.
-
-    Raises:
-        ArgumentError: The model holds something that cannot be copied.
-    """
-    return _copied(model, [*model.parameters(), *model.buffers()])
-
-
-def sandbox(model: nn.Module) -> nn.Module:
-    """A copy to run on fake tensors: it shares parameters alone, and calls no forward hooks.
-
-    Operations in place on a small buffer, such as a count of batches, are carried out even on fake tensors.
-    """
-    copied = _copied(model, list(model.parameters()))
-    for module in copied.modules():
-        module._forward_hooks.clear()
-    return copied
-
-
-def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
-    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, and are shared too."""
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise ArgumentError(f"{type(model).__name__} holds something that cannot be copied: {_first_line(error)}") from error
-
-
-@contextmanager
-def faking(mode: FakeTensorMode) -> Generator[None]:
-    """Runs what follows on fake tensors, without gradients. A refused shape is an answer here, so torch does not log it."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before = log.disabled
-    log.disabled = True
-    try:
-        with torch.no_grad(), mode:
-            yield
-    finally:
-        log.disabled = before
-
-
-def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
-    """A fake mode that accepts real parameters, and a fake image batch of `batch` samples shaped like `images`."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape recorded for a node whose value is one tensor, else None."""
-    return cast("tuple[int, ...] | None", node.meta.get("shape"))
-
-
-def ancestors(node: fx.Node) -> dict[fx.Node, None]:
-    """`node` and all that it is computed from, latest first."""
-    found = {node: None}
-    for candidate in reversed(node.graph.nodes):
-        if candidate in found:
-            found.pop(candidate)
-            found[candidate] = None
-            found.update(dict.fromkeys(n for n in candidate.all_input_nodes if n not in found))
-    return found
-
-
-def descendants(*nodes: fx.Node) -> dict[fx.Node, None]:
-    """`nodes`, of one graph, and all that is computed from any of them, earliest first."""
-    found = dict.fromkeys(nodes)
-    for node in nodes[0].graph.nodes:
-        if not found.keys().isdisjoint(node.all_input_nodes):
-            found[node] = None
-    return found
-
-
-def annotate(node: fx.Node, value: object) -> None:
-    """Records shape and dtype of a node's value: plain data, which survives copies of the graph."""
-    for key in ("shape", "dtype", "value", "parts"):
-        node.meta.pop(key, None)
-    if isinstance(value, Tensor):
-        node.meta["shape"] = tuple(int(size) for size in value.shape)
-        node.meta["dtype"] = value.dtype
-    elif isinstance(value, bool | int | float):
-        node.meta["value"] = value
-    elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in cast("list[Any]", value)):
-        parts = cast("list[Any]", value)
-        node.meta["parts"] = tuple(tuple(part.shape) if isinstance(part, Tensor) else None for part in parts)
 
 
 class ValueProxy(fx.Proxy):
@@ -314,7 +220,7 @@ class ValueTracer(fx.Tracer):
             raise
         except Exception as error:
             name = self.path_of_module(m)
-            raise TraceError(f"`{name}` ({type(m).__name__}) cannot be traced: {_first_line(error)}", name) from error
+            raise TraceError(f"`{name}` ({type(m).__name__}) cannot be traced: {first_line(error)}", name) from error
         if isinstance(result, ValueProxy) and type(result.known) in (list, tuple):
             return type(result.known)(result)  # code asks `isinstance(x, list)`, which no proxy could answer
         return result
@@ -338,7 +244,7 @@ class ValueTracer(fx.Tracer):
                 stack.enter_context(context)
             self.values[node] = value = self._evaluate(node)
         annotate(node, value)
-        if _is_in_place(node) and type(args[0]) is ValueProxy:
+        if is_in_place(node) and type(args[0]) is ValueProxy:
             args[0].node = node  # what reads the receiver from here on reads the result
         if joins.joins:
             node.meta["joins"] = joins.joins
@@ -367,7 +273,7 @@ class ValueTracer(fx.Tracer):
         try:
             return self._sandbox.get_submodule(target)(*args, **kwargs)
         except Exception as error:
-            raise TraceError(f"`{target}` refused its input {_shapes(args)}: {_first_line(error)}", target) from error
+            raise TraceError(f"`{target}` refused its input {_shapes(args)}: {first_line(error)}", target) from error
 
 
 def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False) -> Traced:
@@ -410,7 +316,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
             closed.add(type(root.get_submodule(error.module)))
             continue
         except Exception as error:
-            raise TraceError(f"{type(model).__name__}.forward cannot be traced: {_first_line(error)}") from error
+            raise TraceError(f"{type(model).__name__}.forward cannot be traced: {first_line(error)}") from error
         if not torch.equal(torch.get_rng_state(), before):
             raise TraceError(
                 f"{type(model).__name__}.forward draws random numbers of a fixed size{' in training' if training else ''}, "
@@ -426,62 +332,6 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         graph.lint()
         graph._tracer_cls = None  # else a pickled graph asks for a tracer built without arguments
         return Traced(copy.deepcopy(graph), constants, recorded)  # copies: a graph keeps its module, and is pickled with it
-
-
-def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = TRACED_BATCH) -> None:
-    """Runs `graph` over the modules of `root` on fake images and records every node's shape.
-
-    `root` should be a clone: a module that caches what it computes would keep fake tensors.
-
-    Raises:
-        TraceError: A node refuses its inputs.
-    """
-    mode, fake = fake_like(images, batch)
-    with faking(mode):
-        _Annotate(root, graph=graph).run(fake)
-
-
-def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
-    """A graph module over the modules of `root` that computes `outputs` alone: one value, or a tuple of several."""
-    needed: dict[fx.Node, None] = {}
-    for node in outputs:
-        needed.update(ancestors(node))
-    part = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copied[node] = part.node_copy(node, lambda n: copied[n])
-    part.output(copied[outputs[0]] if len(outputs) == 1 else tuple(copied[node] for node in outputs))
-    return fx.GraphModule(root, part)
-
-
-class _Annotate(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            inputs = ", ".join(f"{m.name} {shape_of(m)}" for m in n.all_input_nodes)
-            raise TraceError(f"`{n.target}` refused {inputs}: {_first_line(error)}", str(n.target)) from error
-        annotate(n, value)
-        return value
-
-
-def remove_dead_code(graph: fx.Graph) -> None:
-    """Removes what leads to no output; a method such as `add_` may be called for what it does to its receiver."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_in_place(node))
-
-
-def fixed_value(node: fx.Node) -> object:
-    """What Python could read of a node's recorded value: a number, a length; None where that is nothing of size."""
-    if "parts" in node.meta:
-        return len(node.meta["parts"])
-    return node.meta.get("value", (shape_of(node) or (None,))[0])
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    """Whether a node is a method such as `add_`, whose result a statement may discard."""
-    target = str(node.target)
-    return node.op == "call_method" and target.endswith("_") and not target.endswith("__")
 
 
 def _merged_constants(graph: fx.Graph, root: nn.Module, model: nn.Module) -> dict[str, Tensor]:
@@ -516,11 +366,6 @@ def _image_parameter(forward: Callable[..., Any]) -> str:
             f"the model's forward needs more than the images: {', '.join(needed)}; wrap it in a module that gives them"
         )
     return parameters[0].name
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

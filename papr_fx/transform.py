@@ -16,11 +16,11 @@ from .by_pixels import keeps_space, prune_by_pixels
 from .by_tokens import prune_by_tokens
 from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
+from .fakes import REFUSALS, sandbox
 from .module import PrunedModule, checked_z
 from .passes.reduce_tokens import Reduction
 from .proposal import InputStats, SignificanceNet, build_proposal
 from .saliency import Saliency, checked_saliency
-from .trace import REFUSALS, sandbox
 from .verify import prove
 
 

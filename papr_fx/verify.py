@@ -28,6 +28,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import SiteError, VerifyError
+from .fakes import clone
+from .graphs import cut, shape_of
 from .hidden_keys import HiddenKeys
 from .module import PrunedModule, shell
 from .moves import residual_of
@@ -38,7 +40,6 @@ from .places import Place, find_place, reorder
 from .plan import Choice, Pixels, Plan, Tokens
 from .positions import Layout
 from .proof import TOLERANCES, ComparisonError, PrecisionError, run
-from .trace import clone, cut, shape_of
 from .verify_reduction import prove_reduction
 
 # Not the batch size that was traced: a frozen one shows.

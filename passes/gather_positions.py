@@ -39,9 +39,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
+from ..fakes import REFUSALS, TRACED_BATCH, fake_like, faking
+from ..graphs import ancestors, shape_of
 from ..ops import gather_positions, kept_patches
 from ..positions import called
-from ..trace import REFUSALS, TRACED_BATCH, ancestors, fake_like, faking, shape_of
 from . import prune_tokens
 
 # What numbers positions, given how many there are.

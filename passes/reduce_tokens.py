@@ -37,9 +37,9 @@ from torch import Tensor, fx, nn
 
 from ..attentions import Attention, Mean, arguments, find_attention, spelled_out
 from ..errors import ArgumentError, NoSiteError
+from ..graphs import descendants, shape_of
 from ..moves import operands
 from ..reduction import mean_by_size, size_bias
-from ..trace import descendants, shape_of
 from . import prune_tokens
 
 Blocks = Literal["second-half", "all"] | Sequence[int]

@@ -7,8 +7,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import papr_fx
+from papr_fx.graphs import cut
 from papr_fx.numerics import relative_error
-from papr_fx.trace import cut
 
 from .models import Shape, ToyViT, enliven, images, toy_proposal
 from .test_pixels import FAMILIES
