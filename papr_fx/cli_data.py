@@ -53,13 +53,14 @@ def add_data(command: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "data",
         nargs="?" if optional else None,
         default="",
-        help="a folder with a folder a class, or with splits of such; wds/FOLDER with WebDataset shards; or hfds/NAME",
+        help="a folder with a folder a class, or with splits of such; a .csv file of paths and classes; wds/FOLDER with "
+        "WebDataset shards; or hfds/NAME",
     )
     command.add_argument("--split", default="validation", help="default: %(default)s; of shards also val-{00..07}.tar")
     command.add_argument(
         "--class-map", default="", help="a file that lists the classes' folders in the order of the model's classes"
     )
-    command.add_argument("--data-dir", help="cache folder of hfds/ data")
+    command.add_argument("--data-dir", help="cache folder of hfds/ data; folder of the paths in a .csv file (default: its own)")
     command.add_argument("--batch-size", "-b", type=positive, default=64, help="samples a process (default: %(default)s)")
     command.add_argument("--workers", "-j", type=int, default=4, help="processes that read samples (default: %(default)s)")
     command.add_argument("--channels-last", action="store_true", help="memory layout of images and model")

@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.class_map import load_class_map
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -138,11 +140,12 @@ def open_reader(
     """Finds labelled files.
 
     Args:
-        data: A folder that holds a folder a class, or splits of such; a tar file of such; `wds/FOLDER`, WebDataset shards;
-            or `hfds/NAME`, a Hugging Face data set.
+        data: A folder that holds a folder a class, or splits of such; a tar file of such; a `.csv` file of paths and classes;
+            `wds/FOLDER`, WebDataset shards; or `hfds/NAME`, a Hugging Face data set.
         split: Of folders, the folder to take where there is one; of shards also their names, such as `val-{00..07}.tar`.
         class_map: A file that lists classes in the model's order, as timm reads it.
-        data_dir: Where `hfds/` keeps its cache; the folder of `wds/` if that names none.
+        data_dir: Where `hfds/` keeps its cache; the folder of `wds/` if that names none; what paths in a `.csv` file are
+            relative to, if not to its folder.
         suffixes: Endings of files to take; default: those of images.
 
     Raises:
@@ -158,6 +161,8 @@ def open_reader(
             if not find_spec("webdataset"):
                 raise ArgumentError(f"{data} needs the eval extra: pip install 'papr-fx[eval]' (there is no webdataset)")
             return Shards(rest or data_dir or "", split)
+        if data.endswith(".csv"):
+            return Listed(Path(data), Path(data_dir or Path(data).parent), class_map)
         name, root = (data, data_dir) if kind == "hfds" else ("", data)
         types = ";".join(suffixes) or None
         classes: Any = class_map
@@ -167,6 +172,47 @@ def open_reader(
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError, tarfile.TarError) as error:
         raise ArgumentError(f"cannot read samples from {data}: {type(error).__name__}: {error}") from error
     return found.reader
+
+
+class Listed:
+    """Files that a table lists, by number: a line holds a path and a class, with a comma or a space between.
+
+    Args:
+        table: The file, without a header.
+        root: What relative paths are relative to.
+        class_map: A file that lists classes in the model's order; without, names of classes are numbered in order, and
+            numbers are taken as they are.
+
+    Raises:
+        ArgumentError: A line is none, or of a class that `class_map` does not list.
+    """
+
+    def __init__(self, table: Path, root: Path, class_map: str = "") -> None:
+        with table.open(newline="") as file:
+            lines = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
+        wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), 0)
+        if wrong or not lines:
+            raise ArgumentError(f"{table}, line {wrong}: a line is a path and a class, such as `clips/a.mp4,3`")
+        names = sorted({label for _, label in lines}, key=natural_key)
+        numbered = all(name.isdecimal() for name in names) and not class_map
+        classes = (
+            load_class_map(class_map) if class_map else {name: int(name) if numbered else i for i, name in enumerate(names)}
+        )
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            raise ArgumentError(f"{table}: {class_map} does not list the class {unknown[0]!r}")
+        self._files = [(root / path, classes[label]) for path, label in lines]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        path, label = self._files[index]
+        return path.open("rb"), label
+
+    def filename(self, index: int) -> str:
+        """The path."""
+        return str(self._files[index][0])
 
 
 @dataclass(frozen=True)

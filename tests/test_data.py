@@ -163,6 +163,32 @@ def test_folders_tars_and_hugging_face_data_sets(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("between", [",", " "])
+def test_tables_of_paths(folder, tmp_path, between):
+    def table(*lines):
+        path = folder / "table.csv"
+        path.write_text("".join(f"{between.join(line)}\n" for line in lines))
+        return str(path)
+
+    files = ("validation/class1/4.png", "validation/class0/0.png", "validation/class0/none.png")
+    found = read_all(open_reader(table(*zip(files, "201", strict=True))))
+    assert [sample.label for sample in found] == [2, 0, -1]
+    assert torch.equal(found[0].pixels, expected(4))
+    assert "none.png: FileNotFoundError" in found[2].error
+    assert [s.label for s in read_all(open_reader(table((files[0], "b"), (files[1], "a"))))] == [1, 0]
+    classes = tmp_path / "classes.txt"
+    classes.write_text("b\na\n")
+    assert [s.label for s in read_all(open_reader(table((files[0], "b"), (files[1], "a")), class_map=str(classes)))] == [0, 1]
+    with pytest.raises(papr_fx.ArgumentError, match="does not list the class 'c'"):
+        open_reader(table((files[0], "c")), class_map=str(classes))
+    with pytest.raises(papr_fx.ArgumentError, match="line 2: a line is a path and a class"):
+        open_reader(table((files[0], "1"), (files[1],)))
+    (folder / "a b.png").write_bytes(noise(4))
+    assert torch.equal(read_all(open_reader(table(("a b.png", "1"))))[0].pixels, expected(4))
+    moved = read_all(open_reader(table((files[0].removeprefix("validation/"), "1")), data_dir=str(folder / "validation")))
+    assert torch.equal(moved[0].pixels, expected(4))
+
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 WORDS = ("hop", "run", "swim")
 
