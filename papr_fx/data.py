@@ -194,10 +194,9 @@ class Listed:
         if wrong or not lines:
             raise ArgumentError(f"{table}, line {wrong}: a line is a path and a class, such as `clips/a.mp4,3`")
         names = sorted({label for _, label in lines}, key=natural_key)
-        numbered = all(name.isdecimal() for name in names) and not class_map
-        classes = (
-            load_class_map(class_map) if class_map else {name: int(name) if numbered else i for i, name in enumerate(names)}
-        )
+        numbered = all(name.isdecimal() for name in names)
+        found = {name: int(name) if numbered else place for place, name in enumerate(names)}
+        classes = load_class_map(class_map) if class_map else found
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise ArgumentError(f"{table}: {class_map} does not list the class {unknown[0]!r}")
