@@ -98,9 +98,10 @@ def main() -> None:
     model = SmallConvNeXt()
     train(model, images, arguments.steps, rate=3e-3, name="ConvNeXt")
     like = torch.zeros(1, 3, SIDE, SIDE)
-    gm = papr_fx.transform(model, proposal, 0.5, example_input=like, background=arguments.background)
+    dense = accuracy(model, halves[1])
+    gm = papr_fx.transform(model.eval(), proposal, 0.5, example_input=like, background=arguments.background)
     rows = [measure(gm, halves, z, arguments.choices) for z in arguments.z]
-    print(f"{environment(1)}\n{half} held-out images; dense {accuracy(model, halves[1]):.1f} % right\n")
+    print(f"{environment(1)}\n{half} held-out images; dense {dense:.1f} % right\n")
     print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="github"))
     write(arguments.out, rows, seed=1)
 

@@ -116,6 +116,30 @@ def test_merging(folder, tmp_path):
     assert found[1]["gmacs"] < found[0]["gmacs"]
 
 
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("harm"),))
+
+
+def test_checkpoints_run_no_code(folder, tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    state = timm.create_model("test_vit", num_classes=5).state_dict()
+    save_file(state, "model.safetensors")
+    torch.save({"state_dict": state}, "model.pth")
+    torch.save({"state_dict": state, "more": Harmful()}, "harm.pth")
+    rows = []
+    for name in ("model.safetensors", "model.pth"):
+        assert main(options(folder, tmp_path / "a.json", "--checkpoint", name)) == 0
+        rows.append(counted(tmp_path / "a.json"))
+        assert "random weights" not in capsys.readouterr().out
+    assert rows[0] == rows[1]
+    assert main(options(folder, tmp_path / "b.json", "--checkpoint", "harm.pth")) == 2
+    assert "weights of 'test_vit' could not be loaded" in capsys.readouterr().err
+    assert not Path("harm").exists()
+
+
 def run(*arguments, check=True):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
