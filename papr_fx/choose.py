@@ -131,7 +131,9 @@ def _by_macs(model: nn.Module, proved: PrunedModule, most: float) -> KeepRatio:
 
 
 def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], least: float) -> KeepRatio:
-    images, _ = next(iter(_batches(loader, proved)))
+    images, _ = next(iter(_batches(loader, proved)), (None, None))
+    if images is None:
+        raise ArgumentError("choose_keep_ratio: the loader holds no images")
 
     def speed(z: float) -> float:
         pruned = _at(proved, z)
@@ -156,9 +158,9 @@ def _bisected(measure: Callable[[float], float], fits: Callable[[float], bool], 
     if tried(_LOWEST) == least:  # all fit, or none does
         return KeepRatio(_LOWEST if least else float("nan"), curve)
     for _ in range(_STEPS):
-        middle = (good + bad) / 2
+        middle = round((good + bad) / 2, 4)
         good, bad = (middle, bad) if tried(middle) else (good, middle)
-    return KeepRatio(round(good, 4), curve)
+    return KeepRatio(good, curve)
 
 
 def _reached(found: KeepRatio, target: str, least: str) -> KeepRatio:

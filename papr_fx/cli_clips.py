@@ -39,7 +39,7 @@ def show_clip(arguments: argparse.Namespace, video: Tensor) -> None:
     model = named.model
     example = inputs.example_images(model, None)  # (1, T, C, H, W)
     frames, size = example.shape[1], example.shape[-1]
-    shown = sample_views(sample_frames(video, frames) / 255, frames, step=1, size=size, temporal=1, spatial=1)[0]
+    shown = sample_views(sample_frames(video, frames), frames, step=1, size=size, temporal=1, spatial=1)[0]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in named.statistics)
     clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
     proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)

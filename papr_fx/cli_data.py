@@ -6,6 +6,7 @@ Options are named as in timm's validate.py.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,20 +22,21 @@ from tqdm import tqdm
 
 from .data import Samples, open_reader
 from .errors import ArgumentError
-from .evaluate import Counts, Progress, Runner, evaluate
+from .evaluate import DataError, Progress, Runner, evaluate
 from .module import checked_z
 from .named import LITE0, VIDEO_MODELS
-from .results import part_of, read_part, write_part, write_rows
+from .results import check_writable, part_of, read_part, write_part, write_rows, write_whole
 from .saliency import NAMES
 from .subject import Subject, Variant
 
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def ratios(text: str) -> tuple[float, ...]:
-    """Keep ratios such as 1.0,0.7,0.5, for argparse."""
+    """Keep ratios such as 1.0,0.7,0.5, each once, for argparse."""
     try:
-        return tuple(checked_z(float(part)) for part in text.split(","))
+        return tuple(dict.fromkeys(checked_z(round(float(part), 6)) for part in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -44,6 +46,22 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 at least, not {number}")
+    return number
+
+
+def _count(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 at least, not {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    """A number in (0, 1], for argparse."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {text}")
     return number
 
 
@@ -61,15 +79,19 @@ def add_data(command: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "--class-map", default="", help="a file that lists the classes' folders in the order of the model's classes"
     )
     command.add_argument("--data-dir", help="cache folder of hfds/ data; folder of the paths in a .csv file (default: its own)")
-    command.add_argument("--batch-size", "-b", type=positive, default=64, help="samples a process (default: %(default)s)")
-    command.add_argument("--workers", "-j", type=int, default=4, help="processes that read samples (default: %(default)s)")
+    command.add_argument("--input-key", help="column of images of hfds/ data (default: image)")
+    command.add_argument("--target-key", help="column of classes of hfds/ data (default: label)")
+    command.add_argument("--batch-size", "-b", type=positive, help="samples a process (default: 64 images, 2 videos)")
+    command.add_argument("--workers", "-j", type=_count, default=4, help="processes that read samples (default: %(default)s)")
     command.add_argument("--channels-last", action="store_true", help="memory layout of images and model")
     command.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
     command.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's)")
     command.add_argument("--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)")
     command.add_argument("--checkpoint", default="", help="a local checkpoint of the model, read by timm")
     command.add_argument("--proposal-checkpoint", default="", help="a local checkpoint of the proposal, read by timm")
-    command.add_argument("--seed", type=int, default=0, help="of random weights, where none are loaded (default: %(default)s)")
+    command.add_argument(
+        "--seed", type=_count, default=0, help="of random weights, where none are loaded (default: %(default)s)"
+    )
     command.add_argument("--temporal-views", type=positive, default=5, help="clips of a video (default: %(default)s)")
     command.add_argument("--spatial-views", type=positive, default=3, help="crops of a clip (default: %(default)s)")
     command.add_argument("--frame-step", type=positive, default=4, help="every how manyth frame (default: %(default)s)")
@@ -95,8 +117,8 @@ def add_networks(command: argparse.ArgumentParser) -> None:
         "--shared-stats", action="store_true", help="hand the model's normalised images to the proposal as they are"
     )
     command.add_argument("--img-size", type=positive, help="side of the images, in pixels (default: the model's)")
-    command.add_argument("--crop-pct", type=float, help="default: the model's")
-    command.add_argument("--interpolation", default="", help="default: the model's")
+    command.add_argument("--crop-pct", type=_share, help="default: the model's")
+    command.add_argument("--interpolation", choices=_INTERPOLATIONS, default="", help="default: the model's")
     command.add_argument("--num-classes", type=positive, help="default: the model's")
 
 
@@ -116,16 +138,14 @@ def add_run(command: argparse.ArgumentParser) -> None:
 @contextmanager
 def started(arguments: argparse.Namespace) -> Generator[torch.device]:
     """Checks the files to be written, sets threads and seed, and joins the others where torchrun started several processes."""
-    results, plot = getattr(arguments, "results_file", None), getattr(arguments, "plot", None)
-    if results and results.suffix not in (".csv", ".json"):
-        raise ArgumentError(f"--results-file must end in .csv or .json, not {results}")
-    if plot and plot.suffix != ".png":
-        raise ArgumentError(f"--plot must end in .png, not {plot}")
+    for name, suffixes in (("results_file", (".csv", ".json")), ("plot", (".png",))):
+        if path := vars(arguments).get(name):
+            check_writable(path, suffixes)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = _joined(arguments.device)
-    torch.manual_seed(arguments.seed)
     try:
+        torch.manual_seed(arguments.seed)
         yield device
     finally:
         if dist.is_initialized():
@@ -142,7 +162,10 @@ def _joined(name: str) -> torch.device:
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(kind)
-    return torch.device(kind)
+    try:
+        return torch.empty(0, device=kind).device
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"--device {kind}: {error}") from error
 
 
 def is_first() -> bool:
@@ -158,8 +181,25 @@ def samples(arguments: argparse.Namespace, subject: Subject) -> Samples:
         class_map=arguments.class_map,
         data_dir=arguments.data_dir,
         suffixes=subject.suffixes,
+        keys={key: vars(arguments)[key] for key in ("input_key", "target_key") if vars(arguments)[key]},
     )
+    classes = len(getattr(reader, "class_to_idx", ()))
+    if classes and subject.classes and classes != subject.classes and is_first():
+        print(
+            f"note: the data has {classes} classes and the model {subject.classes}; --class-map FILE says which are which",
+            file=sys.stderr,
+        )
     return Samples(reader, subject.decode, subject.shape)
+
+
+def views(arguments: argparse.Namespace) -> dict[str, int]:
+    """The views of a video, as `clip_subject` takes them."""
+    return {"temporal": arguments.temporal_views, "spatial": arguments.spatial_views, "step": arguments.frame_step}
+
+
+def batch_size(arguments: argparse.Namespace, subject: Subject) -> int:
+    """Samples in a batch of one process."""
+    return arguments.batch_size or (2 if subject.views else 64)
 
 
 def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[Variant]) -> Progress:
@@ -179,11 +219,11 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
             if arguments.results_file and is_first():
                 write_part(arguments.results_file, found, settings)
 
-        return evaluate(
+        found = evaluate(
             runners,
             data,
             dense=variants[0].name,
-            batch_size=arguments.batch_size,
+            batch_size=batch_size(arguments, subject),
             workers=arguments.workers,
             device=subject.example.device,
             channels_last=arguments.channels_last,
@@ -193,6 +233,10 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
             real_labels=_real_labels(arguments, data),
             strict=arguments.strict,
         )
+    if not found.total:
+        told = "; ".join(reason for _, reason in found.failed[:3])
+        raise DataError(f"none of the {len(found.failed)} samples of {arguments.data} could be read: {told}")
+    return found
 
 
 def _runner(module: nn.Module, arguments: argparse.Namespace, subject: Subject) -> Runner:
@@ -202,9 +246,15 @@ def _runner(module: nn.Module, arguments: argparse.Namespace, subject: Subject) 
 
 def _settings(arguments: argparse.Namespace, subject: Subject, size: int) -> dict[str, Any]:
     """What results depend on; how many processes share the work, and in what batches, is no part of it."""
-    apart = ("run", "results_file", "plot", "batch_size", "workers", "device", "threads", "torchcompile", "strict")
+    apart = ("run", "results_file", "plot", "batch_size", "workers", "strict")
     given = {key: value for key, value in vars(arguments).items() if key not in apart}
-    return {**given, **subject.config, "samples": size}
+    files = {name: _version(Path(given[name])) for name in ("checkpoint", "proposal_checkpoint") if given[name]}
+    return {**given, **subject.config, "samples": size, "files": files}
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """Tells a file from a later one of the same name: size and time of change."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
 
 
 def _real_labels(arguments: argparse.Namespace, data: Samples) -> Callable[[int], Sequence[int]] | None:
@@ -220,41 +270,40 @@ def _real_labels(arguments: argparse.Namespace, data: Samples) -> Callable[[int]
     return lambda place: labels[names[place]]
 
 
-def described(arguments: argparse.Namespace, model: str, proposal: str) -> str:
+def described(arguments: argparse.Namespace, subject: Subject, model: str, proposal: str) -> str:
     """The networks, and which have random weights."""
-    loaded = arguments.pretrained
-    words = [model + ("" if loaded or arguments.checkpoint else " (random weights; --pretrained loads real ones)")]
-    known = loaded or arguments.proposal_checkpoint or proposal == LITE0
+    words = [model + ("" if subject.loaded else " (random weights; --pretrained loads real ones)")]
+    known = arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0
     words.append(f"proposal {proposal}" + ("" if known else " (random weights)"))
     return ", ".join(words)
 
 
 def row_of(subject: Subject, variant: Variant, found: Progress) -> dict[str, Any]:
-    """What was found for one form of a model: percents, GMACs, samples a second, millions of parameters."""
-    counts, total = found.counts.get(variant.name, Counts()), max(1, found.total)
-    row: dict[str, Any] = {
-        "z": variant.z,
-        "r": variant.r,
-        "top1": round(100 * counts.top1 / total, 3),
-        "top5": round(100 * counts.top5 / total, 3),
-        "agreement": round(100 * counts.agree / total, 3),
+    """What was found for one form of a model: percents, GMACs, samples a second of one process, millions of parameters."""
+    counts = found.counts[variant.name]
+    row: dict[str, Any] = {"z": variant.z, "r": variant.r}
+    if counts.labelled:
+        row |= {word: round(100 * getattr(counts, word) / counts.labelled, 3) for word in ("top1", "top5")}
+    if counts.real_total:
+        row["top1_real"] = round(100 * counts.real / counts.real_total, 3)
+    return row | {
+        "agreement": round(100 * counts.agree / found.total, 3),
         "gmacs": variant.macs / 1e9,
-        f"{'videos' if subject.views else 'img'}_per_sec": round(found.total / max(counts.seconds, 1e-9), 2),
+        speed_key(subject): found.total / counts.seconds,
         "param_count": round(sum(p.numel() for p in variant.module.parameters()) / 1e6, 2),
         "count": found.total,
         "unreadable": len(found.failed),
     }
-    if counts.real_total:
-        row["top1_real"] = round(100 * counts.real / counts.real_total, 3)
-    return row
+
+
+def speed_key(subject: Subject) -> str:
+    """The column of speeds."""
+    return "videos_per_sec" if subject.views else "img_per_sec"
 
 
 def finish(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], failed: Sequence[tuple[int, str]]) -> None:
     """Names what could not be read, and writes the results."""
-    if failed:
-        print(f"{len(failed)} could not be read and were left out:", file=sys.stderr)
-        for _, reason in failed:
-            print(f"  {reason}", file=sys.stderr)
+    tell_failed([reason for _, reason in failed])
     if arguments.results_file:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "results_file", "plot")}
         write_rows(arguments.results_file, rows, {**settings, "failed": failed})
@@ -263,19 +312,25 @@ def finish(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], fai
         _plot(arguments.plot, rows)
 
 
+def tell_failed(reasons: Sequence[str]) -> None:
+    """Names what could not be read."""
+    if reasons:
+        print(f"{len(reasons)} could not be read and were left out:", *reasons, sep="\n  ", file=sys.stderr)
+
+
 def _plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws accuracy against GMACs, a line a model."""
+    """Draws accuracy, or agreement where there are no classes, against GMACs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        some = [row for row in rows if row["model"] == model]
-        axes.plot([row["gmacs"] for row in some], [row["top1"] for row in some], "o-", label=model)
-        for row in some:
-            text = f"z={row['z']:g}" + (f" r={row['r']}" if row["r"] else "")
-            axes.annotate(text, (row["gmacs"], row["top1"]), xytext=(4, -10), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="GMACs, proposal included", ylabel="top-1, %")
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    measured = "top1" if "top1" in rows[0] else "agreement"
+    axes.plot([row["gmacs"] for row in rows], [row[measured] for row in rows], "o-")
+    for row in rows:
+        text = f"z={row['z']:g}" + (f" r={row['r']}" if row["r"] else "")
+        axes.annotate(text, (row["gmacs"], row[measured]), xytext=(4, -10), textcoords="offset points", fontsize=8)
+    label = {"top1": "top-1, %", "agreement": "agreement with the dense model, %"}[measured]
+    axes.set(xlabel="GMACs, proposal included", ylabel=label, title=rows[0]["model"])
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(path, picture.getvalue())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from .cli_data import (
     add_data,
     add_networks,
     add_run,
+    batch_size,
     counted,
     described,
     finish,
@@ -24,7 +27,10 @@ from .cli_data import (
     ratios,
     row_of,
     samples,
+    speed_key,
     started,
+    tell_failed,
+    views,
 )
 from .errors import ArgumentError
 from .passes.merge_tokens import Merge
@@ -62,66 +68,74 @@ def run_eval(arguments: argparse.Namespace) -> None:
     with started(arguments) as device:
         subject = _subject(arguments, device)
         merge = Merge(arguments.merge, arguments.merge_blocks) if arguments.merge else None
-        proposal, options = _proposal(arguments, subject)
-        some = [z for z in arguments.z if z < 1 or merge]
-        variants = [subjects.dense(subject), *subjects.pruned(subject, proposal, some, merge=merge, **options)]
+        variants = [subjects.dense(subject)]
+        if some := [z for z in arguments.z if z < 1 or merge]:
+            proposal, options = _proposal(arguments, subject)
+            variants += subjects.pruned(subject, proposal, some, merge=merge, **options)
         found = counted(arguments, subject, variants)
         if not is_first():
             return
     config = {key: subject.config[key] for key in ("crop_pct", "interpolation") if key in subject.config}
     shape = {"img_size": subject.shape[-1], **config}
     rows = [{"model": arguments.model, **row_of(subject, variant, found), **shape} for variant in variants]
-    shown = ["z", *(["r"] if merge else []), "top1", "top5", "top1_real", "agreement", "gmacs"]
-    shown.append("videos_per_sec" if subject.views else "img_per_sec")
+    shown = ["z", *(["r"] if merge else []), "top1", "top5", "top1_real", "agreement", "gmacs", speed_key(subject)]
     table = [{key: row[key] for key in shown if key in row} for row in rows]
     kind = "videos" if subject.views else "images"
-    print(f"{described(arguments, arguments.model, arguments.proposal)}: {found.total} {kind} of {arguments.data}")
+    networks = described(arguments, subject, arguments.model, arguments.proposal)
+    print(f"{networks}: {found.total} {kind} of {arguments.data}")
     print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
     finish(arguments, rows, found.failed)
 
 
 def run_tune(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx tune`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("tune runs on one process; eval shares its work")
     with started(arguments) as device:
         subject = _subject(arguments, device)
-        data = samples(arguments, subject)
         proposal, options = _proposal(arguments, subject)
-        size = len(data)
-        places = sorted({round(i * (size - 1) / max(1, arguments.samples - 1)) for i in range(min(size, arguments.samples))})
-        read = DataLoader(Subset(data, places), arguments.batch_size, num_workers=arguments.workers)
-        batches = [(sample[0][keep], sample[1][keep]) for sample in read if any(keep := [not error for error in sample[3]])]
-        if subject.views:  # each counts on its own
-            batches = [(some.flatten(0, 1), labels.repeat_interleave(some.shape[1])) for some, labels in batches]
-        loader = [some for some, _ in batches] if arguments.no_labels else batches
         targets = {key: getattr(arguments, key) for key in ("max_drop", "speedup", "gmacs")}
+        loader = _Some(arguments, subject)
         z = choose_keep_ratio(subject.model, proposal, loader, **targets, example_input=subject.example, **options)
-        (name,) = (key for key, value in targets.items() if value is not None)
-        print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
-        print(f"{described(arguments, arguments.model, arguments.proposal)}\nz = {z:.4f}")
+    (name,) = (key for key, value in targets.items() if value is not None)
+    print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
+    print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
+    tell_failed(sorted(loader.failed))
+
+
+class _Some:
+    """Some of the data, evenly from all of it, in batches of pixels and, if asked for, classes; each view of a clip counts."""
+
+    def __init__(self, arguments: argparse.Namespace, subject: Subject) -> None:
+        data = samples(arguments, subject)
+        count = min(len(data), arguments.samples)
+        places = [place * (len(data) - 1) // max(1, count - 1) for place in range(count)]
+        self.batches = DataLoader(Subset(data, places), batch_size(arguments, subject), num_workers=arguments.workers)
+        self.views = subject.views
+        self.labelled = not arguments.no_labels
+        self.failed: set[str] = set()
+
+    def __iter__(self) -> Iterator[Any]:
+        for pixels, labels, _, errors in self.batches:
+            self.failed.update(filter(None, errors))
+            keep = torch.tensor([not error for error in errors]) & ((labels >= 0) | (not self.labelled))
+            some, known = pixels[keep], labels[keep]
+            if not len(some):
+                continue
+            if self.views:
+                some, known = some.flatten(0, 1), known.repeat_interleave(some.shape[1])
+            yield (some, known) if self.labelled else some
 
 
 def _subject(arguments: argparse.Namespace, device: torch.device) -> Subject:
-    if not subjects.is_image_model(arguments.model):
-        given = [
-            name for name in ("checkpoint", "img_size", "crop_pct", "interpolation", "num_classes") if vars(arguments)[name]
-        ]
-        if given:
-            raise ArgumentError(f"--{given[0].replace('_', '-')} is for models of timm, and {arguments.model!r} is none")
-        return subjects.clip_subject(
-            arguments.model,
-            device=device,
-            pretrained=arguments.pretrained,
-            temporal=arguments.temporal_views,
-            spatial=arguments.spatial_views,
-            step=arguments.frame_step,
-        )
-    return subjects.image_subject(
+    return subjects.named_subject(
         arguments.model,
         device=device,
         pretrained=arguments.pretrained,
         checkpoint=arguments.checkpoint,
         data={name: vars(arguments)[name] for name in ("img_size", "crop_pct", "interpolation")},
         channels_last=arguments.channels_last,
+        views=views(arguments),
         **({"num_classes": arguments.num_classes} if arguments.num_classes else {}),
     )
 

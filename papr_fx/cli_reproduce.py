@@ -11,9 +11,8 @@ from tabulate import tabulate
 from torch import nn
 
 from . import subject as subjects
-from .cli_data import add_data, add_run, counted, described, finish, is_first, row_of, started
+from .cli_data import add_data, add_run, counted, described, finish, is_first, row_of, speed_key, started, views
 from .errors import ArgumentError
-from .evaluate import Progress
 from .module import PrunedModule
 from .paper import TABLES, Line, Table
 from .passes.merge_tokens import Merge
@@ -51,8 +50,8 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     names = list(TABLES) if arguments.name == "all" else [arguments.name]
     if len(names) > 1 and (arguments.data or arguments.checkpoint):
         raise ArgumentError("with data or a checkpoint, give the name of one table")
-    if arguments.results_file and not arguments.data:
-        raise ArgumentError("--results-file: there are results only where there are data")
+    if (arguments.results_file or arguments.plot) and not arguments.data:
+        raise ArgumentError("--results-file and --plot: there are results only where there are data")
     with started(arguments) as device:
         for name in names:
             _reproduce(arguments, name, TABLES[name], device if arguments.data else torch.device("meta"))
@@ -65,51 +64,48 @@ def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: t
         subject, table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True
     )
     variants = [subjects.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
-    found = counted(arguments, subject, variants) if arguments.data else Progress()
+    if not arguments.data:
+        print(f"\n{name}, {table.where}: {table.model}, {table.proposal}")
+        rows = [
+            {"variant": _named(variant), "gmacs": variant.macs / 1e9, **_paper(line, table.lines[0])}
+            for variant, line in zip(variants, table.lines, strict=True)
+        ]
+        _print(rows, ("variant", "gmacs", "paper_gmacs"))
+        return
+    found = counted(arguments, subject, variants)
     if not is_first():
         return
     rows: list[dict[str, Any]] = [
-        {"model": name, "variant": _named(variant), **row_of(subject, variant, found), **_paper(line)}
+        {"model": name, "variant": _named(variant), **row_of(subject, variant, found), **_paper(line, table.lines[0])}
         for variant, line in zip(variants, table.lines, strict=True)
     ]
-    for row, line in zip(rows, table.lines, strict=True):
-        row["change"], row["paper_change"] = row["top1"] - rows[0]["top1"], line.top1 - table.lines[0].top1
-        speed = "videos_per_sec" if subject.views else "img_per_sec"
-        row["speed_up"] = row[speed] / rows[0][speed] if arguments.data else 0.0
-        row["paper_speed_up"] = line.img_per_sec / table.lines[0].img_per_sec if line.img_per_sec else None
-    shown = [key for key in _HEADERS if key in rows[0] and (arguments.data or "gmacs" in key or key == "variant")]
-    cells = [[row[key] for key in shown] for row in rows]
-    networks = described(arguments, table.model, table.proposal) if arguments.data else f"{table.model}, {table.proposal}"
-    print(f"\n{name}, {table.where}: {networks}")
-    if arguments.data:
-        kind = "videos" if subject.views else "images"
-        print(f"{found.total} {kind} of {arguments.data}; the paper's images a second are of an RTX A5000")
-    print(tabulate(cells, headers=[_HEADERS[key] for key in shown], floatfmt=".2f", tablefmt="github"))
+    for row in rows:
+        row["change"] = row["top1"] - rows[0]["top1"] if "top1" in row else None
+        row["speed_up"] = row[speed_key(subject)] / rows[0][speed_key(subject)]
+    kind = "videos" if subject.views else "images"
+    print(f"\n{name}, {table.where}: {described(arguments, subject, table.model, table.proposal)}")
+    print(f"{found.total} {kind} of {arguments.data}; the paper's images a second are of an RTX A5000")
+    _print(rows, [key for key in _HEADERS if key in rows[0]])
     finish(arguments, rows, found.failed)
+
+
+def _print(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    cells = [[row[key] for key in keys] for row in rows]
+    print(tabulate(cells, headers=[_HEADERS[key] for key in keys], floatfmt=".2f", tablefmt="github"))
 
 
 def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) -> Subject:
     loaded = arguments.pretrained and bool(arguments.data)  # multiply-accumulates need no weights
     if loaded and not table.pretrained and not arguments.checkpoint:
         raise ArgumentError(f"{arguments.name}: its weights come as a file; give it as --checkpoint")
-    if not subjects.is_image_model(table.model):
-        if arguments.checkpoint:
-            raise ArgumentError("--checkpoint is for models of timm; video models are loaded with --pretrained")
-        return subjects.clip_subject(
-            table.pretrained if loaded else table.model,
-            device=device,
-            pretrained=loaded,
-            temporal=arguments.temporal_views,
-            spatial=arguments.spatial_views,
-            step=arguments.frame_step,
-        )
-    return subjects.image_subject(
-        table.model,
+    return subjects.named_subject(
+        table.pretrained if loaded and not arguments.checkpoint else table.model,
         device=device,
         pretrained=loaded and not arguments.checkpoint,
         checkpoint=arguments.checkpoint,
         data=table.data,
         channels_last=arguments.channels_last,
+        views=views(arguments),
         **table.options,
     )
 
@@ -135,5 +131,11 @@ def _named(variant: Variant) -> str:
     return f"PaPr z={variant.z:g}" + (f" + merging r={variant.r}" if variant.r else "")
 
 
-def _paper(line: Line) -> dict[str, float | None]:
-    return {"paper_gmacs": line.gmacs, "paper_top1": line.top1, "paper_img_per_sec": line.img_per_sec or None}
+def _paper(line: Line, dense: Line) -> dict[str, float | None]:
+    return {
+        "paper_gmacs": line.gmacs,
+        "paper_top1": line.top1,
+        "paper_change": line.top1 - dense.top1,
+        "paper_img_per_sec": line.img_per_sec or None,
+        "paper_speed_up": line.img_per_sec / dense.img_per_sec if line.img_per_sec else None,
+    }

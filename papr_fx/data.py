@@ -7,6 +7,7 @@ exact share, so that here a shard's samples are listed first and then read by nu
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,6 +28,7 @@ from .errors import ArgumentError
 from .proposal import Statistics
 from .video import read_video, sample_views
 
+_SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
 # What decoders raise for files that hold no image.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, tarfile.TarError)
@@ -127,15 +130,19 @@ class ClipDecoder:
         missing = (self.frames - 1) * self.step + 1 - len(video)
         if missing > 0:
             video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        views = sample_views(
-            video / 255, self.frames, step=self.step, size=self.size, temporal=self.temporal, spatial=self.spatial
-        )
+        views = sample_views(video, self.frames, step=self.step, size=self.size, temporal=self.temporal, spatial=self.spatial)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
         return (views - mean) / std
 
 
 def open_reader(
-    data: str, *, split: str = "validation", class_map: str = "", data_dir: str | None = None, suffixes: Sequence[str] = ()
+    data: str,
+    *,
+    split: str = "validation",
+    class_map: str = "",
+    data_dir: str | None = None,
+    suffixes: Sequence[str] = (),
+    keys: Mapping[str, str] | None = None,
 ) -> Reader:
     """Finds labelled files.
 
@@ -147,11 +154,14 @@ def open_reader(
         data_dir: Where `hfds/` keeps its cache; the folder of `wds/` if that names none; what paths in a `.csv` file are
             relative to, if not to its folder.
         suffixes: Endings of files to take; default: those of images.
+        keys: `input_key` and `target_key` of `hfds/`, the columns of images and classes.
 
     Raises:
-        ArgumentError: There is no such data.
+        ArgumentError: There is no such data, or not all of it would be taken.
     """
     kind, _, rest = data.partition("/")
+    if keys and kind != "hfds":
+        raise ArgumentError(f"--input-key and --target-key name columns of hfds/ data, not of {data}")
     if kind not in ("hfds", "wds") and not Path(data).exists():
         raise ArgumentError(f"there is no folder {data}; it holds a folder a class, or {split}/ with such")
     try:
@@ -164,14 +174,33 @@ def open_reader(
         if data.endswith(".csv"):
             return Listed(Path(data), Path(data_dir or Path(data).parent), class_map)
         name, root = (data, data_dir) if kind == "hfds" else ("", data)
-        types = ";".join(suffixes) or None
-        classes: Any = class_map
-        found: Any = create_dataset(name, root=root, split=split, class_map=classes, input_key=types)
+        options: dict[str, Any] = {"class_map": class_map, **(keys or {})}
+        if suffixes:
+            options["input_key"] = ";".join(suffixes)
+        found: Any = create_dataset(name, root=root, split=split, **options)
+        if kind == "hfds":
+            found.reader[0][0].close()  # columns that are not there show when one is read
     except ImportError as error:
         raise ArgumentError(f"{data} needs the hfds extra: pip install 'papr-fx[hfds]' ({error})") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, tarfile.TarError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError, tarfile.TarError) as error:
         raise ArgumentError(f"cannot read samples from {data}: {type(error).__name__}: {error}") from error
+    if Path(data).is_dir():
+        _check_folder(Path(data), Path(found.reader.root), split, class_map, found.reader.class_to_idx, suffixes)
     return found.reader
+
+
+def _check_folder(
+    data: Path, root: Path, split: str, class_map: str, classes: Mapping[str, int], suffixes: Sequence[str]
+) -> None:
+    """Refuses what timm passes over in silence: a split that is not there, and classes that no map lists."""
+    splits = [name for name in _SPLITS if (data / name).is_dir()]
+    if root == data and splits:
+        raise ArgumentError(f"{data} holds {', '.join(splits)}, and no {split}: name one as --split")
+    if class_map:
+        _, there = find_images_and_targets(str(root), types=list(suffixes) or None)
+        unknown = [name for name in there if name not in classes]
+        if unknown:
+            raise ArgumentError(f"{class_map} does not list {len(unknown)} of the classes in {root}, such as {unknown[0]}")
 
 
 class Listed:
@@ -192,10 +221,14 @@ class Listed:
             lines = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
         wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), 0)
         if wrong or not lines:
-            raise ArgumentError(f"{table}, line {wrong}: a line is a path and a class, such as `clips/a.mp4,3`")
+            where = f", line {wrong}" if wrong else ""
+            raise ArgumentError(f"{table}{where}: a line is a path and a class, such as `clips/a.mp4,3`")
         names = sorted({label for _, label in lines}, key=natural_key)
-        numbered = all(name.isdecimal() for name in names)
-        found = {name: int(name) if numbered else place for place, name in enumerate(names)}
+        numbers = [name for name in names if re.fullmatch(r"-?\d+", name)]
+        if 0 < len(numbers) < len(names) and not class_map:
+            other = next(name for name in names if name not in numbers)
+            raise ArgumentError(f"{table}: classes are numbers or names, not both: {numbers[0]} and {other!r} (a header?)")
+        found = {name: int(name) if numbers else place for place, name in enumerate(names)}
         classes = load_class_map(class_map) if class_map else found
         unknown = [name for name in names if name not in classes]
         if unknown:
@@ -273,7 +306,11 @@ def _members(shard: Path, endings: Sequence[str]) -> list[_Member]:
     with shard.open("rb") as file:
         try:
             for key, ending, member in _files(file):
-                found.setdefault(key, {})[ending] = member
+                files = found.setdefault(key, {})
+                if ending in files:
+                    ends.append(_Member(shard.name, key, error=f"the shard holds {member.name} twice: the first is taken"))
+                else:
+                    files[ending] = member
         except (tarfile.TarError, EOFError) as error:
             ends.append(_Member(shard.name, "its end", error=f"the shard cannot be read so far: {error}"))
         return [*(_member(shard.name, key, files, file, endings) for key, files in found.items()), *ends]

@@ -22,6 +22,8 @@ from .data import Sample
 from .errors import ArgumentError, PaprError
 from .numerics import tensors_of
 
+_CHUNK = 32  # batches between two sums
+
 
 class DataError(PaprError):
     """Data cannot be read, and the run was to be strict."""
@@ -32,14 +34,16 @@ class Counts:
     """What was counted of one variant; counts of several runs add up.
 
     Attributes:
-        top1: Samples whose class comes first.
-        top5: Samples whose class is among the first five.
+        labelled: Samples that have a class.
+        top1: Those of them whose class comes first.
+        top5: Those whose class is among the first five.
         agree: Samples of which the first class is that of the dense model.
         real: Samples whose first class is among ImageNet's reassessed labels.
         real_total: Samples that have such labels.
         seconds: Time that the variant took, the data left out.
     """
 
+    labelled: int = 0
     top1: int = 0
     top5: int = 0
     agree: int = 0
@@ -119,7 +123,8 @@ class Runner:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or ("alloc" in text and "memory" in text and check_batch_size_retry(text))
+    told = "out of memory" in text or "alloc_failed" in text or ("alloc" in text and "memory" in text)
+    return isinstance(error, torch.OutOfMemoryError) or (told and check_batch_size_retry(text))
 
 
 def evaluate(
@@ -131,7 +136,6 @@ def evaluate(
     workers: int = 4,
     device: torch.device | str = "cpu",
     channels_last: bool = False,
-    chunk: int = 0,
     progress: Progress | None = None,
     behind_chunk: Callable[[Progress], object] = lambda progress: None,
     behind_batch: Callable[[int], object] = lambda count: None,
@@ -140,7 +144,7 @@ def evaluate(
 ) -> Progress:
     """Counts what several variants of a model find, in one pass.
 
-    Under torch.distributed all processes call it; each returns the sum of all.
+    Under torch.distributed all processes call it; each returns the sum of all. A chunk is 32 batches of every process.
 
     Args:
         variants: Ready to be called, by name.
@@ -150,7 +154,6 @@ def evaluate(
         workers: Processes that read data, of each process.
         device: Where the variants are.
         channels_last: Memory layout of the images.
-        chunk: Samples between two sums; default: 32 batches of every process.
         progress: How far an earlier run came; it is continued.
         behind_chunk: Called on every process with the sum so far.
         behind_batch: Called with the samples that this batch took, on all processes together.
@@ -159,11 +162,12 @@ def evaluate(
 
     Raises:
         DataError: `strict`, and a sample cannot be read.
+        ArgumentError: A sample is of a class that the model does not know.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = progress or Progress()
     size = len(cast(Any, data))
-    step = chunk or 32 * batch_size * world
+    step = _CHUNK * batch_size * world
     chunks = [range(start, min(start + step, size)) for start in range(found.done, size, step)]
     mine = [_batches(places[rank::world], batch_size) for places in chunks]
     loader = DataLoader(
@@ -171,18 +175,18 @@ def evaluate(
         batch_sampler=[batch for batches in mine for batch in batches],
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=False,
     )
     batches: Iterator[Any] = iter(loader)
+    tally = _Tally(variants, dense, torch.device(device), channels_last, real_labels)
     for places, own in zip(chunks, mine, strict=True):
         part = Progress()
         for start in range(0, world * batch_size * len(own), world * batch_size):
-            _count(part, variants, dense, next(batches), device, channels_last, real_labels)
+            tally.count(part, *next(batches))
+            if strict and part.failed:
+                raise DataError(f"unreadable: {part.failed[0][1]} (--strict)")
             behind_batch(min(world * batch_size, len(places) - start))
         for other in _gathered(part):
             found.add(other)
-        if strict and found.failed:
-            raise DataError(f"unreadable: {found.failed[0][1]} (--strict)")
         found.done = places.stop
         behind_chunk(found)
     return found
@@ -201,52 +205,71 @@ def _gathered(part: Progress) -> list[Progress]:
     return parts
 
 
-@torch.inference_mode()
-def _count(
-    part: Progress,
-    variants: Mapping[str, Runner],
-    dense: str,
-    batch: Any,
-    device: torch.device | str,
-    channels_last: bool,
-    real_labels: Callable[[int], Sequence[int]] | None,
-) -> None:
-    pixels, labels, places, errors = batch
-    part.failed += [(int(place), error) for place, error in zip(places, errors, strict=True) if error]
-    readable = torch.tensor([not error for error in errors])
-    pixels, labels, places = pixels[readable], labels[readable], places[readable]
-    part.total += len(labels)
-    if not len(labels):
-        return
-    pixels = pixels.to(device, non_blocking=True)
-    if channels_last:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-    first: Tensor | None = None
-    for name in sorted(variants, key=lambda name: name != dense):  # the dense one first
-        start = _now(pixels)
-        logits = variants[name](pixels)
+@dataclass
+class _Tally:
+    """Runs every variant on a batch and counts.
+
+    The first batch of each shape is run once more before it is timed: compilers and caches are warm then.
+    """
+
+    variants: Mapping[str, Runner]
+    dense: str
+    device: torch.device
+    channels_last: bool
+    real_labels: Callable[[int], Sequence[int]] | None
+    warm: set[tuple[int, ...]] = field(default_factory=set[tuple[int, ...]])
+
+    @torch.inference_mode()
+    def count(self, part: Progress, pixels: Tensor, labels: Tensor, places: Tensor, errors: Sequence[str]) -> None:
+        """Adds the counts of a batch."""
+        part.failed += [(int(place), error) for place, error in zip(places, errors, strict=True) if error]
+        readable = torch.tensor([not error for error in errors])
+        pixels, labels, places = pixels[readable], labels[readable], places[readable]
+        part.total += len(labels)
+        if not len(labels):
+            return
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if pixels.shape not in self.warm:
+            self.warm.add(tuple(pixels.shape))
+            for runner in self.variants.values():
+                runner(pixels)
+        first = self._add(part, self.dense, pixels, labels, places)
+        for name in self.variants:
+            if name != self.dense:
+                best = self._add(part, name, pixels, labels, places)
+                part.counts[name].agree += int((best == first).sum())
+        part.counts[self.dense].agree += len(first)
+
+    def _add(self, part: Progress, name: str, pixels: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """Adds what one variant finds; returns the class of each sample that it puts first."""
         counts = part.counts.setdefault(name, Counts())
+        start = _now(pixels)
+        logits = self.variants[name](pixels)
         counts.seconds += _now(pixels) - start
         logits = logits.cpu()
-        best = logits.argmax(1)
-        first = best if first is None else first
-        counts.agree += int((best == first).sum())
         if int(labels.max()) >= logits.shape[1]:
             raise ArgumentError(f"the data has class {int(labels.max())}, but the model tells {logits.shape[1]} apart")
         known = labels >= 0
-        for word, k in (("top1", 1), ("top5", min(5, logits.shape[1]))):
-            right = _right(logits[known], labels[known], k) if bool(known.any()) else 0
-            setattr(counts, word, getattr(counts, word) + right)
-        for place, label in zip(places.tolist(), best.tolist(), strict=True):
-            allowed = real_labels(place) if real_labels else ()
-            counts.real += label in allowed
-            counts.real_total += len(allowed) > 0
+        counts.labelled += int(known.sum())
+        counts.top1 += _right(logits[known], labels[known], 1)
+        counts.top5 += _right(logits[known], labels[known], min(5, logits.shape[1]))
+        best = logits.argmax(1)
+        if self.real_labels:
+            for place, label in zip(places.tolist(), best.tolist(), strict=True):
+                allowed = self.real_labels(place)
+                counts.real += label in allowed
+                counts.real_total += len(allowed) > 0
+        return best
 
 
 def _right(logits: Tensor, labels: Tensor, k: int) -> int:
     """How many labels are among the k largest logits."""
     from torchmetrics.functional.classification import multiclass_stat_scores  # it takes its time
 
+    if not len(labels):
+        return 0
     scores = multiclass_stat_scores(logits, labels, num_classes=logits.shape[1], top_k=k, average="micro")
     return int(scores[0])
 

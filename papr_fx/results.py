@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,41 @@ from .errors import ArgumentError
 from .evaluate import Counts, Progress
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file by renaming a finished one, so that no reader ever sees half of it.
 
     Raises:
         ArgumentError: It cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text)
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise ArgumentError(f"{path} cannot be written: {error}") from error
+
+
+def check_writable(path: Path, suffixes: Sequence[str]) -> None:
+    """Tries whether a file can be written, before the work is done; makes its folder.
+
+    Raises:
+        ArgumentError: It cannot, or its name has none of `suffixes`.
+    """
+    if path.suffix not in suffixes or path.is_dir():
+        raise ArgumentError(f"a file that ends in {' or '.join(suffixes)} is to be written, not {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _beside(path).touch()
+        _beside(path).unlink()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error}") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from . import inputs
 from .data import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder
+from .errors import ArgumentError, first_line
+from .fakes import REFUSALS
 from .macs import count_module_macs
 from .module import PrunedModule, shell
-from .named import image_model, proposal_for, video_model
+from .named import LITE0, VIDEO_MODELS, image_model, proposal_for, video_model
 from .passes.reduce_tokens import Reduction
 from .proposal import Statistics
 from .report import report
@@ -35,6 +37,8 @@ class Subject:
         suffixes: Endings of such files; none stands for images.
         statistics: Mean and standard deviation of pixels.
         config: What else the samples depend on.
+        classes: How many it tells apart; 0 where it does not say.
+        loaded: Whether its weights were loaded, not drawn.
     """
 
     model: nn.Module
@@ -44,6 +48,8 @@ class Subject:
     suffixes: tuple[str, ...]
     statistics: Statistics
     config: Mapping[str, Any]
+    classes: int
+    loaded: bool
 
     @property
     def views(self) -> bool:
@@ -71,6 +77,49 @@ class Variant:
     def name(self) -> str:
         """Tells it from the other forms."""
         return f"z={self.z:g} r={self.r}"
+
+
+def named_subject(
+    name: str,
+    *,
+    device: torch.device,
+    pretrained: bool,
+    checkpoint: str,
+    data: Mapping[str, Any],
+    channels_last: bool,
+    views: Mapping[str, int],
+    **options: Any,
+) -> Subject:
+    """A model of timm where that knows the name, else a video classifier.
+
+    Args:
+        name: The name.
+        device: Where it is to run.
+        pretrained: Whether a hub may be asked for weights.
+        checkpoint: As for `image_subject`, as are `data`, `channels_last` and `options`.
+        data: Images alone.
+        channels_last: Images alone.
+        views: As for `clip_subject`: `temporal`, `spatial` and `step`.
+        **options: Given to timm.
+
+    Raises:
+        ArgumentError: There is no such model, or it has no use for an option.
+    """
+    if timm.is_model(name):
+        return image_subject(
+            name,
+            device=device,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            data=data,
+            channels_last=channels_last,
+            **options,
+        )
+    given = {"checkpoint": checkpoint, "channels_last": channels_last, **data, **options}
+    useless = [word for word, value in given.items() if value]
+    if useless:
+        raise ArgumentError(f"--{useless[0].replace('_', '-')} is for models of timm, and {name!r} is none")
+    return clip_subject(name, device=device, pretrained=pretrained, **views)
 
 
 def image_subject(
@@ -105,10 +154,15 @@ def image_subject(
     if channels_last:
         cast(Any, model).to(memory_format=torch.channels_last)
     known: Mapping[str, Any] = resolve_data_config(given, model=model)
-    config = {key: known[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
+    config: dict[str, Any] = {
+        key: known[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    }
     decode = ImageDecoder(cast(Any, create_transform(**config, is_training=False)))
     shape = cast("tuple[int, ...]", tuple(config["input_size"]))
-    return Subject(model, _example(model, shape), decode, shape, (), (config["mean"], config["std"]), config)
+    statistics = config["mean"], config["std"]
+    loaded = pretrained or bool(checkpoint)
+    classes = int(getattr(model, "num_classes", 0))
+    return Subject(model, _example(model, shape), decode, shape, (), statistics, config, classes, loaded)
 
 
 def clip_subject(
@@ -125,9 +179,11 @@ def clip_subject(
         step: Every how manyth frame is taken.
 
     Raises:
-        ArgumentError: There is no such model, or PyAV is not installed.
+        ArgumentError: There is no such model, or none of that name with weights, or PyAV is not installed.
     """
     pyav()
+    if pretrained and name in VIDEO_MODELS:
+        raise ArgumentError(f"{name} has random weights: with --pretrained give a name on transformers' hub")
     with torch.device("meta" if device.type == "meta" else "cpu"):
         named = video_model(name, pretrained=pretrained)
     model = named.model.to(device)
@@ -136,12 +192,9 @@ def clip_subject(
     decode = ClipDecoder(frames, size, named.statistics, step=step, temporal=temporal, spatial=spatial)
     shape = (temporal * spatial, *like.shape[1:])
     config = {"views": [temporal, spatial], "step": step, "frames": frames, "size": size}
-    return Subject(model, _example(model, shape[1:]), decode, shape, VIDEO_SUFFIXES, named.statistics, config)
-
-
-def is_image_model(name: str) -> bool:
-    """Whether timm knows a model of that name; others are sought among video models."""
-    return timm.is_model(name)
+    classes = int(getattr(getattr(model, "config", None), "num_labels", 0))
+    example, loaded = _example(model, shape[1:]), name not in VIDEO_MODELS
+    return Subject(model, example, decode, shape, VIDEO_SUFFIXES, named.statistics, config, classes, loaded)
 
 
 def _example(model: nn.Module, shape: Sequence[int]) -> Tensor:
@@ -164,13 +217,23 @@ def proposal_of(
     Raises:
         ProposalError: No library that is installed knows it, or its weights cannot be loaded.
     """
+    if name == LITE0 and checkpoint:
+        raise ArgumentError(f"--proposal-checkpoint: {LITE0} brings its weights along; name another --proposal")
     proposal, known = proposal_for(subject.statistics, name, pretrained=pretrained, checkpoint=checkpoint)
     return proposal, {"proposal_size": size, "input_stats": "shared" if shared else known, "saliency": saliency}
 
 
 def dense(subject: Subject) -> Variant:
-    """The model itself."""
-    return Variant(subject.model, count_module_macs(subject.model, subject.example))
+    """The model itself.
+
+    Raises:
+        ArgumentError: It does not take inputs of that shape.
+    """
+    try:
+        return Variant(subject.model, count_module_macs(subject.model, subject.example))
+    except REFUSALS as error:
+        shape = tuple(subject.example.shape)
+        raise ArgumentError(f"the model does not take inputs of shape {shape}: {first_line(error)}") from error
 
 
 def pruned(

@@ -36,6 +36,8 @@ def read_video(path: str | Path | IO[bytes]) -> Tensor:
         raise ArgumentError(f"cannot read a clip from {path}: {error}") from error
     if not frames:
         raise ArgumentError(f"cannot read a clip from {path}: it has no frames")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise ArgumentError(f"cannot read a clip from {path}: its frames differ in size")
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 
@@ -75,7 +77,7 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     """Cuts a video into the views of multi-view inference (PaPr, Sec. 4: 5 clips x 3 crops for VideoMAE).
 
     Args:
-        video: (T, C, H, W), floating point.
+        video: (T, C, H, W): floating point, or bytes, which become floating point in [0, 1].
         frames: Frames of a view.
         step: Take every `step`-th frame.
         size: Side of a view in pixels: the shorter side is resized to it, bilinear with antialiasing.
@@ -88,8 +90,8 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     Raises:
         ArgumentError: The video has fewer frames than a view spans.
     """
-    if not video.is_floating_point():
-        raise ArgumentError(f"the video must be floating point, not {video.dtype}: divide what read_video returns by 255")
+    if not video.is_floating_point() and video.dtype != torch.uint8:
+        raise ArgumentError(f"the video must be floating point or bytes, not {video.dtype}")
     if min(frames, step, size, temporal, spatial) < 1:
         raise ArgumentError("frames, step, size, temporal and spatial must be 1 at least")
     span = (frames - 1) * step + 1
@@ -98,11 +100,12 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     height, width = video.shape[-2:]
     scale = size / min(height, width)
     sides = round(height * scale), round(width * scale)
-    resized = F.interpolate(video, size=sides, mode="bilinear", align_corners=False, antialias=True)
     longer = -2 if sides[0] > sides[1] else -1
     views: list[Tensor] = []
     for start in _spaced(len(video) - span, temporal):
-        clip = resized[start : start + span : step]  # (frames, C, h, w)
+        picked = video[start : start + span : step]
+        picked = picked if picked.is_floating_point() else picked / 255
+        clip = F.interpolate(picked, size=sides, mode="bilinear", align_corners=False, antialias=True)  # (frames, C, h, w)
         views += [clip.narrow(longer, offset, size) for offset in _spaced(max(sides) - size, spatial)]
     return torch.stack(views)
 

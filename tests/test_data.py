@@ -102,6 +102,10 @@ def test_damaged_shards(shards):
     assert "cut.tar:its end: ValueError: the shard cannot be read so far: it is cut off" in cut[-1].error
     assert torch.equal(cut[0].pixels, expected(0))
     assert cut[0].label == 0
+    write_tar(shards / "twice.tar", [("0.png", noise(0)), ("0.cls", b"0"), ("0.png", noise(1))])
+    first, again = read_all(Shards(str(shards), "twice.tar"))
+    assert torch.equal(first.pixels, expected(0))
+    assert "holds 0.png twice" in again.error
     (shards / "none.tar").write_bytes(b"none")
     (none,) = read_all(Shards(str(shards), "none.tar"))
     assert "the shard cannot be read so far" in none.error
@@ -163,6 +167,25 @@ def test_folders_tars_and_hugging_face_data_sets(folder, tmp_path):
     ]
 
 
+def test_what_a_folder_holds_is_not_passed_over(folder, tmp_path):
+    with pytest.raises(papr_fx.ArgumentError, match="holds validation, and no tset"):
+        open_reader(str(folder), split="tset")
+    classes = tmp_path / "classes.txt"
+    classes.write_text("class2\nclass1\n")
+    with pytest.raises(papr_fx.ArgumentError, match="does not list 1 of the classes in .*, such as class0"):
+        open_reader(str(folder), class_map=str(classes))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_columns_of_a_data_set(folder, tmp_path):
+    data = {"data": f"hfds/{folder}", "data_dir": str(tmp_path / "cache")}
+    assert len(open_reader(**data, keys={"input_key": "image", "target_key": "label"})) == 9
+    with pytest.raises(papr_fx.ArgumentError, match="cannot read samples"):
+        open_reader(**data, keys={"input_key": "picture"})
+    with pytest.raises(papr_fx.ArgumentError, match="columns of hfds/ data"):
+        open_reader(str(folder), keys={"input_key": "image"})
+
+
 @pytest.mark.parametrize("between", [",", " "])
 def test_tables_of_paths(folder, tmp_path, between):
     def table(*lines):
@@ -181,6 +204,11 @@ def test_tables_of_paths(folder, tmp_path, between):
     assert [s.label for s in read_all(open_reader(table((files[0], "b"), (files[1], "a")), class_map=str(classes)))] == [0, 1]
     with pytest.raises(papr_fx.ArgumentError, match="does not list the class 'c'"):
         open_reader(table((files[0], "c")), class_map=str(classes))
+    assert [s.label for s in read_all(open_reader(table((files[0], "-1"), (files[1], "10"))))] == [-1, 10]
+    with pytest.raises(papr_fx.ArgumentError, match="numbers or names, not both: 3 and 'label'"):
+        open_reader(table(("path", "label"), (files[0], "3")))
+    with pytest.raises(papr_fx.ArgumentError, match="table.csv: a line is a path"):
+        open_reader(table())
     with pytest.raises(papr_fx.ArgumentError, match="line 2: a line is a path and a class"):
         open_reader(table((files[0], "1"), (files[1],)))
     (folder / "a b.png").write_bytes(noise(4))

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,36 +14,60 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import papr_fx
+from papr_fx.choose import KeepRatio
 from papr_fx.cli import main
 from papr_fx.data import ImageDecoder, Samples
 from papr_fx.evaluate import Counts, DataError, Progress, Runner, evaluate
 from papr_fx.results import read_part, write_part, write_whole
 
-from .models import Shape, ToyViT, images, toy_proposal
+from .models import Shape, ToyViT, enliven, images, toy_proposal
 
 ROOT = Path(__file__).parent.parent
-MODEL = ["--model", "test_vit", "--num-classes", "5", "--proposal", "test_resnet", "--proposal-checkpoint"]
+MODEL = ["--model", "test_vit", "--num-classes", "7", "--proposal", "test_resnet"]
 
 
-def noise(path, seed):
+def coloured(seed):
+    colours = torch.randint(256, (4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(colours.numpy()).resize((70, 60), Image.Resampling.NEAREST)
+
+
+def save(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = torch.randint(256, (60, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    Image.fromarray(pixels.numpy()).save(path)
+    coloured(seed).save(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """41 images in 5 classes, and a checkpoint of the proposal."""
+    """41 images in 7 classes, and checkpoints of the networks."""
     root = tmp_path_factory.mktemp("images")
     for i in range(41):
-        noise(root / "validation" / f"class{i % 5}" / f"{i:02d}.png", i)
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), root / "proposal.pth")
+        save(root / "validation" / f"class{i % 7}" / f"{i:02d}.png", i)
+    write_checkpoints(root)
     return root
 
 
+def write_checkpoints(root):
+    """A ViT that puts each class first for some images, and a proposal."""
+    torch.manual_seed(0)
+    vit = enliven(timm.create_model("test_vit", num_classes=7)).eval()
+    preprocess = create_transform(**resolve_data_config({}, model=vit), is_training=False)
+    with torch.no_grad():
+        vit.head.bias -= vit(torch.stack([preprocess(coloured(i)) for i in range(41)])).mean(0)
+    torch.save(vit.state_dict(), root / "model.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), root / "proposal.pth")
+
+
+def networks(root):
+    model = timm.create_model("test_vit", num_classes=7, checkpoint_path=str(root / "model.pth")).eval()
+    return model, timm.create_model("test_resnet", checkpoint_path=str(root / "proposal.pth")).eval()
+
+
+def weights(folder):
+    return [*MODEL, "--checkpoint", folder / "model.pth", "--proposal-checkpoint", folder / "proposal.pth"]
+
+
 def options(folder, results, *more):
-    given = ["eval", folder, *MODEL, folder / "proposal.pth", "--z", "1.0,0.5,0.3", "--workers", 0, "--batch-size", 4]
+    given = ["eval", folder, *weights(folder), "--z", "1.0,0.5,0.3", "--workers", 0, "--batch-size", 4]
     return [str(part) for part in [*given, "--results-file", results, *more]]
 
 
@@ -60,9 +83,7 @@ def counted(path):
 @pytest.fixture(scope="module")
 def expected(folder):
     """What a plain loop finds, image by image."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=5).eval()
-    proposal = timm.create_model("test_resnet", checkpoint_path=str(folder / "proposal.pth")).eval()
+    model, proposal = networks(folder)
     config = resolve_data_config({}, model=model)
     preprocess = create_transform(**config, is_training=False)
     rows = []
@@ -87,7 +108,8 @@ def test_counts_are_those_of_a_plain_loop(folder, expected, tmp_path, capsys):
     assert [(row["z"], row["top1"], row["agreement"]) for row in found] == [row[:3] for row in expected]
     assert [row["gmacs"] for row in found] == pytest.approx([row[3] for row in expected])
     assert found[0]["agreement"] == 100.0
-    assert all(row["top5"] == 100.0 and row["count"] == 41 and row["unreadable"] == 0 for row in found)
+    assert len({row["agreement"] for row in found}) == 3
+    assert all(row["top1"] < row["top5"] < 100 and row["count"] == 41 and row["unreadable"] == 0 for row in found)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 500
     assert "| 0.30 |" in capsys.readouterr().out
@@ -97,9 +119,7 @@ def test_counts_are_those_of_a_plain_loop(folder, expected, tmp_path, capsys):
 def test_merging(folder, tmp_path):
     results = tmp_path / "a.json"
     assert main(options(folder, results, "--merge", 2, "--merge-blocks", "all")) == 0
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=5).eval()
-    proposal = timm.create_model("test_resnet", checkpoint_path=str(folder / "proposal.pth")).eval()
+    model, proposal = networks(folder)
     found = rows_of(results)
     assert [(row["z"], row["r"]) for row in found] == [(1.0, 0), (1.0, 2), (0.5, 2), (0.3, 2)]
     config = resolve_data_config({}, model=model)
@@ -125,7 +145,7 @@ def test_checkpoints_run_no_code(folder, tmp_path, capsys, monkeypatch):
     from safetensors.torch import save_file
 
     monkeypatch.chdir(tmp_path)
-    state = timm.create_model("test_vit", num_classes=5).state_dict()
+    state = timm.create_model("test_vit", num_classes=7).state_dict()
     save_file(state, "model.safetensors")
     torch.save({"state_dict": state}, "model.pth")
     torch.save({"state_dict": state, "more": Harmful()}, "harm.pth")
@@ -159,21 +179,34 @@ def test_many_processes_count_each_sample_once(folder, expected, tmp_path, proce
     assert {row["count"] for row in found} == {"41"}
 
 
-def test_killed_and_resumed(folder, tmp_path):
+KILLED = """
+import os, signal, sys
+from papr_fx import cli_data
+from papr_fx.cli import main
+write = cli_data.write_part
+def and_die(*given):
+    write(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+cli_data.write_part = and_die
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed(folder, tmp_path, capsys):
     whole, results = tmp_path / "whole.json", tmp_path / "a.json"
     small = ("--batch-size", 1, "--z", 0.5)
     assert main(options(folder, whole, *small)) == 0
-    command = [sys.executable, "-m", "papr_fx", *options(folder, results, *small)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert run("-c", KILLED, *options(folder, results, *small), check=False).returncode == -signal.SIGKILL
     part = tmp_path / "a.json.part"
-    for _ in range(1200):
-        if part.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     assert not results.exists()
     assert json.loads(part.read_text())["progress"]["done"] == 32
+    assert main(options(folder, results, "--z", 0.5, "--seed", 1)) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+    (folder / "model.pth").touch()  # another file of that name
+    assert main(options(folder, results, *small)) == 2
+    assert "other settings (files)" in capsys.readouterr().err
+    known = json.loads(part.read_text())["settings"]["files"]["checkpoint"][1]
+    os.utime(folder / "model.pth", ns=(known, known))
     done = run("-m", "papr_fx", *options(folder, results, *small))
     assert "going on behind 32 of 41 samples" in done.stdout
     assert counted(results) == counted(whole)
@@ -204,12 +237,12 @@ def test_files_are_whole_or_not_there(tmp_path):
 def damaged(tmp_path):
     root = tmp_path / "damaged"
     for i in range(20):
-        noise(root / "validation" / f"class{i % 5}" / f"{i:02d}.png", i)
-    for name in ("class1/06.png", "class4/19.png"):
+        save(root / "validation" / f"class{i % 7}" / f"{i:02d}.png", i)
+    for name in ("class6/06.png", "class5/19.png"):
         (root / "validation" / name).write_bytes(b"no image")
-    whole = (root / "validation" / "class2" / "12.png").read_bytes()
-    (root / "validation" / "class2" / "12.png").write_bytes(whole[: len(whole) // 2])
-    torch.save(timm.create_model("test_resnet").state_dict(), root / "proposal.pth")
+    whole = (root / "validation" / "class5" / "12.png").read_bytes()
+    (root / "validation" / "class5" / "12.png").write_bytes(whole[: len(whole) // 2])
+    write_checkpoints(root)
     return root
 
 
@@ -223,6 +256,69 @@ def test_unreadable_files_are_named_and_left_out(damaged, tmp_path, capsys):
     assert "05.png" not in told
     assert main(options(damaged, tmp_path / "b.json", "--strict")) == 2
     assert "unreadable: " in capsys.readouterr().err
+
+
+def test_when_nothing_can_be_read(folder, tmp_path, capsys):
+    root = tmp_path / "none"
+    for name in ("class0/a.png", "class1/b.png"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(b"no image")
+    for file in ("model.pth", "proposal.pth"):
+        (root / file).write_bytes((folder / file).read_bytes())
+    assert main(options(root, tmp_path / "a.json")) == 2
+    assert "none of the 2 samples" in capsys.readouterr().err
+    assert main([str(part) for part in ["tune", root, *weights(root), "--workers", 0, "--speedup", 2]]) == 2
+    assert "the loader holds no images" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_the_work(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for results in (tmp_path / "file" / "a.json", tmp_path / "folder.json"):
+        assert main(options(folder, results)) == 2
+        told = capsys.readouterr()
+        assert "written" in told.err
+        assert "img/s" not in told.err
+    assert main(options(folder, tmp_path / "a.json", "--plot", tmp_path / "file" / "a.png")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+class Fixed(torch.utils.data.Dataset):
+    """Samples of one number each, which is what the model returns; the last class is none."""
+
+    def __init__(self, *labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index % 3)]), self.labels[index], index, ""
+
+
+def one_hot(x):
+    return torch.nn.functional.one_hot(x[:, 0].long(), 10).float() + torch.arange(10) / 100
+
+
+def test_samples_without_a_class_are_no_mistakes():
+    found = evaluate({"a": Runner(one_hot)}, Fixed(0, 1, -1, -1, 2), dense="a", workers=0, batch_size=2)
+    assert (found.total, found.counts["a"]) == (5, Counts(3, 2, 2, 5, 0, 0, found.counts["a"].seconds))
+    none = evaluate({"a": Runner(one_hot)}, Fixed(-1, -1), dense="a", workers=0)
+    assert (none.total, none.counts["a"].labelled, none.counts["a"].top1) == (2, 0, 0)
+
+
+def test_reassessed_labels():
+    labels = {0: (0, 5), 1: (), 2: (1,), 3: (0,)}
+    found = evaluate({"a": Runner(one_hot)}, Fixed(9, 9, 9, 9), dense="a", workers=0, real_labels=labels.__getitem__)
+    assert (found.counts["a"].real, found.counts["a"].real_total, found.counts["a"].top1) == (2, 3, 0)
+    assert found.counts["a"].top5 == 4  # class 9 comes second
+
+
+def test_each_shape_is_run_once_untimed():
+    shapes = []
+    runner = Runner(lambda x: shapes.append(len(x)) or one_hot(x))
+    evaluate({"a": runner}, Fixed(*range(8)), dense="a", workers=0, batch_size=3)
+    assert shapes == [3, 3, 3, 2, 2]
 
 
 def test_batches_are_halved_where_memory_is_short():
@@ -241,6 +337,14 @@ def test_batches_are_halved_where_memory_is_short():
     calls.clear()
     assert torch.equal(runner(x[:5]), x[:5] * 2)
     assert calls == [2, 2, 1]  # it stays so
+
+    def at_once(x):
+        if len(x) > 5:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return x
+
+    scores = Runner(at_once, views=True)(torch.rand(4, 3, 2))
+    torch.testing.assert_close(scores.sum(1), torch.ones(4), rtol=0, atol=1e-6)
 
     def broken(x):
         raise RuntimeError("shapes do not match")
@@ -261,15 +365,8 @@ class Reader(list):
 
 
 def test_labels_beyond_the_model_are_refused():
-    class Data(torch.utils.data.Dataset):
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return torch.zeros(3), 7, index, ""
-
     with pytest.raises(papr_fx.ArgumentError, match="class 7, but the model tells 4 apart"):
-        evaluate({"1": Runner(lambda x: torch.zeros(len(x), 4))}, Data(), dense="1", workers=0)
+        evaluate({"1": Runner(lambda x: torch.zeros(len(x), 4))}, Fixed(7, 7), dense="1", workers=0)
 
 
 def test_strict_names_the_file(tmp_path):
@@ -287,7 +384,7 @@ def test_arguments(folder, capsys):
         main(["eval", "nowhere", "--z", "1.5"])
     assert "must lie in (0, 1], not 1.5" in capsys.readouterr().err
     assert main(options(folder, "a.txt")) == 2
-    assert "--results-file must end in .csv or .json" in capsys.readouterr().err
+    assert "a file that ends in .csv or .json is to be written" in capsys.readouterr().err
 
 
 def loader(count=3, *, labels=False):
@@ -305,6 +402,7 @@ def test_choosing_by_macs():
         total = papr_fx.report(papr_fx.transform(model, toy_proposal(), ratio, verify=False)).total_macs
         assert (total / 1e9 <= target) == fits
     assert len(z.curve) < 10
+    assert z in [point.z for point in z.curve]
     assert sorted(z.curve) == list(z.curve)
     assert papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e3) == 1.0
     with pytest.raises(papr_fx.ArgumentError, match="cannot be reached"):
@@ -349,9 +447,67 @@ def test_one_target_is_needed(given):
         papr_fx.choose_keep_ratio(ToyViT(Shape()), toy_proposal(), [], **given)
 
 
+@pytest.mark.parametrize(("size", "samples"), [(41, 1000), (41, 41), (41, 9), (41, 1)])
+def test_tune_takes_samples_from_all_of_the_data(folder, monkeypatch, size, samples):
+    from papr_fx import cli_eval
+
+    seen = []
+    monkeypatch.setattr(
+        cli_eval, "choose_keep_ratio", lambda model, proposal, loader, **_: seen.extend(loader) or KeepRatio(1, [(1, 1)])
+    )
+    given = ["tune", folder, *weights(folder), "--workers", 0, "--samples", samples, "--max-drop", 0.1, "--batch-size", 4]
+    assert main([str(part) for part in given]) == 0
+    labels = torch.cat([labels for _, labels in seen]).tolist()
+    assert len(labels) == min(size, samples)
+    assert samples == 1 or set(labels) == set(range(7))
+    given += ["--no-labels"]
+    seen.clear()
+    assert main([str(part) for part in given]) == 0
+    assert sum(map(len, seen)) == min(size, samples)
+
+
+def test_tune_names_what_it_left_out(damaged, capsys, monkeypatch):
+    given = ["tune", damaged, *weights(damaged), "--workers", 0, "--max-drop", 1]
+    assert main([str(part) for part in given]) == 0
+    told = capsys.readouterr().err
+    assert "3 could not be read" in told
+    assert "06.png" in told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(part) for part in given]) == 2
+    assert "tune runs on one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (("--device", "foo"), "--device foo"),
+        (("--img-size", "33"), "does not take inputs of shape (1, 3, 33, 33)"),
+        (("--proposal", "lite0"), "lite0 brings its weights along"),
+        (("--input-key", "image"), "columns of hfds/ data"),
+    ],
+)
+def test_options_that_cannot_be_served(folder, tmp_path, option, reason, capsys):
+    assert main(options(folder, tmp_path / "a.json", *option)) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--workers", "-1"), ("--interpolation", "foo"), ("--crop-pct", "0"), ("--seed", "-1"), ("--z", "0")]
+)
+def test_options_out_of_range(folder, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        main(options(folder, tmp_path / "a.json", *option))
+    assert option[0] in capsys.readouterr().err
+
+
+def test_keep_ratios_are_taken_once(folder, tmp_path):
+    assert main(options(folder, tmp_path / "a.json", "--z", "0.5,0.5,1,1.0")) == 0
+    assert [row["z"] for row in rows_of(tmp_path / "a.json")] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("target", [["--gmacs", "0.02"], ["--max-drop", "0.5"], ["--max-drop", "0.9", "--no-labels"]])
 def test_tune(folder, target, capsys):
-    given = ["tune", folder, *MODEL, folder / "proposal.pth", "--workers", 0, "--batch-size", 4, "--samples", 9, *target]
+    given = ["tune", folder, *weights(folder), "--workers", 0, "--batch-size", 4, "--samples", 9, *target]
     code = main([str(part) for part in given])
     told = capsys.readouterr()
     if "--gmacs" in target:

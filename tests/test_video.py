@@ -47,6 +47,15 @@ def test_grey_videos_become_rgb(tmp_path):
     assert [int(frame.float().mean().round()) for frame in found] == pytest.approx([0, 50, 100, 150, 200], abs=1)
 
 
+def test_frames_of_several_sizes_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    write_video(path, moving_square())
+    sizes = iter(range(40, 100))
+    monkeypatch.setattr("papr_fx.video.torch.from_numpy", lambda pixels: torch.zeros(next(sizes), 4, 3, dtype=torch.uint8))
+    with pytest.raises(papr_fx.ArgumentError, match="its frames differ in size"):
+        read_video(path)
+
+
 def sound_alone(path):
     import av
 
@@ -101,7 +110,9 @@ def test_views_are_those_of_the_papers_protocol(height, width):
     assert float(centre[0].min()) == 100 * 10 + 4
     assert sample_views(video, 4, step=3, size=4, temporal=1, spatial=1).shape == (1, 4, 1, 4, 4)
     with pytest.raises(papr_fx.ArgumentError, match="floating point"):
-        sample_views(video.to(torch.uint8), 4)
+        sample_views(video.to(torch.int32), 4)
+    pixels = (video * 7 % 256).to(torch.uint8)
+    torch.testing.assert_close(sample_views(pixels, 4), sample_views(pixels / 255, 4), rtol=0, atol=0)
     with pytest.raises(papr_fx.ArgumentError, match="30 frames, too few: 8 with a step of 5 span 36"):
         sample_views(video, 8, step=5)
 
