@@ -238,6 +238,8 @@ def clips(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.5))
+        views = [views_of(root / "kinetics" / "val" / WORDS[i % 3] / f"{i}.mp4") for i in range(7) if i != 4]
+        model.classifier.bias -= model.eval()(torch.cat(views)).logits.mean(0)  # so that each class comes first somewhere
     model.save_pretrained(root / "model")
     transformers.VideoMAEImageProcessor(image_mean=MEAN, image_std=STD).save_pretrained(root / "model")
     return root
