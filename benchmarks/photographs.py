@@ -53,23 +53,26 @@ def measure(folder: Path, sizes: list[int], ratios: list[float], maps: list[str]
     mean, std = LITE0_STATISTICS
     preprocess: Any = create_transform((3, 224, 224), interpolation="bicubic", mean=mean, std=std, crop_pct=0.875)
     files = sorted((folder / "val").glob("*/*"))
-    right: dict[tuple[str, int, float], int] = {(*key, z): 0 for key in networks for z in ratios}
-    with torch.inference_mode():
-        for file in tqdm(files, desc="photographs", leave=False):
-            image: Tensor = preprocess(Image.open(file).convert("RGB")).unsqueeze(0)
-            label = classes.index(file.parent.name)
-            for key, network in networks.items():
-                psm = resize_map(network(image), GRID)
-                for z in ratios:
-                    mask = torch.zeros(1, psm[0].numel()).scatter_(1, top_positions(psm, z), 1).view(1, 1, *GRID)
-                    seen = image * F.interpolate(mask, scale_factor=PATCH, mode="nearest")
-                    right[*key, z] += int(judging(seen).argmax() == label)
+    right = {key: torch.zeros(len(ratios), dtype=torch.int64) for key in networks}
+    for file in tqdm(files, desc="photographs", leave=False):
+        image = preprocess(Image.open(file).convert("RGB")).unsqueeze(0)
+        label = classes.index(file.parent.name)
+        for key, network in networks.items():
+            right[key] += recognised(judging, network, image, ratios) == label
     count = GRID[0] * GRID[1]
+    headers = [f"{keep_count(count, z)} of {count}" for z in ratios]
     return [
-        {"map": name, "px": size}
-        | {f"{keep_count(count, z)} of {count}": 100 * right[name, size, z] / len(files) for z in ratios}
-        for name, size in networks
+        {"map": name, "px": size} | dict(zip(headers, (100 * found / len(files)).tolist(), strict=True))
+        for (name, size), found in right.items()
     ]
+
+
+@torch.inference_mode()
+def recognised(judging: nn.Module, network: SignificanceNet, image: Tensor, ratios: list[float]) -> Tensor:
+    """The class (one a ratio) that is found in the kept patches of an image (1, 3, 224, 224)."""
+    psm = resize_map(network(image), GRID)
+    masks = [torch.zeros(1, psm[0].numel()).scatter_(1, top_positions(psm, z), 1).view(1, 1, *GRID) for z in ratios]
+    return torch.cat([judging(image * F.interpolate(mask, scale_factor=PATCH, mode="nearest")) for mask in masks]).argmax(1)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -102,7 +102,7 @@ def main() -> None:
     gm = papr_fx.transform(model.eval(), proposal, 0.5, example_input=like, background=arguments.background)
     rows = [measure(gm, halves, z, arguments.choices) for z in arguments.z]
     print(f"{environment(1)}\n{half} held-out images; dense {dense:.1f} % right\n")
-    print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="github"))
+    print(tabulate(rows, headers="keys", floatfmt=("g", ".1f", ".1f", "d", "", ".1f", ".1f"), tablefmt="github"))
     write(arguments.out, rows, seed=1)
 
 
