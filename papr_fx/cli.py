@@ -37,7 +37,7 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, 2 for refused input."""
+    """Runs the command line; returns the exit code, 2 for refused input, 130 where it is interrupted."""
     arguments = _parser().parse_args(argv)
     try:
         _check_out(getattr(arguments, "out", None))
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PaprError as error:
         print(f"papr-fx: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("papr-fx: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

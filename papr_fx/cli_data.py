@@ -204,8 +204,6 @@ def batch_size(arguments: argparse.Namespace, subject: Subject) -> int:
 
 def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[Variant]) -> Progress:
     """What the forms of a model, the dense one first, find in the data, from where an interrupted run stopped."""
-    if arguments.channels_last and subject.views:
-        raise ArgumentError("--channels-last is a layout of images; clips have none")
     data = samples(arguments, subject)
     settings = _settings(arguments, subject, len(data))
     progress = read_part(arguments.results_file, settings) if arguments.results_file else None

@@ -64,22 +64,19 @@ def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: t
         subject, table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True
     )
     variants = [subjects.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    rows: list[dict[str, Any]] = [
+        {"model": name, "variant": _named(variant), "gmacs": variant.macs / 1e9, **_paper(line, table.lines[0])}
+        for variant, line in zip(variants, table.lines, strict=True)
+    ]
     if not arguments.data:
         print(f"\n{name}, {table.where}: {table.model}, {table.proposal}")
-        rows = [
-            {"variant": _named(variant), "gmacs": variant.macs / 1e9, **_paper(line, table.lines[0])}
-            for variant, line in zip(variants, table.lines, strict=True)
-        ]
         _print(rows, ("variant", "gmacs", "paper_gmacs"))
         return
     found = counted(arguments, subject, variants)
     if not is_first():
         return
-    rows: list[dict[str, Any]] = [
-        {"model": name, "variant": _named(variant), **row_of(subject, variant, found), **_paper(line, table.lines[0])}
-        for variant, line in zip(variants, table.lines, strict=True)
-    ]
-    for row in rows:
+    for row, variant in zip(rows, variants, strict=True):
+        row |= row_of(subject, variant, found)
         row["change"] = row["top1"] - rows[0]["top1"] if "top1" in row else None
         row["speed_up"] = row[speed_key(subject)] / rows[0][speed_key(subject)]
     kind = "videos" if subject.views else "images"

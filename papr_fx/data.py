@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ from .video import read_video, sample_views
 _SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
 # What decoders raise for files that hold no image.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, tarfile.TarError)
+_UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, struct.error),
+    *(Image.DecompressionBombError, tarfile.TarError),
+)
 
 
 class Sample(NamedTuple):
@@ -164,12 +168,12 @@ def open_reader(
         raise ArgumentError(f"--input-key and --target-key name columns of hfds/ data, not of {data}")
     if kind not in ("hfds", "wds") and not Path(data).exists():
         raise ArgumentError(f"there is no folder {data}; it holds a folder a class, or {split}/ with such")
+    if kind == "wds" and class_map:
+        raise ArgumentError("--class-map names folders; the classes of shards are numbers")
+    if kind == "wds" and not find_spec("webdataset"):
+        raise ArgumentError(f"{data} needs the eval extra: pip install 'papr-fx[eval]' (there is no webdataset)")
     try:
         if kind == "wds":
-            if class_map:
-                raise ArgumentError("--class-map names folders; the classes of shards are numbers")
-            if not find_spec("webdataset"):
-                raise ArgumentError(f"{data} needs the eval extra: pip install 'papr-fx[eval]' (there is no webdataset)")
             return Shards(rest or data_dir or "", split)
         if data.endswith(".csv"):
             return Listed(Path(data), Path(data_dir or Path(data).parent), class_map)
@@ -180,6 +184,8 @@ def open_reader(
         found: Any = create_dataset(name, root=root, split=split, **options)
         if kind == "hfds":
             found.reader[0][0].close()  # columns that are not there show when one is read
+    except ArgumentError:
+        raise
     except ImportError as error:
         raise ArgumentError(f"{data} needs the hfds extra: pip install 'papr-fx[hfds]' ({error})") from error
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError, tarfile.TarError) as error:

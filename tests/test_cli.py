@@ -116,3 +116,12 @@ def test_show_draws_every_stage_of_a_hierarchical_model(tmp_path, capsys):
     with Image.open(out) as picture:
         width, height = picture.size
     assert width > 2 * height  # photograph, map and four stages across, two keep ratios down
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papr_fx.cli.image_model", interrupted)
+    assert main(["diff", "vit_tiny_patch16_224"]) == 130
+    assert capsys.readouterr().err == "papr-fx: interrupted\n"
