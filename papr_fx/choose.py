@@ -112,7 +112,7 @@ def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allo
         right.append(int((answers == (answers if labels is None else labels)).sum()))
         total += len(answers)
     if not total:
-        raise ArgumentError("choose_keep_ratio: the loader holds no images")
+        raise ArgumentError("choose_keep_ratio: the loader holds no images, or none with a class (tune: --no-labels)")
 
     def drop(z: float) -> float:
         pruned, kept = _at(proved, z), 0

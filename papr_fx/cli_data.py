@@ -29,7 +29,7 @@ from .results import check_writable, part_of, read_part, write_part, write_rows,
 from .saliency import NAMES
 from .subject import Subject, Variant
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,8 +143,8 @@ def started(arguments: argparse.Namespace) -> Generator[torch.device]:
             check_writable(path, suffixes)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = _joined(arguments.device)
     try:
+        device = _joined(arguments.device)
         torch.manual_seed(arguments.seed)
         yield device
     finally:
@@ -158,11 +158,14 @@ def _joined(name: str) -> torch.device:
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: no CUDA device is available")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        if kind == "cuda":
-            kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-            torch.cuda.set_device(kind)
+        try:
+            dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise ArgumentError(f"WORLD_SIZE is set, but processes cannot join (start them by torchrun): {error}") from error
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
     try:
+        if kind.startswith("cuda:"):
+            torch.cuda.set_device(kind)
         return torch.empty(0, device=kind).device
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {kind}: {error}") from error
@@ -206,7 +209,7 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
     """What the forms of a model, the dense one first, find in the data, from where an interrupted run stopped."""
     data = samples(arguments, subject)
     settings = _settings(arguments, subject, len(data))
-    progress = read_part(arguments.results_file, settings) if arguments.results_file else None
+    progress = _from_first(lambda: read_part(arguments.results_file, settings)) if arguments.results_file else None
     if progress and is_first():
         print(f"{part_of(arguments.results_file)}: going on behind {progress.done} of {len(data)} samples")
     runners = {variant.name: _runner(variant.module, arguments, subject) for variant in variants}
@@ -232,9 +235,27 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
             strict=arguments.strict,
         )
     if not found.total:
+        if arguments.results_file and is_first():
+            part_of(arguments.results_file).unlink(missing_ok=True)
         told = "; ".join(reason for _, reason in found.failed[:3])
         raise DataError(f"none of the {len(found.failed)} samples of {arguments.data} could be read: {told}")
     return found
+
+
+def _from_first(read: Callable[[], Progress | None]) -> Progress | None:
+    """What the first process reads, on every process: their file systems and moments may differ."""
+    if not dist.is_initialized():
+        return read()
+    shared: list[Any] = [None]
+    if is_first():
+        try:
+            shared = [read()]
+        except ArgumentError as error:
+            shared = [error]
+    dist.broadcast_object_list(shared)
+    if isinstance(shared[0], ArgumentError):
+        raise shared[0]
+    return shared[0]
 
 
 def _runner(module: nn.Module, arguments: argparse.Namespace, subject: Subject) -> Runner:
@@ -246,13 +267,13 @@ def _settings(arguments: argparse.Namespace, subject: Subject, size: int) -> dic
     """What results depend on; how many processes share the work, and in what batches, is no part of it."""
     apart = ("run", "results_file", "plot", "batch_size", "workers", "strict")
     given = {key: value for key, value in vars(arguments).items() if key not in apart}
-    files = {name: _version(Path(given[name])) for name in ("checkpoint", "proposal_checkpoint") if given[name]}
+    files = {name: _version(Path(value)) for name, value in given.items() if isinstance(value, str) and Path(value).is_file()}
     return {**given, **subject.config, "samples": size, "files": files}
 
 
 def _version(file: Path) -> tuple[int, int]:
     """Tells a file from a later one of the same name: size and time of change."""
-    return (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
+    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _real_labels(arguments: argparse.Namespace, data: Samples) -> Callable[[int], Sequence[int]] | None:

@@ -112,13 +112,15 @@ class _Some:
         places = [place * (len(data) - 1) // max(1, count - 1) for place in range(count)]
         self.batches = DataLoader(Subset(data, places), batch_size(arguments, subject), num_workers=arguments.workers)
         self.views = subject.views
-        self.labelled = not arguments.no_labels
+        self.labelled = arguments.max_drop is not None and not arguments.no_labels
         self.failed: set[str] = set()
 
     def __iter__(self) -> Iterator[Any]:
         for pixels, labels, _, errors in self.batches:
             self.failed.update(filter(None, errors))
-            keep = torch.tensor([not error for error in errors]) & ((labels >= 0) | (not self.labelled))
+            keep = torch.tensor([not error for error in errors])
+            if self.labelled:
+                keep &= labels >= 0
             some, known = pixels[keep], labels[keep]
             if not len(some):
                 continue

@@ -7,6 +7,7 @@ exact share, so that here a shard's samples are listed first and then read by nu
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import struct
 import tarfile
@@ -188,7 +189,10 @@ def open_reader(
         raise
     except ImportError as error:
         raise ArgumentError(f"{data} needs the hfds extra: pip install 'papr-fx[hfds]' ({error})") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError, tarfile.TarError) as error:
+    except (
+        *(OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError),
+        *(tarfile.TarError, pickle.UnpicklingError),
+    ) as error:
         raise ArgumentError(f"cannot read samples from {data}: {type(error).__name__}: {error}") from error
     if Path(data).is_dir():
         _check_folder(Path(data), Path(found.reader.root), split, class_map, found.reader.class_to_idx, suffixes)
@@ -199,12 +203,12 @@ def _check_folder(
     data: Path, root: Path, split: str, class_map: str, classes: Mapping[str, int], suffixes: Sequence[str]
 ) -> None:
     """Refuses what timm passes over in silence: a split that is not there, and classes that no map lists."""
-    splits = [name for name in _SPLITS if (data / name).is_dir()]
+    splits = [name for name in _SPLITS if (data / name).is_dir() and any(inner.is_dir() for inner in (data / name).iterdir())]
     if root == data and splits:
         raise ArgumentError(f"{data} holds {', '.join(splits)}, and no {split}: name one as --split")
     if class_map:
         _, there = find_images_and_targets(str(root), types=list(suffixes) or None)
-        unknown = [name for name in there if name not in classes]
+        unknown = [name for name in there if name and name not in classes]
         if unknown:
             raise ArgumentError(f"{class_map} does not list {len(unknown)} of the classes in {root}, such as {unknown[0]}")
 
@@ -224,7 +228,8 @@ class Listed:
 
     def __init__(self, table: Path, root: Path, class_map: str = "") -> None:
         with table.open(newline="") as file:
-            lines = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
+            split = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
+        lines = [[part.strip() for part in line] for line in split]
         wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), 0)
         if wrong or not lines:
             where = f", line {wrong}" if wrong else ""
@@ -234,12 +239,17 @@ class Listed:
         if 0 < len(numbers) < len(names) and not class_map:
             other = next(name for name in names if name not in numbers)
             raise ArgumentError(f"{table}: classes are numbers or names, not both: {numbers[0]} and {other!r} (a header?)")
-        found = {name: int(name) if numbers else place for place, name in enumerate(names)}
-        classes = load_class_map(class_map) if class_map else found
+        if class_map:
+            classes: dict[str, int] = load_class_map(class_map)
+        else:
+            classes = {name: int(name) if numbers else place for place, name in enumerate(names)}
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise ArgumentError(f"{table}: {class_map} does not list the class {unknown[0]!r}")
         self._files = [(root / path, classes[label]) for path, label in lines]
+        if not self._files[0][0].exists():
+            raise ArgumentError(f"{table}, line 1: there is no file {self._files[0][0]} (a header? a table has none)")
+        self.class_to_idx = {} if numbers else classes
 
     def __len__(self) -> int:
         return len(self._files)
@@ -308,18 +318,19 @@ class Shards:
 def _members(shard: Path, endings: Sequence[str]) -> list[_Member]:
     """The samples of a shard, whose files differ in what follows the first dot of their names."""
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    again: dict[str, _Member] = {}
     ends: list[_Member] = []
     with shard.open("rb") as file:
         try:
             for key, ending, member in _files(file):
                 files = found.setdefault(key, {})
                 if ending in files:
-                    ends.append(_Member(shard.name, key, error=f"the shard holds {member.name} twice: the first is taken"))
+                    again.setdefault(key, _Member(shard.name, key, error=f"the shard holds {member.name} twice"))
                 else:
                     files[ending] = member
         except (tarfile.TarError, EOFError) as error:
             ends.append(_Member(shard.name, "its end", error=f"the shard cannot be read so far: {error}"))
-        return [*(_member(shard.name, key, files, file, endings) for key, files in found.items()), *ends]
+        return [*(_member(shard.name, key, files, file, endings) for key, files in found.items()), *again.values(), *ends]
 
 
 def _files(shard: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

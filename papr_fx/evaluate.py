@@ -177,6 +177,8 @@ def evaluate(
         pin_memory=torch.device(device).type == "cuda",
     )
     batches: Iterator[Any] = iter(loader)
+    if strict and found.failed:
+        raise DataError(f"unreadable: {found.failed[0][1]} (--strict)")
     tally = _Tally(variants, dense, torch.device(device), channels_last, real_labels)
     for places, own in zip(chunks, mine, strict=True):
         part = Progress()

@@ -44,7 +44,7 @@ def check_writable(path: Path, suffixes: Sequence[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path).touch()
-        _beside(path).unlink()
+        _beside(path).unlink(missing_ok=True)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be written: {error}") from error
 

@@ -150,7 +150,10 @@ def image_subject(
         model = image_model(name, pretrained=pretrained, checkpoint=checkpoint, **options).to(device)
     given = {key: value for key, value in (data or {}).items() if value}
     if "img_size" in given and hasattr(model, "set_input_size"):
-        cast(Any, model).set_input_size(given["img_size"])
+        try:
+            cast(Any, model).set_input_size(given["img_size"])
+        except REFUSALS as error:
+            raise ArgumentError(f"{name} does not take images of {given['img_size']} pixels: {first_line(error)}") from error
     if channels_last:
         cast(Any, model).to(memory_format=torch.channels_last)
     known: Mapping[str, Any] = resolve_data_config(given, model=model)

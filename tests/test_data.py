@@ -106,6 +106,9 @@ def test_damaged_shards(shards):
     first, again = read_all(Shards(str(shards), "twice.tar"))
     assert torch.equal(first.pixels, expected(0))
     assert "holds 0.png twice" in again.error
+    files = [("0.png", noise(0)), ("0.cls", b"0")]
+    write_tar(shards / "both.tar", [*files, *files])
+    assert len(read_all(Shards(str(shards), "both.tar"))) == 2
     (shards / "none.tar").write_bytes(b"none")
     (none,) = read_all(Shards(str(shards), "none.tar"))
     assert "the shard cannot be read so far" in none.error
@@ -170,6 +173,10 @@ def test_folders_tars_and_hugging_face_data_sets(folder, tmp_path):
 def test_what_a_folder_holds_is_not_passed_over(folder, tmp_path):
     with pytest.raises(papr_fx.ArgumentError, match="holds validation, and no tset"):
         open_reader(str(folder), split="tset")
+    (folder / "validation" / "train").mkdir()
+    (folder / "validation" / "train" / "a.png").write_bytes(noise(0))
+    assert len(open_reader(str(folder / "validation"))) == 10  # a class by that name is none of the splits
+    (folder / "validation" / "train" / "a.png").unlink()
     classes = tmp_path / "classes.txt"
     classes.write_text("class2\nclass1\n")
     with pytest.raises(papr_fx.ArgumentError, match="does not list 1 of the classes in .*, such as class0"):
@@ -194,19 +201,24 @@ def test_tables_of_paths(folder, tmp_path, between):
         return str(path)
 
     files = ("validation/class1/4.png", "validation/class0/0.png", "validation/class0/none.png")
+    spaced = table((files[0], " 5"), (files[1], "7 "))
+    assert [s.label for s in read_all(open_reader(spaced))] == [5, 7]
     found = read_all(open_reader(table(*zip(files, "201", strict=True))))
     assert [sample.label for sample in found] == [2, 0, -1]
     assert torch.equal(found[0].pixels, expected(4))
     assert "none.png: FileNotFoundError" in found[2].error
     assert [s.label for s in read_all(open_reader(table((files[0], "b"), (files[1], "a"))))] == [1, 0]
     classes = tmp_path / "classes.txt"
-    classes.write_text("b\na\n")
+    classes.write_text("b\na\n7\n")
+    assert read_all(open_reader(table((files[0], "7"), (files[1], "a")), class_map=str(classes)))[0].label == 2
     assert [s.label for s in read_all(open_reader(table((files[0], "b"), (files[1], "a")), class_map=str(classes)))] == [0, 1]
     with pytest.raises(papr_fx.ArgumentError, match="does not list the class 'c'"):
         open_reader(table((files[0], "c")), class_map=str(classes))
     assert [s.label for s in read_all(open_reader(table((files[0], "-1"), (files[1], "10"))))] == [-1, 10]
     with pytest.raises(papr_fx.ArgumentError, match="numbers or names, not both: 3 and 'label'"):
         open_reader(table(("path", "label"), (files[0], "3")))
+    with pytest.raises(papr_fx.ArgumentError, match="line 1: there is no file .*path"):
+        open_reader(table(("path", "label"), (files[0], "a")))
     with pytest.raises(papr_fx.ArgumentError, match="table.csv: a line is a path"):
         open_reader(table())
     with pytest.raises(papr_fx.ArgumentError, match="line 2: a line is a path and a class"):

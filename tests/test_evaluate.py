@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,12 +167,23 @@ def run(*arguments, check=True):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
 
 
+# Two batches a chunk: with three processes, the second chunk is the last one and is not full.
+SHORT_CHUNKS = """
+import sys
+from papr_fx import evaluate
+from papr_fx.cli import main
+evaluate._CHUNK = 2
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_many_processes_count_each_sample_once(folder, expected, tmp_path, processes):
     """41 divides by neither; the last process has fewer samples."""
     results = tmp_path / "a.csv"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "-m", "papr_fx"]
-    done = run(*launch, *options(folder, results))
+    script = tmp_path / "run.py"
+    script.write_text(SHORT_CHUNKS)
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", processes, script, *options(folder, results))
     assert done.stdout.count("| 0.50 |") == 1
     lines = results.read_text().splitlines()
     found = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
@@ -267,6 +279,7 @@ def test_when_nothing_can_be_read(folder, tmp_path, capsys):
         (root / file).write_bytes((folder / file).read_bytes())
     assert main(options(root, tmp_path / "a.json")) == 2
     assert "none of the 2 samples" in capsys.readouterr().err
+    assert not (tmp_path / "a.json.part").exists()
     assert main([str(part) for part in ["tune", root, *weights(root), "--workers", 0, "--speedup", 2]]) == 2
     assert "the loader holds no images" in capsys.readouterr().err
 
@@ -314,11 +327,17 @@ def test_reassessed_labels():
     assert found.counts["a"].top5 == 4  # class 9 comes second
 
 
-def test_each_shape_is_run_once_untimed():
+def test_each_shape_is_run_once_untimed(monkeypatch):
     shapes = []
-    runner = Runner(lambda x: shapes.append(len(x)) or one_hot(x))
-    evaluate({"a": runner}, Fixed(*range(8)), dense="a", workers=0, batch_size=3)
+
+    def slow_at_first(x):
+        time.sleep(0.0 if len(x) in shapes else 0.2)
+        shapes.append(len(x))
+        return one_hot(x)
+
+    found = evaluate({"a": Runner(slow_at_first)}, Fixed(*range(8)), dense="a", workers=0, batch_size=3)
     assert shapes == [3, 3, 3, 2, 2]
+    assert found.counts["a"].seconds < 0.2
 
 
 def test_batches_are_halved_where_memory_is_short():
@@ -480,6 +499,7 @@ def test_tune_names_what_it_left_out(damaged, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
+        (("--img-size", "8"), "does not take"),
         (("--device", "foo"), "--device foo"),
         (("--img-size", "33"), "does not take inputs of shape (1, 3, 33, 33)"),
         (("--proposal", "lite0"), "lite0 brings its weights along"),
@@ -497,7 +517,7 @@ def test_options_that_cannot_be_served(folder, tmp_path, option, reason, capsys)
 def test_options_out_of_range(folder, tmp_path, option, capsys):
     with pytest.raises(SystemExit):
         main(options(folder, tmp_path / "a.json", *option))
-    assert option[0] in capsys.readouterr().err
+    assert f"error: argument {'--workers/-j' if 'workers' in option[0] else option[0]}: " in capsys.readouterr().err
 
 
 def test_keep_ratios_are_taken_once(folder, tmp_path):
