@@ -29,7 +29,7 @@ def agree(model, gm, reduce, blocks, *, proportional=True, batch=3):
     if gm.plan.z < 1:
         (mask,) = papr_fx.keep_masks(gm, x).values()
         nodes = {node.name: node for node in gm.graph.nodes}
-        keeps = papr_fx.trace.cut(gm, gm.graph, nodes["papr_keep"])(x).tolist()
+        keeps = papr_fx.graphs.cut(gm, gm.graph, nodes["papr_keep"])(x).tolist()
         assert [len(keep) - model.shape.prefix for keep in keeps] == mask.flatten(1).sum(1).tolist()
     expected = [
         reducers.eager(model, image, reduce, blocks, keep=keep, proportional=proportional)

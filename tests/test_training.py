@@ -54,7 +54,7 @@ def quiet(model: nn.Module) -> nn.Module:
 
 def kept_tokens(gm, x):
     nodes = {node.name: node for node in gm.graph.nodes}
-    return papr_fx.trace.cut(gm, gm.graph, nodes["papr_keep"])(x)
+    return papr_fx.graphs.cut(gm, gm.graph, nodes["papr_keep"])(x)
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_hidden_keys(name):
     site = papr_fx.passes.prune_tokens.last_tokens(
         graph, next(n for n in graph.nodes if n.name == "papr_tokens"), gm.plan.operator.blocks
     )
-    actual = papr_fx.trace.cut(gm, graph, site)(x)
+    actual = papr_fx.graphs.cut(gm, graph, site)(x)
     parameters = [p for p in model.parameters() if p.requires_grad]
     wanted = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
     found = torch.autograd.grad((actual * weights).sum(), parameters, allow_unused=True)
