@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import bench, coverage, inputs
-from .cli_data import positive
+from .cli_data import add_ratios, positive
 from .cli_eval import add_eval, add_tune
 from .cli_reproduce import add_reproduce
 from .diff import graph_diff
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     diff = commands.add_parser("diff", help="print what changes in a model's graph")
     diff.add_argument("model", help="name of a timm model")
     diff.set_defaults(run=_diff)
-    for command, ratios in ((demo, (0.7, 0.5, 0.3)), (show, (0.7, 0.5, 0.3)), (diff, (0.5,))):
+    for command in (demo, show, diff):
         many = command is not diff
         if many:
             command.add_argument(
@@ -96,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
             help=f"name of a ConvNet of timm, for clips also of torchvision or pytorchvideo, or {LITE0}: EfficientNet-Lite0 "
             "with ImageNet weights from its package (default)",
         )
-        command.add_argument("--z", type=float, nargs="+" if many else None, default=ratios if many else 0.5, help="keep ratio")
+        if many:
+            add_ratios(command, default=(0.7, 0.5, 0.3))
+        else:
+            command.add_argument("--z", type=float, default=0.5, help="keep ratio (default: %(default)s)")
         command.add_argument(
             "--pretrained", action="store_true", help="load pretrained weights (needs a network or timm's cache)"
         )
@@ -126,7 +129,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         "--proposal", default="mobileone_s0", help=f"name of a timm ConvNet, or {LITE0} (default: %(default)s)"
     )
     command.add_argument("--proposal-size", type=int, help="shorter side of its images, in pixels (default: the model's)")
-    command.add_argument("--z", type=float, nargs="+", default=[0.5], help="keep ratios")
+    add_ratios(command, default=(0.5,))
     command.add_argument("--mode", choices=inputs.MODES, default="auto", help="what is pruned (default: %(default)s)")
     command.add_argument(
         "--reducers",
@@ -281,7 +284,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         chosen = bench.variants(
             model,
             proposal,
-            [checked_z(z) for z in arguments.z],
+            arguments.z,
             images=images,
             reducers=arguments.reducers,
             input_stats=statistics,

@@ -41,6 +41,21 @@ def ratios(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+class _Flattened(argparse.Action):
+    """Several values of `ratios` as one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        setattr(namespace, self.dest, tuple(dict.fromkeys(z for some in values for z in some)))
+
+
+def add_ratios(command: argparse.ArgumentParser, *, default: tuple[float, ...]) -> None:
+    """Adds `--z`: keep ratios, with commas or spaces between."""
+    shown = ",".join(f"{z:g}" for z in default)
+    command.add_argument(
+        "--z", type=ratios, nargs="+", action=_Flattened, default=default, help=f"keep ratios, with commas (default: {shown})"
+    )
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     number = int(text)
@@ -82,7 +97,13 @@ def add_data(command: argparse.ArgumentParser, *, optional: bool = False) -> Non
     command.add_argument("--input-key", help="column of images of hfds/ data (default: image)")
     command.add_argument("--target-key", help="column of classes of hfds/ data (default: label)")
     command.add_argument("--batch-size", "-b", type=positive, help="samples a process (default: 64 images, 2 videos)")
-    command.add_argument("--workers", "-j", type=_count, default=4, help="processes that read samples (default: %(default)s)")
+    command.add_argument(
+        "--workers",
+        "-j",
+        type=_count,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read samples (default: %(default)s)",
+    )
     command.add_argument("--channels-last", action="store_true", help="memory layout of images and model")
     command.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
     command.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's)")
@@ -349,6 +370,7 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         text = f"z={row['z']:g}" + (f" r={row['r']}" if row["r"] else "")
         axes.annotate(text, (row["gmacs"], row[measured]), xytext=(4, -10), textcoords="offset points", fontsize=8)
     label = {"top1": "top-1, %", "agreement": "agreement with the dense model, %"}[measured]
+    axes.margins(x=0.15)  # for the last words
     axes.set(xlabel="GMACs, proposal included", ylabel=label, title=rows[0]["model"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)

@@ -50,7 +50,7 @@ def add_eval(command: argparse.ArgumentParser) -> None:
 
 def add_tune(command: argparse.ArgumentParser) -> None:
     """Adds the options of `papr-fx tune`."""
-    add_data(command)
+    add_data(command, optional=True)
     add_networks(command)
     command.set_defaults(run=run_tune)
     target = command.add_mutually_exclusive_group(required=True)
@@ -91,16 +91,19 @@ def run_tune(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx tune`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError("tune runs on one process; eval shares its work")
+    if not arguments.data and arguments.gmacs is None:
+        raise ArgumentError("tune needs data, but for --gmacs")
     with started(arguments) as device:
         subject = _subject(arguments, device)
         proposal, options = _proposal(arguments, subject)
         targets = {key: getattr(arguments, key) for key in ("max_drop", "speedup", "gmacs")}
-        loader = _Some(arguments, subject)
+        loader = _Some(arguments, subject) if arguments.data else []
         z = choose_keep_ratio(subject.model, proposal, loader, **targets, example_input=subject.example, **options)
     (name,) = (key for key, value in targets.items() if value is not None)
     print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
     print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
-    tell_failed(sorted(loader.failed))
+    if isinstance(loader, _Some):
+        tell_failed(sorted(loader.failed))
 
 
 class _Some:

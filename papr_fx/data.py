@@ -30,6 +30,7 @@ from .errors import ArgumentError
 from .proposal import Statistics
 from .video import read_video, sample_views
 
+_USUAL = "validation"  # as timm names it: it also looks for `val` and the like, and takes a folder without splits whole
 _SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
 # What decoders raise for files that hold no image.
@@ -143,7 +144,7 @@ class ClipDecoder:
 def open_reader(
     data: str,
     *,
-    split: str = "validation",
+    split: str = _USUAL,
     class_map: str = "",
     data_dir: str | None = None,
     suffixes: Sequence[str] = (),
@@ -203,9 +204,11 @@ def _check_folder(
     data: Path, root: Path, split: str, class_map: str, classes: Mapping[str, int], suffixes: Sequence[str]
 ) -> None:
     """Refuses what timm passes over in silence: a split that is not there, and classes that no map lists."""
+    if root == data and split != _USUAL:
+        raise ArgumentError(f"{data} holds no {split}")
     splits = [name for name in _SPLITS if (data / name).is_dir() and any(inner.is_dir() for inner in (data / name).iterdir())]
     if root == data and splits:
-        raise ArgumentError(f"{data} holds {', '.join(splits)}, and no {split}: name one as --split")
+        raise ArgumentError(f"{data} holds {', '.join(splits)}, and none to evaluate on: name one as --split")
     if class_map:
         _, there = find_images_and_targets(str(root), types=list(suffixes) or None)
         unknown = [name for name in there if name and name not in classes]
@@ -283,16 +286,18 @@ class Shards:
         split: A split that this names, or shards such as `val-{00..07}.tar`.
 
     Raises:
-        RuntimeError: There is no such split.
         OSError: There is no such shard.
-        ArgumentError: The shards are empty.
+        ArgumentError: There is no such split, or the shards are empty.
     """
 
     def __init__(self, root: str, split: str) -> None:
         from timm.data.readers.reader_wds import ReaderWds
 
         self.root = Path(root)
-        found: Any = ReaderWds(root, split=split)
+        try:
+            found: Any = ReaderWds(root, split=split)
+        except RuntimeError as error:
+            raise ArgumentError(f"{error}; without an _info.json, name the shards: --split 'val-{{00..07}}.tar'") from error
         names: Sequence[str] = found.split_info.filenames
         self._members = [member for name in names for member in _members(self.root / name, found.input_key.split(";"))]
         if not self._members:

@@ -46,6 +46,8 @@ def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options:
         raise ArgumentError(
             f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
         )
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ArgumentError(f"there is no checkpoint {checkpoint}")
     try:
         return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **options).eval()
     except Exception as error:  # whatever a loader raises for a file that is no checkpoint of this model
@@ -59,7 +61,8 @@ def video_model(name: str, *, pretrained: bool) -> VideoModel:
     """A video classifier of transformers in eval mode: one of `VIDEO_MODELS` with random weights, or a pretrained one.
 
     Args:
-        name: One of `VIDEO_MODELS`; a folder that `save_pretrained` wrote; or, with `pretrained`, a name on transformers' hub.
+        name: One of `VIDEO_MODELS`; a folder that `save_pretrained` of model and image processor wrote; or, with
+            `pretrained`, a name on transformers' hub.
         pretrained: Whether the hub may be asked.
 
     Raises:
@@ -80,9 +83,15 @@ def video_model(name: str, *, pretrained: bool) -> VideoModel:
         )
     try:
         model = transformers.AutoModelForVideoClassification.from_pretrained(name, local_files_only=not pretrained)
-        processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=not pretrained)
     except (OSError, ValueError, KeyError) as error:
         raise ArgumentError(f"the video model {name!r} could not be loaded: {type(error).__name__} {error}") from error
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=not pretrained)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArgumentError(
+            f"{name!r} does not say how pixels are normalised ({type(error).__name__}): save its image processor there too, "
+            f"such as transformers.VideoMAEImageProcessor().save_pretrained({name!r})"
+        ) from error
     return VideoModel(cast(nn.Module, model).eval(), (tuple(processor.image_mean), tuple(processor.image_std)))
 
 

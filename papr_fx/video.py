@@ -48,9 +48,14 @@ def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
 
     Args:
         path: The file to write.
-        frames: RGB.
+        frames: RGB, floating point.
         rate: Frames a second.
+
+    Raises:
+        ArgumentError: `frames` are whole numbers.
     """
+    if not frames.is_floating_point():
+        raise ArgumentError(f"frames must be floating point in [0, 1], not {frames.dtype}: divide bytes by 255")
     av = pyav()
     even = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]
     pixels = (even.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()  # (T, H, W, 3)

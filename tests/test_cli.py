@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from papr_fx.cli import main
+from papr_fx.cli import _parser, main
 
 TINY = ["--model", "vit_tiny_patch16_224"]
 
@@ -23,6 +23,15 @@ def test_demo(tmp_path, capsys):
     assert "+papr_tokens = papr_fx.gather_tokens(norm_pre, papr_keep)  # (B, 60, 192)" in text
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
+
+
+@pytest.mark.parametrize("given", [["0.5,0.3"], ["0.5", "0.3"], ["0.5,0.3", "0.5"]])
+def test_keep_ratios_with_commas_or_spaces(given):
+    assert _parser().parse_args(["demo", "--z", *given]).z == (0.5, 0.3)
+    assert _parser().parse_args(["bench", "--z", *given]).z == (0.5, 0.3)
+    assert _parser().parse_args(["bench"]).z == (0.5,)
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["demo", "--z", "2"])
 
 
 def test_show_any_image_with_any_proposal(tmp_path, capsys):
@@ -70,7 +79,7 @@ def test_files_that_hold_no_image(write, tmp_path, capsys):
         (["diff", "vit_tiny_patch16_224", "--z", "1.5"], "must lie in (0, 1]"),
         (["diff", "vit_tiny_patch16_224", "--proposal", "vit_tiny_patch16_224"], "no significance map"),
         (["diff", "resnet18"], "spatial layout"),
-        (["diff", "vit_tiny_patch16_224", "--checkpoint", "/no/such/file.pth"], "could not be loaded"),
+        (["diff", "vit_tiny_patch16_224", "--checkpoint", "/no/such/file.pth"], "there is no checkpoint /no/such/file.pth"),
     ],
 )
 def test_refusals(arguments, message, capsys):

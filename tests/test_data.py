@@ -119,7 +119,7 @@ def test_what_cannot_be_opened(shards, tmp_path, monkeypatch):
         open_reader("nowhere")
     with pytest.raises(papr_fx.ArgumentError, match="Found 0 images"):
         open_reader(str(tmp_path))
-    with pytest.raises(papr_fx.ArgumentError, match="split train not found"):
+    with pytest.raises(papr_fx.ArgumentError, match="split train not found.*--split 'val-{00..07}.tar'"):
         open_reader(f"wds/{shards}", split="train")
     with pytest.raises(papr_fx.ArgumentError, match="No such file"):
         open_reader(f"wds/{shards}", split="none-{0..1}.tar")
@@ -171,10 +171,17 @@ def test_folders_tars_and_hugging_face_data_sets(folder, tmp_path):
 
 
 def test_what_a_folder_holds_is_not_passed_over(folder, tmp_path):
-    with pytest.raises(papr_fx.ArgumentError, match="holds validation, and no tset"):
+    with pytest.raises(papr_fx.ArgumentError, match="holds no tset"):
         open_reader(str(folder), split="tset")
     (folder / "validation" / "train").mkdir()
     (folder / "validation" / "train" / "a.png").write_bytes(noise(0))
+    with pytest.raises(papr_fx.ArgumentError, match="holds no test"):
+        open_reader(str(folder / "validation"), split="test")
+    (folder / "train" / "class0").mkdir(parents=True)
+    (folder / "validation").rename(folder / "held_out")
+    with pytest.raises(papr_fx.ArgumentError, match="holds train, and none to evaluate on"):
+        open_reader(str(folder))
+    (folder / "held_out").rename(folder / "validation")
     assert len(open_reader(str(folder / "validation"))) == 10  # a class by that name is none of the splits
     (folder / "validation" / "train" / "a.png").unlink()
     classes = tmp_path / "classes.txt"
@@ -335,3 +342,9 @@ def test_options_of_images_are_refused_for_clips(clips, option, capsys):
     assert f"{option[0]} is for models of timm" in capsys.readouterr().err
     assert main(["eval", str(clips / "kinetics"), "--model", "nothing"]) == 2
     assert "no video model named 'nothing'" in capsys.readouterr().err
+
+
+def test_a_video_model_without_its_normalisation(clips, tmp_path, capsys):
+    transformers.VideoMAEForVideoClassification.from_pretrained(clips / "model").save_pretrained(tmp_path / "model")
+    assert main(["eval", str(clips / "kinetics"), "--model", str(tmp_path / "model")]) == 2
+    assert "save its image processor there too" in capsys.readouterr().err

@@ -31,6 +31,11 @@ def test_a_video_comes_back(tmp_path):
     assert read_video(path).shape == (24, 3, 48, 68)
 
 
+def test_bytes_are_not_written(tmp_path):
+    with pytest.raises(papr_fx.ArgumentError, match="divide bytes by 255"):
+        write_video(tmp_path / "clip.mp4", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
 def test_grey_videos_become_rgb(tmp_path):
     import av
 
