@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .labelled import save, write_checkpoints
+
 settings.register_profile(
     "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -33,3 +35,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """41 images in 7 classes, and checkpoints of the networks."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(41):
+        save(root / "validation" / f"class{i % 7}" / f"{i:02d}.png", i)
+    write_checkpoints(root)
+    return root
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    root = tmp_path / "damaged"
+    for i in range(20):
+        save(root / "validation" / f"class{i % 7}" / f"{i:02d}.png", i)
+    for name in ("class6/06.png", "class5/19.png"):
+        (root / "validation" / name).write_bytes(b"no image")
+    whole = (root / "validation" / "class5" / "12.png").read_bytes()
+    (root / "validation" / "class5" / "12.png").write_bytes(whole[: len(whole) // 2])
+    write_checkpoints(root)
+    return root

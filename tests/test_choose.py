@@ -1,0 +1,122 @@
+"""The keep ratio for a target: `choose_keep_ratio` and `papr-fx tune`."""
+
+import pytest
+import torch
+
+import papr_fx
+from papr_fx.choose import KeepRatio
+from papr_fx.cli import main
+
+from .labelled import weights
+from .models import Shape, ToyViT, images, toy_proposal
+
+
+def loader(count=3, *, labels=False):
+    batches = [images(Shape(), 4, seed=i, dtype=torch.float32) for i in range(count)]
+    return [(x, torch.randint(7, (4,))) for x in batches] if labels else batches
+
+
+def test_choosing_by_macs():
+    model = ToyViT(Shape(image=(32, 48))).eval()
+    dense = papr_fx.report(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    target = (0.5 * dense.dense_macs + dense.proposal_macs) / 1e9
+    z = papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=target)
+    assert 0.3 < z < 0.7
+    for ratio, fits in ((float(z), True), (float(z) + 0.02, False)):
+        total = papr_fx.report(papr_fx.transform(model, toy_proposal(), ratio, verify=False)).total_macs
+        assert (total / 1e9 <= target) == fits
+    assert len(z.curve) < 10
+    assert z in [point.z for point in z.curve]
+    assert sorted(z.curve) == list(z.curve)
+    assert papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e3) == 1.0
+    with pytest.raises(papr_fx.ArgumentError, match="cannot be reached"):
+        papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e-9)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_choosing_by_accuracy(labels):
+    torch.manual_seed(0)
+    model = ToyViT(Shape(image=(16, 24), pool="avg")).train()
+    x = [torch.randn(8, 3, 16, 24) for _ in range(3)]
+    data = [(batch, model.eval()(batch).argmax(1)) for batch in x] if labels else x
+    z = papr_fx.choose_keep_ratio(model.train(), toy_proposal(), data, max_drop=0.25)
+    assert model.training
+    seen = dict(z.curve)
+    assert z == 1.0 or seen[min(seen, key=lambda ratio: abs(ratio - z))] <= 0.25
+    assert any(value > 0.25 for value in seen.values())
+    assert papr_fx.choose_keep_ratio(model, toy_proposal(), data, max_drop=1.0) == pytest.approx(0.05)
+
+
+def test_choosing_by_speed(monkeypatch):
+    from papr_fx import choose
+
+    ratios = []
+
+    def times(calls, *, rounds):
+        z = ratios[-1]
+        return {"dense": 1.0, "pruned": 0.1 + 0.9 * z}
+
+    at = choose._at
+    monkeypatch.setattr(choose, "_at", lambda proved, z: ratios.append(z) or at(proved, z))
+    monkeypatch.setattr(choose, "median_times", times)
+    z = papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=2.0)
+    assert z == pytest.approx((0.5 - 0.1) / 0.9, abs=0.01)
+    with pytest.raises(papr_fx.ArgumentError, match="a speed-up of 9 cannot be reached"):
+        papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=9.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"gmacs": 1, "speedup": 2}, {"max_drop": 2}, {"gmacs": -1}])
+def test_one_target_is_needed(given):
+    with pytest.raises(papr_fx.ArgumentError):
+        papr_fx.choose_keep_ratio(ToyViT(Shape()), toy_proposal(), [], **given)
+
+
+@pytest.mark.parametrize(("size", "samples"), [(41, 1000), (41, 41), (41, 9), (41, 1)])
+def test_tune_takes_samples_from_all_of_the_data(labelled, monkeypatch, size, samples):
+    from papr_fx import cli_eval
+
+    seen = []
+    monkeypatch.setattr(
+        cli_eval, "choose_keep_ratio", lambda model, proposal, loader, **_: seen.extend(loader) or KeepRatio(1, [(1, 1)])
+    )
+    given = ["tune", labelled, *weights(labelled), "--workers", 0, "--samples", samples, "--max-drop", 0.1, "--batch-size", 4]
+    assert main([str(part) for part in given]) == 0
+    labels = torch.cat([labels for _, labels in seen]).tolist()
+    assert len(labels) == min(size, samples)
+    assert samples == 1 or set(labels) == set(range(7))
+    given += ["--no-labels"]
+    seen.clear()
+    assert main([str(part) for part in given]) == 0
+    assert sum(map(len, seen)) == min(size, samples)
+
+
+def test_tune_needs_no_data_for_macs(labelled, capsys):
+    given = [str(part) for part in ["tune", *weights(labelled), "--gmacs", 1]]
+    assert main(given) == 0
+    assert "z = 1.0000" in capsys.readouterr().out
+    assert main([*given[:-2], "--speedup", "2"]) == 2
+    assert "tune needs data" in capsys.readouterr().err
+
+
+def test_tune_names_what_it_left_out(damaged, capsys, monkeypatch):
+    given = ["tune", damaged, *weights(damaged), "--workers", 0, "--max-drop", 1]
+    assert main([str(part) for part in given]) == 0
+    told = capsys.readouterr().err
+    assert "3 could not be read" in told
+    assert "06.png" in told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(part) for part in given]) == 2
+    assert "tune runs on one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", [["--gmacs", "0.02"], ["--max-drop", "0.5"], ["--max-drop", "0.9", "--no-labels"]])
+def test_tune(labelled, target, capsys):
+    given = ["tune", labelled, *weights(labelled), "--workers", 0, "--batch-size", 4, "--samples", 9, *target]
+    code = main([str(part) for part in given])
+    told = capsys.readouterr()
+    if "--gmacs" in target:
+        assert code == 2
+        assert "0.02 GMACs cannot be reached" in told.err
+    else:
+        assert code == 0
+        assert 0.05 <= float(told.out.splitlines()[-1].removeprefix("z = ")) <= 1
