@@ -8,7 +8,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError
 from .macs import count_module_macs
-from .module import PrunedModule, shell
+from .module import PrunedModule, sibling
 from .peers import REDUCERS, at_macs, kept_before, reduction_named, transcribed
 from .plan import Tokens
 from .proposal import InputStats
@@ -120,7 +120,7 @@ def variants(
     pruned = proved()
     reduced = {name: proved(merge=reduction_named(name)) for name in reducers if name not in ("papr", "transcription")}
     for z in ratios:
-        gm = PrunedModule(shell(pruned), replace(pruned.plan, z=z))
+        gm = sibling(pruned, z=z)
         total = report(gm).total_macs
         for name in reducers:
             if name == "papr":
@@ -129,7 +129,7 @@ def variants(
                 found[f"transcription z={z:g}"] = Variant(transcribed(gm), total)
             else:
                 own = kept_before(z) if name.startswith("papr+") else 1.0
-                fewer = at_macs(PrunedModule(shell(reduced[name]), replace(reduced[name].plan, z=own)), total)
+                fewer = at_macs(sibling(reduced[name], z=own), total)
                 r = cast(Any, cast(Tokens, fewer.plan.operator).reduction).r
                 words = f"{name} z={own:g} r={r}" if own < 1 else f"{name} r={r}"
                 found[f"{words} (for z={z:g})"] = Variant(fewer, report(fewer).total_macs)

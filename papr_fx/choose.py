@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError
 from .macs import count_module_macs
-from .module import PrunedModule, shell
+from .module import PrunedModule, sibling
 from .numerics import tensors_of
 from .report import report
 from .timing import median_times
@@ -98,10 +97,6 @@ def choose_keep_ratio(
         model.train(training)
 
 
-def _at(proved: PrunedModule, z: float) -> PrunedModule:
-    return PrunedModule(shell(proved), replace(proved.plan, z=z))
-
-
 def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float) -> KeepRatio:
     first: list[Tensor] = []
     right: list[int] = []
@@ -115,7 +110,7 @@ def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allo
         raise ArgumentError("choose_keep_ratio: the loader holds no images, or none with a class (tune: --no-labels)")
 
     def drop(z: float) -> float:
-        pruned, kept = _at(proved, z), 0
+        pruned, kept = sibling(proved, z=z), 0
         for (images, labels), dense in zip(_batches(loader, proved), first, strict=True):
             kept += int((_answers(pruned, images) == (dense if labels is None else labels)).sum())
         return (sum(right) - kept) / total
@@ -126,7 +121,7 @@ def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allo
 def _by_macs(model: nn.Module, proved: PrunedModule, most: float) -> KeepRatio:
     if count_module_macs(model, proved.example()) / 1e9 <= most:
         return KeepRatio(1.0, [Point(1.0, count_module_macs(model, proved.example()) / 1e9)])
-    found = _bisected(lambda z: report(_at(proved, z)).total_macs / 1e9, lambda macs: macs <= most, least=False)
+    found = _bisected(lambda z: report(sibling(proved, z=z)).total_macs / 1e9, lambda macs: macs <= most, least=False)
     return _reached(found, f"{most:g} GMACs", "at z={0.z:g} there are {0.value:.2f}")
 
 
@@ -136,7 +131,7 @@ def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], lea
         raise ArgumentError("choose_keep_ratio: the loader holds no images")
 
     def speed(z: float) -> float:
-        pruned = _at(proved, z)
+        pruned = sibling(proved, z=z)
         times = median_times({"dense": lambda: model(images), "pruned": lambda: pruned(images)}, rounds=5)
         return times["dense"] / times["pruned"]
 

@@ -231,6 +231,11 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
     return restored.transpose(1, 2).reshape(batch, -1, *grid)
 
 
+def sibling(gm: PrunedModule, **changes: Any) -> PrunedModule:
+    """Another module over the same children and tensors, with `changes` to its plan; `gm` stays as it is."""
+    return PrunedModule(shell(gm), replace(gm.plan, **changes))
+
+
 def set_keep_ratio(gm: fx.GraphModule, z: float) -> None:
     """Re-targets a transformed module in place, to and from 1.0 (where its graph is the dense model's).
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from . import ops
 from .macs import count_macs_by_node
-from .module import PrunedModule, shell
+from .module import PrunedModule, shell, sibling
 from .passes.attend_tokens import AttentionPruning
 from .passes.fuse_tokens import TokenFusion
 from .passes.merge_tokens import Merge
@@ -99,7 +99,7 @@ def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
 
     def fewer(r: int) -> int:
         reduction = replace(cast(Reduction, operator.reduction), r=r)
-        changed = PrunedModule(shell(gm), replace(gm.plan, operator=replace(operator, reduction=reduction)))
+        changed = sibling(gm, operator=replace(operator, reduction=reduction))
         count = sum(count_macs_by_node(changed.for_shapes(), changed.graph, changed.example()).values())
         found[r] = count, changed
         return count

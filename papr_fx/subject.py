@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import timm
@@ -16,7 +16,7 @@ from .data import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder
 from .errors import ArgumentError, first_line
 from .fakes import REFUSALS
 from .macs import count_module_macs
-from .module import PrunedModule, shell
+from .module import sibling
 from .named import LITE0, VIDEO_MODELS, image_model, proposal_for, video_model
 from .passes.reduce_tokens import Reduction
 from .proposal import Statistics
@@ -257,6 +257,6 @@ def pruned(
     gm = transform(subject.model, proposal, ratios[0], example_input=subject.example, merge=merge, verify=verify, **options)
     found: list[Variant] = []
     for z in ratios:
-        module = PrunedModule(shell(gm), replace(gm.plan, z=z))
+        module = sibling(gm, z=z)
         found.append(Variant(module, report(module).total_macs, z, merge.r if merge else 0))
     return found

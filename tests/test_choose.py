@@ -56,8 +56,8 @@ def test_choosing_by_speed(monkeypatch):
         z = ratios[-1]
         return {"dense": 1.0, "pruned": 0.1 + 0.9 * z}
 
-    at = choose._at
-    monkeypatch.setattr(choose, "_at", lambda proved, z: ratios.append(z) or at(proved, z))
+    at = choose.sibling
+    monkeypatch.setattr(choose, "sibling", lambda proved, *, z: ratios.append(z) or at(proved, z=z))
     monkeypatch.setattr(choose, "median_times", times)
     z = papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=2.0)
     assert z == pytest.approx((0.5 - 0.1) / 0.9, abs=0.01)
