@@ -32,7 +32,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.pixels
 
 accept: setup
-	$(PYTHON) -m pytest -n 2 --accept tests/test_golden.py
+	$(PYTHON) -m pytest -n 2 --accept tests/review/test_golden.py
 
 # Two to three hours on two cores.
 coverage: setup

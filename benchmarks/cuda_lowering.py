@@ -18,9 +18,9 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
-from papr_fx.inputs import example_images
-from papr_fx.module import PrunedModule
-from papr_fx.timing import median_times
+from papr_fx.evaluation.timing import median_times
+from papr_fx.planning.inputs import example_images
+from papr_fx.planning.module import PrunedModule
 
 from .fake_cuda import GPUS, Gpu
 from .lowering import Lowering, lower

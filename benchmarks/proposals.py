@@ -14,8 +14,8 @@ import timm
 import torch
 from tabulate import tabulate
 
-from papr_fx.macs import count_module_macs
-from papr_fx.timing import median_times
+from papr_fx.evaluation.timing import median_times
+from papr_fx.tracing.macs import count_module_macs
 
 from .fake_cuda import GPUS
 from .lowering import lower

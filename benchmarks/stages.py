@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import papr_fx
 from examples.clutter import SIDE, Images, accuracy, cluttered, proposal_for, train
-from papr_fx.macs import count_macs_by_node
-from papr_fx.module import PrunedModule
 from papr_fx.ops import top_positions
+from papr_fx.planning.module import PrunedModule
+from papr_fx.tracing.macs import count_macs_by_node
 
 from .record import environment, write
 

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
-from papr_fx.timing import median_times
+from papr_fx.evaluation.timing import median_times
 
 from .record import environment, write
 

@@ -16,9 +16,9 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
-from papr_fx.named import VIDEO_MODELS, video_model
-from papr_fx.numerics import tensors_of
-from papr_fx.timing import median_times
+from papr_fx.evaluation.timing import median_times
+from papr_fx.proposals.named import VIDEO_MODELS, video_model
+from papr_fx.tracing.numerics import tensors_of
 
 from .record import environment, write
 

@@ -1,12 +1,12 @@
 """papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
 
-from . import peers, proposal, testing, video
+from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio
-from .diff import graph_diff
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
-from .module import keep_masks, restore_grid, set_keep_ratio, significance
 from .passes.merge_tokens import Merge
-from .report import Report, report
+from .planning.module import keep_masks, restore_grid, set_keep_ratio, significance
+from .review.diff import graph_diff
+from .review.report import Report, report
 from .transform import transform
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "graph_diff",
     "keep_masks",
     "peers",
-    "proposal",
+    "proposals",
     "report",
     "restore_grid",
     "set_keep_ratio",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .macs import count_module_macs
-from .module import PrunedModule, sibling
-from .numerics import tensors_of
-from .report import report
-from .timing import median_times
+from .evaluation.timing import median_times
+from .planning.module import PrunedModule, sibling
+from .review.report import report
+from .tracing.macs import count_module_macs
+from .tracing.numerics import tensors_of
 from .transform import transform
 
 _LOWEST = 0.05  # below, hardly a patch is left

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, fx
 
 from . import ops
-from .macs import count_macs_by_node
-from .module import PrunedModule, shell, sibling
 from .passes.attend_tokens import AttentionPruning
 from .passes.fuse_tokens import TokenFusion
 from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduce_tokens import Reduction
-from .plan import Tokens
+from .planning.module import PrunedModule, shell, sibling
+from .planning.plan import Tokens
+from .tracing.macs import count_macs_by_node
 
 __all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .diff import graph_changes
 from .errors import ArgumentError, VerifyError
-from .graphs import cut
-from .hidden_keys import HiddenKeys
-from .inputs import checked_model, example_images, with_output
-from .module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio, shell
-from .numerics import redraw, relative_error, tensors_of
 from .passes import prune_tokens
 from .passes.prune_pixels import mask_branches
-from .plan import Pixels, Tokens
+from .planning.inputs import checked_model, example_images, with_output
+from .planning.module import PrunedModule, checked_module, checked_z, keep_masks, set_keep_ratio, shell
+from .planning.plan import Pixels, Tokens
+from .proof.hidden_keys import HiddenKeys
+from .review.diff import graph_changes
+from .tracing.graphs import cut
+from .tracing.numerics import redraw, relative_error, tensors_of
 from .transform import transform
 
 _TOLERANCE = 1e-9

@@ -11,17 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import inputs
-from .by_pixels import keeps_space, prune_by_pixels
-from .by_tokens import prune_by_tokens
-from .diff import graph_text
 from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
-from .fakes import REFUSALS, sandbox
-from .module import PrunedModule, checked_z
 from .passes.reduce_tokens import Reduction
-from .proposal import InputStats, SignificanceNet, build_proposal
-from .saliency import Saliency, checked_saliency
-from .verify import prove
+from .planning import inputs
+from .planning.by_pixels import keeps_space, prune_by_pixels
+from .planning.by_tokens import prune_by_tokens
+from .planning.module import PrunedModule, checked_z
+from .proof.prove import prove
+from .proposals.network import InputStats, SignificanceNet, build_proposal
+from .proposals.saliency import Saliency, checked_saliency
+from .review.diff import graph_text
+from .tracing.fakes import MODEL_ERRORS, scratch_copy
 
 
 def transform(
@@ -155,7 +155,11 @@ def _prove_all(model: nn.Module, gm: PrunedModule) -> None:
 
 def _run_once(model: nn.Module, images: Tensor) -> None:
     """Runs the model on one real image first: code that caches tensors by size must not cache fake ones."""
-    copied = sandbox(model).eval()
+    copied = scratch_copy(model).eval()
     if not images.is_meta:
-        with torch.no_grad(), torch.random.fork_rng(), suppress(*REFUSALS):  # tracing meets the same error, and names its node
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            suppress(*MODEL_ERRORS),
+        ):  # tracing meets the same error, and names its node
             copied(images[:1])

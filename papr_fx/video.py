@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .numerics import tensors_of
+from .tracing.numerics import tensors_of
 
 
 def read_video(path: str | Path | IO[bytes]) -> Tensor:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops import gather_tokens
-from ..reduction import most_attended
+from ..ops.positions import gather_tokens
+from ..ops.reduction import most_attended
 from .reduce_tokens import Attended, Blocks, Reduction, State
 
 

@@ -26,8 +26,8 @@ from typing import Any, cast
 from torch import fx
 
 from ..errors import ArgumentError
-from ..ops import gather_tokens
-from ..reduction import fuse_tokens, match_tokens
+from ..ops.positions import gather_tokens
+from ..ops.reduction import fuse_tokens, match_tokens
 from .reduce_tokens import Attended, Blocks, Reduction, State
 
 

@@ -38,11 +38,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..dataflow.positions import called
 from ..errors import NoSiteError
-from ..fakes import REFUSALS, TRACED_BATCH, fake_like, faking
-from ..graphs import ancestors, shape_of
-from ..ops import gather_positions, kept_patches
-from ..positions import called
+from ..ops.positions import gather_positions, kept_patches
+from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking
+from ..tracing.graphs import ancestors, shape_of
 from . import prune_tokens
 
 # What numbers positions, given how many there are.
@@ -313,7 +313,7 @@ class _ShorterRun(fx.Interpreter):
         try:
             with _RecordNumberings() as whole:
                 super().run_node(node)
-        except REFUSALS:
+        except MODEL_ERRORS:
             return True
         finally:
             self.env = before
@@ -350,7 +350,7 @@ class _ShorterRun(fx.Interpreter):
             self.env |= {n: self._gathered(values[n], pick) for n, pick in chosen.items()}
             try:
                 out = super().run_node(node)
-            except REFUSALS:
+            except MODEL_ERRORS:
                 continue
             finally:
                 self.env |= values

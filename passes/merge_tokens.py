@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..reduction import match_tokens, merge_tokens
+from ..ops.reduction import match_tokens, merge_tokens
 from .reduce_tokens import Attended, Reduction, State
 
 

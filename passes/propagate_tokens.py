@@ -25,7 +25,7 @@ from typing import Any, cast
 from torch import fx
 
 from ..errors import ArgumentError
-from ..reduction import choose_tokens, propagate_tokens
+from ..ops.reduction import choose_tokens, propagate_tokens
 from .reduce_tokens import Attended, Blocks, Reduction, State
 
 

@@ -41,11 +41,11 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from ..graphs import ancestors, descendants, shape_of
-from ..joins import Join
-from ..moves import Moves, copy_moves, find_moves, operands
-from ..ops import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, with_prefix, write_pixels
-from ..positions import Layout, Positions, Verdict
+from ..dataflow.moves import Moves, copy_moves, find_moves, operands
+from ..dataflow.positions import Layout, Positions, Verdict
+from ..ops.positions import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, with_prefix, write_pixels
+from ..tracing.graphs import ancestors, descendants, shape_of
+from ..tracing.joins import Join
 from . import splice_proposal
 
 # Sizes of a grid, or the number of its positions: known, or read at run time.

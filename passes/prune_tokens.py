@@ -31,9 +31,9 @@ from math import prod
 from torch import fx
 
 from ..errors import NoSiteError
-from ..fakes import TRACED_BATCH
-from ..graphs import ancestors, descendants
-from ..ops import count_windows, gather_tokens
+from ..ops.positions import count_windows, gather_tokens
+from ..tracing.fakes import TRACED_BATCH
+from ..tracing.graphs import ancestors, descendants
 
 # Name of the node that counts the tokens of the dense stream, for what numbers them.
 DENSE_COUNT = "papr_dense_tokens"

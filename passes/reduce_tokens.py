@@ -35,11 +35,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from ..attentions import Attention, Mean, arguments, find_attention, spelled_out
+from ..dataflow.attentions import Attention, Mean, arguments, find_attention, spelled_out
+from ..dataflow.moves import operands
 from ..errors import ArgumentError, NoSiteError
-from ..graphs import descendants, shape_of
-from ..moves import operands
-from ..reduction import mean_by_size, size_bias
+from ..ops.reduction import mean_by_size, size_bias
+from ..tracing.graphs import descendants, shape_of
 from . import prune_tokens
 
 Blocks = Literal["second-half", "all"] | Sequence[int]

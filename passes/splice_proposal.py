@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops import resize_map, top_positions
+from ..ops.positions import resize_map, top_positions
 
 PROPOSAL = "papr_proposal"
 

@@ -5,7 +5,7 @@ import torch
 
 import papr_fx
 from papr_fx.choose import KeepRatio
-from papr_fx.cli import main
+from papr_fx.cli.main import main
 
 from .labelled import weights
 from .models import Shape, ToyViT, images, toy_proposal
@@ -73,7 +73,7 @@ def test_one_target_is_needed(given):
 
 @pytest.mark.parametrize(("size", "samples"), [(41, 1000), (41, 41), (41, 9), (41, 1)])
 def test_tune_takes_samples_from_all_of_the_data(labelled, monkeypatch, size, samples):
-    from papr_fx import cli_eval
+    from papr_fx.cli import eval as cli_eval
 
     seen = []
     monkeypatch.setattr(

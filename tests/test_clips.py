@@ -13,8 +13,8 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import papr_fx
 from benchmarks.clips import PAPER, count
-from papr_fx.numerics import relative_error
 from papr_fx.testing import HiddenKeys, check
+from papr_fx.tracing.numerics import relative_error
 
 from .models import Attention, Block, Shape, ToyViT, enliven, toy_proposal
 

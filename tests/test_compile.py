@@ -7,12 +7,12 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import papr_fx
-from papr_fx.graphs import cut
-from papr_fx.numerics import relative_error
+from papr_fx.tracing.graphs import cut
+from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, enliven, images, toy_proposal
-from .test_pixels import FAMILIES
-from .test_positions import positioned
+from .passes.test_pixels import FAMILIES
+from .passes.test_positions import positioned
 
 MODELS = {
     "ViT": lambda: (ToyViT(Shape()), (3, *Shape().image)),

@@ -20,9 +20,9 @@ import transformers
 from PIL import Image
 
 import papr_fx
-from papr_fx import paper
-from papr_fx.cli import main
-from papr_fx.paper import Line, Table
+from papr_fx.cli.main import main
+from papr_fx.evaluation import paper
+from papr_fx.evaluation.paper import Line, Table
 from papr_fx.video import write_video
 
 from .models import Shape, ToyViT, images, toy_proposal
@@ -194,7 +194,7 @@ def test_the_clip_of_the_models_page():
     text = (ROOT / "docs" / "models.md").read_text()
     with torch.device("meta"):
         model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig())
-    proposal = papr_fx.proposal.create_network("x3d_m", pretrained=False)
+    proposal = papr_fx.proposals.create_network("x3d_m", pretrained=False)
     found = papr_fx.report(papr_fx.transform(model, proposal, 0.45, verify=False))
     assert f"{found.dense_macs / 1e9:.2f} GMACs a view, {found.total_macs / 1e9:.2f} with the proposal" in text
 

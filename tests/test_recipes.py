@@ -11,10 +11,10 @@ import timm
 import torch
 
 import papr_fx
-from papr_fx.numerics import relative_error
+from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, images, toy_proposal
-from .test_pixels import FAMILIES
+from .passes.test_pixels import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
 MODELS = {

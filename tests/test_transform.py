@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import papr_fx
-from papr_fx.numerics import relative_error
+from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, images, toy_proposal
 

@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 import papr_fx
-from papr_fx.numerics import relative_error
 from papr_fx.testing import HiddenKeys, check
+from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
 

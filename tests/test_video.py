@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 import papr_fx
-from papr_fx.cli import main
+from papr_fx.cli.main import main
 from papr_fx.video import average_views, read_video, sample_frames, sample_views, write_video
 
 

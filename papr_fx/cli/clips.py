@@ -1,0 +1,72 @@
+"""`papr-fx show` and `demo --clip`: the map and the kept tubelets of a clip, as one picture and as an annotated clip."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from ..ops.positions import resize_map
+from ..planning import inputs
+from ..planning.module import PrunedModule, keep_masks, set_keep_ratio, significance
+from ..proposals.named import VIDEO_MODELS, proposal_for, video_model
+from ..review.diff import graph_diff
+from ..review.report import report
+from ..transform import transform
+from ..video import read_video, sample_frames, sample_views, write_video
+
+
+def demo_clip(arguments: argparse.Namespace) -> None:
+    """Prunes a video transformer on a clip that scikit-image ships: table, pictures and graph diff."""
+    from skimage import data
+
+    source = Path(data.__file__).parent / "no_time_for_that_tiny.gif"
+    print("clip: an animation of 24 frames, from scikit-image")
+    show_clip(arguments, read_video(source))
+
+
+def show_clip(arguments: argparse.Namespace, video: Tensor) -> None:
+    """Draws what a video classifier keeps of a video (T, 3, H, W) uint8.
+
+    Args:
+        arguments: `model`, `proposal`, `pretrained`, `z` (several) and `out`, a `.png`; the annotated clip is beside it.
+        video: All frames.
+    """
+    named = video_model(arguments.model, pretrained=arguments.pretrained)
+    model = named.model
+    example = inputs.example_images(model, None)  # (1, T, C, H, W)
+    frames, size = example.shape[1], example.shape[-1]
+    shown = sample_views(sample_frames(video, frames), frames, step=1, size=size, temporal=1, spatial=1)[0]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in named.statistics)
+    clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
+    proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)
+    gm = transform(model, proposal, arguments.z[0], input_stats=statistics)
+    weights = ", random weights" if arguments.model in VIDEO_MODELS else ""
+    print(f"model: {arguments.model}{weights}\nproposal: {arguments.proposal}\n")
+    rows: list[tuple[object, ...]] = []
+    kept: dict[str, Tensor] = {}
+    for z in arguments.z:
+        set_keep_ratio(gm, z)
+        found = report(gm)
+        (mask,) = keep_masks(gm, clips).values()
+        kept[f"z={z:g}: {int(mask.sum())} of {mask.numel()}"] = mask[0]
+        site = found.sites[0]
+        rows.append((z, f"{site.dense} -> {site.kept}", found.dense_macs / 1e9, found.total_macs / 1e9))
+    headers = ["z", "positions", "GMACs dense", "GMACs with proposal"]
+    print(tabulate(rows, headers=headers, floatfmt=("g", "", ".1f", ".1f"), tablefmt="github"))
+    _draw(arguments.out, gm, clips, shown, kept)
+    print(f"\nwhat changed in the graph at z={arguments.z[-1]:g}:\n{graph_diff(model, gm)}")
+
+
+def _draw(out: Path, gm: PrunedModule, clips: Tensor, frames: Tensor, kept: dict[str, Tensor]) -> None:
+    from .draw import dimmed, draw_clip
+
+    last = [*kept.values()][-1]  # (t, h, w)
+    psm = resize_map(significance(gm, clips), tuple(last.shape))[0]
+    draw_clip(out, frames, psm, kept)
+    annotated = out.with_suffix(".mp4")
+    write_video(annotated, torch.cat([frames, dimmed(frames, last)], dim=-1))
+    print(f"picture: {out}\nclip: {annotated}")

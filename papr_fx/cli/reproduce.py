@@ -1,0 +1,138 @@
+"""`papr-fx reproduce`: the paper's tables, side by side with what is measured here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from ..errors import ArgumentError
+from ..evaluation import subject as subjects
+from ..evaluation.paper import TABLES, Line, Table
+from ..evaluation.subject import Subject, Variant
+from ..passes.merge_tokens import Merge
+from ..passes.reduce_tokens import Reduction
+from ..peers import at_macs
+from ..planning.module import PrunedModule
+from ..review.report import report
+from .data import add_data, add_run, counted, described, finish, is_first, row_of, speed_key, started, views
+
+_HEADERS = {
+    "variant": "",
+    "gmacs": "GMACs",
+    "paper_gmacs": "paper",
+    "top1": "top-1",
+    "paper_top1": "paper",
+    "change": "change",
+    "paper_change": "paper",
+    "img_per_sec": "img/s",
+    "videos_per_sec": "videos/s",
+    "paper_img_per_sec": "paper",
+    "speed_up": "speed-up",
+    "paper_speed_up": "paper",
+}
+
+
+def add_reproduce(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `papr-fx reproduce`."""
+    command.add_argument("name", choices=(*TABLES, "all"), metavar="NAME", help=f"one of {', '.join(TABLES)}, or all")
+    add_data(command, optional=True)
+    add_run(command)
+    command.set_defaults(run=run_reproduce)
+
+
+def run_reproduce(arguments: argparse.Namespace) -> None:
+    """Runs `papr-fx reproduce`: accuracy and speed where there are data, multiply-accumulates without."""
+    names = list(TABLES) if arguments.name == "all" else [arguments.name]
+    if len(names) > 1 and (arguments.data or arguments.checkpoint):
+        raise ArgumentError("with data or a checkpoint, give the name of one table")
+    if (arguments.results_file or arguments.plot) and not arguments.data:
+        raise ArgumentError("--results-file and --plot: there are results only where there are data")
+    with started(arguments) as device:
+        for name in names:
+            _reproduce(arguments, name, TABLES[name], device if arguments.data else torch.device("meta"))
+
+
+def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: torch.device) -> None:
+    subject = _subject(arguments, table, device)
+    loaded = arguments.pretrained and bool(arguments.data)
+    proposal, options = subjects.proposal_of(
+        subject, table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True
+    )
+    variants = [subjects.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    rows: list[dict[str, Any]] = [
+        {"model": name, "variant": _named(variant), "gmacs": variant.macs / 1e9, **_paper(line, table.lines[0])}
+        for variant, line in zip(variants, table.lines, strict=True)
+    ]
+    if not arguments.data:
+        print(f"\n{name}, {table.where}: {table.model}, {table.proposal}")
+        _print(rows, ("variant", "gmacs", "paper_gmacs"))
+        return
+    found = counted(arguments, subject, variants)
+    if not is_first():
+        return
+    for row, variant in zip(rows, variants, strict=True):
+        row |= row_of(subject, variant, found)
+        row["change"] = row["top1"] - rows[0]["top1"] if "top1" in row else None
+        row["speed_up"] = row[speed_key(subject)] / rows[0][speed_key(subject)]
+    kind = "videos" if subject.views else "images"
+    print(f"\n{name}, {table.where}: {described(arguments, subject, table.model, table.proposal)}")
+    print(f"{found.total} {kind} of {arguments.data}; the paper's images a second are of an RTX A5000")
+    _print(rows, [key for key in _HEADERS if key in rows[0]])
+    finish(arguments, rows, found.failed)
+
+
+def _print(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    cells = [[row[key] for key in keys] for row in rows]
+    print(tabulate(cells, headers=[_HEADERS[key] for key in keys], floatfmt=".2f", tablefmt="github"))
+
+
+def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) -> Subject:
+    loaded = arguments.pretrained and bool(arguments.data)  # multiply-accumulates need no weights
+    if loaded and not table.pretrained and not arguments.checkpoint:
+        raise ArgumentError(f"{arguments.name}: its weights come as a file; give it as --checkpoint")
+    return subjects.named_subject(
+        table.pretrained if loaded and not arguments.checkpoint else table.model,
+        device=device,
+        pretrained=loaded and not arguments.checkpoint,
+        checkpoint=arguments.checkpoint,
+        data=table.data,
+        channels_last=arguments.channels_last,
+        views=views(arguments),
+        **table.options,
+    )
+
+
+def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
+    """What lines stand for; where tokens are merged, as many as come nearest to a line's multiply-accumulates."""
+    found: dict[Line, Variant] = {}
+    for merging in (False, True):
+        some = [line for line in lines if line.merging == merging]
+        merge = Merge(r=1) if merging else None
+        found |= zip(some, subjects.pruned(subject, proposal, [line.z for line in some], merge=merge, **options), strict=True)
+    return [_merged(found[line], line) if line.merging else found[line] for line in lines]
+
+
+def _merged(variant: Variant, line: Line) -> Variant:
+    module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
+    return Variant(module, report(module).total_macs, line.z, cast(Reduction, module.plan.reduction).r)
+
+
+def _named(variant: Variant) -> str:
+    if variant.z == 1:
+        return "dense"
+    return f"PaPr z={variant.z:g}" + (f" + merging r={variant.r}" if variant.r else "")
+
+
+def _paper(line: Line, dense: Line) -> dict[str, float | None]:
+    return {
+        "paper_gmacs": line.gmacs,
+        "paper_top1": line.top1,
+        "paper_change": line.top1 - dense.top1,
+        "paper_img_per_sec": line.img_per_sec or None,
+        "paper_speed_up": line.img_per_sec / dense.img_per_sec if line.img_per_sec else None,
+    }

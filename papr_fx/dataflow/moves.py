@@ -1,0 +1,146 @@
+"""Positions in another order than the image's, such as MaxViT's windows: brought there by moving values alone.
+
+The nodes that moved them are copied onto the numbers of the grid's cells, and so tell where every position went.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
+from ..tracing.graphs import ancestors, shape_of
+from .positions import PERMUTATIONS, Layout, called
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_MOVES = (*PERMUTATIONS, "view", "reshape", "flatten", "unflatten", "contiguous", "clone")
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How positions came into their order. Nodes are named, so that it holds for copies of their graph.
+
+    Attributes:
+        origin: The value in which positions are in the order of the image.
+        layout: Its axes, BCHW or BHWC.
+        path: The nodes that move them from there, in order.
+        cells: The cell of the grid that each position holds at last.
+    """
+
+    origin: str
+    layout: Layout
+    path: tuple[str, ...]
+    cells: tuple[int, ...] = field(repr=False)
+
+
+def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values of like shape, (B, ., C) or with a grid, that a node adds; None if it does no such thing."""
+    if addition.target not in _ADDITIONS or len(addition.args) != 2 or addition.kwargs:
+        return None
+    a, b = addition.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return None
+    shape = shape_of(addition) or ()
+    alike = shape_of(a) == shape == shape_of(b)
+    return (a, b) if alike and len(shape) in (3, 4, 5) and shape[:1] == (TRACED_BATCH,) else None
+
+
+def residual_of(addition: fx.Node) -> fx.Node | None:
+    """The operand of an addition that passes by the other's branch, so is computed from less; None if it does no such thing."""
+
+    def work(node: fx.Node) -> tuple[int, int]:
+        above = ancestors(node)
+        return sum(n.op == "call_module" for n in above), len(
+            above
+        )  # a branch may be one module, and what passes it by many moves
+
+    return min(operands(addition) or (), key=work, default=None)
+
+
+def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
+    """How the positions of `source` left the order of the image; None if nothing that was found moved them.
+
+    They are followed up through what moves values, and through residual additions, and back down from the last
+    place where they are in the order of the image.
+    """
+    path: list[fx.Node] = []
+    node: fx.Node | None = source
+    while node is not None:
+        before = _moved(node, root)
+        if before is not None:
+            path.insert(0, node)
+        node = before or residual_of(node)
+    for start in range(len(path)):
+        for layout in ("BCHW", "BHWC"):
+            found = _followed(path[start:], layout, root)
+            if found is not None:
+                return found if found.path else None
+    return None
+
+
+def copy_moves(graph: fx.Graph, origin: fx.Node, path: Sequence[fx.Node], start: fx.Node) -> list[fx.Node]:
+    """Copies `path` into `graph`, at its insertion point, onto `start` in place of `origin`.
+
+    Raises:
+        ValueError: Something other than sizes of moved values is used.
+    """
+    copied = {origin: start}
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node in copied:
+            return copied[node]
+        passed = residual_of(node)
+        if passed:
+            return copy(passed)
+        if node.op == "placeholder" or (shape_of(node) is not None and node not in path):
+            raise ValueError(f"`{node.name}` does not follow from `{origin.name}` by moves alone")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copy)
+        copied[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"papr_{node.name}")
+        return copied[node]
+
+    return [copy(node) for node in path]
+
+
+def _moved(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The value that a node may do no more than move."""
+    before = next((n for n in node.all_input_nodes if shape_of(n) is not None), None)
+    shape = shape_of(node)
+    if before is None or shape is None or prod(shape_of(before) or ()) != prod(shape):
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return None if any(True for _ in (*module.parameters(), *module.buffers())) else before
+    return before if called(node) in _MOVES else None
+
+
+def _followed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves | None:
+    """The moves of `path` from where cells are last in order, if it starts at a grid laid out so and does no more than move."""
+    origin = next(n for n in path[0].all_input_nodes if shape_of(n) is not None)
+    sizes = shape_of(origin) or ()
+    if len(sizes) != 4:
+        return None
+    rows, columns = (sizes[layout.index(axis)] for axis in "HW")
+    shapes = {"BCHW": (1, 1, rows, columns), "BHWC": (1, rows, columns, 1)}
+    numbers = torch.arange(rows * columns)
+    part = fx.Graph()
+    try:
+        part.output(tuple(copy_moves(part, origin, path, part.placeholder("cells"))))
+        trial = fx.Interpreter(root, graph=part)
+        trial.extra_traceback = False  # a failure is an answer here
+        values: tuple[Tensor, ...] = trial.run(numbers.view(shapes[layout]))
+    except MODEL_ERRORS:
+        return None
+    cells = values[-1].flatten()
+    if not torch.equal(cells.sort().values, numbers):
+        return None
+    start = 0
+    for place, value in enumerate(values):
+        ordered = [axes for axes, shape in shapes.items() if value.shape == shape and torch.equal(value.flatten(), numbers)]
+        if ordered:
+            start, origin, layout = place + 1, path[place], ordered[0]
+    return Moves(origin.name, layout, tuple(node.name for node in path[start:]), tuple(cells.tolist()))

@@ -1,0 +1,199 @@
+"""Which operations treat every position of a grid alone: tried on numbers, with parameters at unit scale, never by name.
+
+A node f is tried on x of a small grid and on some of its positions, laid out as a grid of k rows and one column:
+
+    alone:   f(gather(x)) = gather(f(x))        Linear, 1x1 convolution, channel norm, activation, per-channel scale
+    masked:  f(gather(x)) = gather(f(mask(x)))  what sums over positions, where dropped ones count as zeros (ConvNeXt V2's GRN)
+
+Anything else mixes positions (a window, a norm or mean over space), or is tied to one grid size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..tracing.fakes import scratch_copy
+from ..tracing.graphs import ancestors, shape_of
+from ..tracing.numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
+
+# Axes by letter: batch, channels, rows and columns (of T frames), or N positions in one axis.
+Layout = str
+LAYOUTS = ("BCHW", "BHWC", "BCTHW", "BTHWC", "BNC", "BCN")
+
+_COUNT = 20
+_GRIDS = {3: {"B": 2, "N": 20}, 4: {"B": 2, "H": 5, "W": 4}, 5: {"B": 2, "T": 2, "H": 5, "W": 2}}  # by number of axes
+_KEPT = (17, 2, 9, 4, 11, 13, 0)
+_TOLERANCE = 1e-4
+_RANDOM_FUNCTIONS = (F.dropout, torch.dropout)
+PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+
+
+class Verdict(NamedTuple):
+    """What a node does with positions.
+
+    Attributes:
+        layout: Axes of its value; empty where it is refused.
+        masked: Whether dropped positions count as zeros in it.
+        reason: Why it is refused.
+    """
+
+    layout: Layout = ""
+    masked: bool = False
+    reason: str = ""
+
+
+class Positions:
+    """Tries the nodes of a traced graph on small inputs.
+
+    Args:
+        root: The modules that the graph calls.
+        known: Answers about modules, filled in here, for another graph of the same model.
+        training: Whether batch norms are tried in training mode, where they mix positions; all else is tried in eval mode.
+    """
+
+    def __init__(self, root: nn.Module, known: dict[tuple[Any, ...], Verdict], *, training: bool) -> None:
+        self._root = root
+        self._training = training
+        self._random = torch.Generator().manual_seed(0)
+        self._known = known
+
+    def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
+        """What `node` does, given the layouts of its inputs that hold positions; its other inputs are constants."""
+        name = called(node)
+        if name in PERMUTATIONS or name == "flatten":
+            return _moved(node, name, layouts)
+        if name == "getitem" and shape_of(node.all_input_nodes[0]) is None:
+            return Verdict(layouts[node.all_input_nodes[0]])  # a part of chunk or split
+        found = {layouts[n] for n in node.all_input_nodes if n in layouts}
+        if len(found) != 1:
+            return Verdict(reason=f"joins values laid out as {' and '.join(sorted(found))}")
+        (layout,) = found
+        if node.target in _RANDOM_FUNCTIONS:
+            return Verdict(layout)
+        if node.op != "call_module":
+            return self._try(node, layout, layouts, lambda args, kwargs: _call(node, args, kwargs))
+        target = str(node.target)
+        key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
+        if key not in self._known:
+            module = scratch_copy(self._root.get_submodule(target)).eval()
+            if any(buffer.is_meta and holds_indices(buffer) for buffer in module.buffers()):
+                return Verdict(reason="holds indices without values (meta device)")
+            for part in module.modules():
+                part.training = self._training and isinstance(part, _NormBase)
+            values = redraw(module, self._random, torch.float32)
+            self._known[key] = self._try(
+                node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
+            )
+        return self._known[key]
+
+    def _try(
+        self, node: fx.Node, layout: Layout, layouts: Mapping[fx.Node, Layout], call: Callable[[Any, Any], Any]
+    ) -> Verdict:
+        varying = {n: self._sample(cast("tuple[int, ...]", shape_of(n)), layout) for n in node.all_input_nodes if n in layouts}
+        try:
+            with torch.no_grad(), exact_float32():
+                fixed = {n: self._constant(n) for n in node.all_input_nodes if n not in layouts}
+
+                def run(change: Callable[[Tensor, Layout], Tensor]) -> Any:
+                    given = fixed | {n: change(value, layout) for n, value in varying.items()}
+                    return call(*fx.map_arg((node.args, node.kwargs), lambda n: given[n]))
+
+                if not all(bool(t.isfinite().all()) for t in tensors_of(run(_same)) if t.is_floating_point()):
+                    varying = {n: value.abs() for n, value in varying.items()}  # a root, a logarithm
+                actual, whole, masked = run(_gathered), run(_same), run(_masked)
+        except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
+            return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
+        for value, is_masked in ((whole, False), (masked, True)):
+            for out in dict.fromkeys((layout, *LAYOUTS)):  # a module may permute
+                if _agree(actual, value, out):
+                    return Verdict(out, masked=is_masked)
+        return Verdict(reason="mixes positions")
+
+    def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
+        grid = _GRIDS[len(layout)]
+        sizes = [shape[axis] if letter == "C" else grid[letter] for axis, letter in enumerate(layout)]
+        return torch.randn(sizes, generator=self._random)
+
+    def _constant(self, node: fx.Node) -> Any:
+        """A value that does not depend on the images: parameters are redrawn, all else is computed."""
+        if node.op == "get_attr":
+            *path, name = str(node.target).split(".")
+            value = getattr(self._root.get_submodule(".".join(path)), name)
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return unit_scale(value.shape, self._random, torch.float32) if floating else value
+        if node.op == "placeholder" or any(n.op == "placeholder" for n in ancestors(node)):
+            raise ValueError(f"`{node.name}` depends on the images")
+        return _call(node, *fx.map_arg((node.args, node.kwargs), self._constant))
+
+
+def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
+    """Whether `actual` is `whole` at the kept positions, both laid out as `layout`."""
+    tensors = tensors_of(whole)
+    if not tensors or any(len(layout) != t.ndim or _count(t, layout) != _COUNT for t in tensors):
+        return False
+    return relative_error(actual, [_gathered(t, layout) for t in tensors]) <= _TOLERANCE
+
+
+def called(node: fx.Node) -> str:
+    """Name of the method or function that a node calls."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def _moved(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Verdict:
+    """The layout after axes were permuted, or those of the grid flattened: had by doing it to numbered axes."""
+    layout = layouts[node.all_input_nodes[0]]
+    numbers = {"B": 2, "C": 3, "H": 5, "W": 7, "N": 11, "T": 13}
+    sizes = [numbers[letter] for letter in layout]
+    letters = dict(zip(sizes, layout, strict=True)) | {prod(numbers[letter] for letter in layout if letter in "THW"): "N"}
+    try:
+        value = _call(node, (torch.empty(sizes), *node.args[1:]), node.kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        return Verdict(reason=f"permutes by sizes of the images ({type(error).__name__})")
+    moved = "".join(letters.get(size, "?") for size in value.shape)
+    ordered = moved.find("T") <= moved.find("H") <= moved.find("W")
+    return Verdict(moved) if "?" not in moved and moved[0] == "B" and ordered else Verdict(reason=f"{name} mixes axes")
+
+
+def _positions(tensor: Tensor, layout: Layout) -> Tensor:
+    """(B, n, C)."""
+    channels = layout.index("C")
+    return tensor.movedim(channels, -1).flatten(1, -2)
+
+
+def _laid_out(rows: Tensor, layout: Layout) -> Tensor:
+    """(B, n, C) as a grid of n x 1 or n x 1 x 1."""
+    grid = rows.unflatten(1, (-1, *[1] * (len(layout) - 3)))
+    return grid.movedim(-1, layout.index("C"))
+
+
+def _count(tensor: Tensor, layout: Layout) -> int:
+    return prod(size for size, letter in zip(tensor.shape, layout, strict=True) if letter in "THWN")
+
+
+def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
+    return _laid_out(_positions(tensor, layout)[:, _KEPT], layout)
+
+
+def _masked(tensor: Tensor, layout: Layout) -> Tensor:
+    keep = torch.zeros(_COUNT).index_fill(0, torch.tensor(_KEPT), 1)
+    grid = _GRIDS[len(layout)]
+    sizes = [grid[letter] if letter in "THWN" else 1 for letter in layout]
+    return tensor * keep.view(sizes)
+
+
+def _same(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor

@@ -1,0 +1,212 @@
+"""What `transform` is given, checked before anything is built: models, image shapes and option words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from ..errors import ArgumentError
+from ..passes import splice_proposal
+from ..proposals.network import takes_clips
+from .module import PrunedModule
+
+MODES = ("auto", "tokens", "pixels")
+_RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
+BACKGROUNDS = ("auto", "keep", "zero")
+OUTPUTS = ("logits", "features")
+_LIKELY = {False: "1, 3, 224, 224", True: "1, 3, 16, 224, 224"}
+
+
+def checked_model(model: object) -> nn.Module:
+    """Returns `model` if it can be traced and copied safely, else raises `ArgumentError` with the fix."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; for a timm name call timm.create_model first"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model is a ScriptModule, whose Python code is gone: pass the module that was scripted")
+    if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules()):
+        raise ArgumentError(
+            "model was already given to torch.compile: transform the plain module first, then torch.compile(gm)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PrunedModule):
+            what = f"its submodule `{name}`" if name else "it"
+            raise ArgumentError(
+                f"model was already transformed ({what} is the result): use papr_fx.set_keep_ratio(gm, z) to change z"
+            )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(f"model is wrapped in {type(model).__name__}: transform model.module, then wrap the result")
+    if any(isinstance(t, UninitializedParameter | UninitializedBuffer) for t in _tensors(model)):
+        raise ArgumentError("model has lazy parameters without a shape: run it once first")
+    members = {*model._modules, *model._parameters, *model._buffers}
+    if taken := sorted(name for name in members if hasattr(PrunedModule, name) or name in _RESERVED):
+        raise ArgumentError(f"model has members named {', '.join(taken)}, which a GraphModule needs for itself: rename them")
+    if "forward" in vars(model):
+        raise ArgumentError(
+            "model.forward was replaced on the instance: define it in a class, for instance one that wraps the model"
+        )
+    check_no_hooks(model, "model")
+    config = getattr(model, "config", None)
+    for option, wanted in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
+        if getattr(config, option, wanted) is not wanted:
+            raise ArgumentError(
+                f"model.config.{option} is {not wanted}: a graph returns what the model does with {option}={wanted}. Set it so"
+            )
+    devices = sorted({str(t.device) for t in _tensors(model)})
+    if len(devices) > 1:
+        raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
+    return model
+
+
+def with_output(model: nn.Module, output: str) -> nn.Module:
+    """The model itself for "logits"; for "features" one that shares all with it and returns its `forward_features`.
+
+    Raises:
+        ArgumentError: The model has no `forward_features`.
+    """
+    if output == "logits":
+        return model
+    kind = type(model)
+    if not hasattr(kind, "forward_features"):
+        raise ArgumentError(
+            f"output='features' calls forward_features, as timm's models have it, but {kind.__name__} has none: pass the "
+            "backbone itself, whose output is its features"
+        )
+    headless = copy.copy(model)
+    headless.__class__ = type(kind.__name__, (kind,), {"forward": cast(Any, kind).forward_features})
+    return headless
+
+
+def check_no_hooks(module: nn.Module, name: str) -> None:
+    """Raises `ArgumentError` if a module that is to be traced through has forward hooks."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ArgumentError(
+            f"{name} has forward hooks, which a graph of its forward would not run: remove them before transform()"
+        )
+
+
+def example_images(model: nn.Module, given: object) -> Tensor:
+    """Images or clips of the shape to trace with, in the model's dtype and on its device; their content does not matter.
+
+    Args:
+        model: The model.
+        given: A batch (B, C, H, W), (B, C, T, H, W) or (B, T, C, H, W), or None to read the shape from the model's own
+            attributes or its timm or transformers configuration.
+
+    Raises:
+        ArgumentError: `given` is no such batch, or None and the model states no size.
+    """
+    parameter = next((t for t in _tensors(model) if t.is_floating_point()), torch.empty(0))
+    if given is None:
+        shape = (1, *_frames(model), _channels(model), *_image_size(model))
+    elif not isinstance(given, Tensor):
+        raise ArgumentError(f"example_input must be a tensor (B, C, H, W), not {type(given).__name__}")
+    elif given.ndim not in (4, 5) or 0 in given.shape:
+        raise ArgumentError(
+            f"example_input must be a batch of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), not "
+            f"{tuple(given.shape)}"
+        )
+    else:
+        shape = tuple(given.shape)
+    return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def layout_of(model: nn.Module, images: Tensor) -> str:
+    """Axes of what a model takes, by letter: BCHW for images, BCTHW or BTCHW for clips of T frames.
+
+    Raises:
+        ArgumentError: Clips with as many frames as channels, or with another number of channels than the model takes.
+    """
+    if images.ndim == 4:
+        return "BCHW"
+    likely = dict.fromkeys((_channels(model, nn.Conv3d), _channels(model, nn.Conv2d), 3))
+    for channels in likely:
+        found = [layout for layout in ("BCTHW", "BTCHW") if images.shape[layout.index("C")] == channels]
+        if len(found) == 1:
+            return found[0]
+    raise ArgumentError(
+        f"clips {tuple(images.shape)} do not tell frames from the {next(iter(likely))} channels: give example_input with "
+        "another number of frames, as (B, C, T, H, W) or (B, T, C, H, W)"
+    )
+
+
+def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes of single images or clips of other sizes: twice as large, of another aspect, (H, W) of `more`, twice as long."""
+    height, width = images.shape[-2:]
+    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), *more]
+    shapes: list[tuple[int, ...]] = [(1, *images.shape[1:-2], *size) for size in sizes]
+    if "T" in layout:
+        shape = [1, *images.shape[1:]]
+        shape[layout.index("T")] *= 2
+        shapes.append(tuple(shape))
+    return shapes
+
+
+def checked_word(name: str, value: object, words: Iterable[str]) -> str:
+    """Returns `value` if it is one of `words`, else raises `ArgumentError`."""
+    known = tuple(words)
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
+    return value
+
+
+def checked_size(size: object, images: Tensor) -> int | tuple[int, ...] | None:
+    """Returns `proposal_size` if it is None, a number of pixels or a size for such images, else raises `ArgumentError`."""
+    if size is None:
+        return None
+    sides = list(cast("tuple[object, ...]", size)) if isinstance(size, tuple | list) else [size]
+    valid = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    ranks = (2, 3)[: images.ndim - 3]  # of images (rows, columns), of clips (frames, rows, columns) too
+    if not valid or len(sides) not in (ranks if isinstance(size, tuple | list) else (1,)):
+        frames = ", or (frames, rows, columns)" if 3 in ranks else ""
+        raise ArgumentError(
+            f"proposal_size must be a shorter side in pixels, or (rows, columns){frames}, each above 0; not {size!r}"
+        )
+    numbers = tuple(cast("list[int]", sides))
+    return numbers if isinstance(size, tuple | list) else numbers[0]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    config = getattr(model, "config", None)  # of a transformers model
+    for holder in (model, *model.children(), config, getattr(config, "vision_config", None)):
+        for attribute in ("img_size", "image_size", "crop_size"):
+            size = getattr(holder, attribute, None)
+            if isinstance(size, int):
+                return size, size
+            if isinstance(size, tuple | list) and len(cast("tuple[int, ...]", size)) == 2:
+                return cast("tuple[int, int]", tuple(cast("tuple[int, ...]", size)))
+    pretrained = getattr(model, "pretrained_cfg", None)
+    if isinstance(pretrained, Mapping) and pretrained.get("input_size"):
+        return cast("tuple[int, int]", tuple(cast(Any, pretrained)["input_size"][1:]))
+    raise ArgumentError(
+        f"{type(model).__name__} states no image size (img_size, image_size, or in its timm or transformers configuration): "
+        f"pass example_input=torch.zeros({_LIKELY[takes_clips(model)]})"
+    )
+
+
+def _frames(model: nn.Module) -> tuple[int, ...]:
+    """The number of frames of a clip model of transformers, whose clips are (B, T, C, H, W); none for images."""
+    config = getattr(model, "config", None)
+    for attribute in ("num_frames", "frames_per_clip"):
+        frames = getattr(config, attribute, None)
+        if isinstance(frames, int):
+            return (frames,)
+    return ()
+
+
+def _channels(model: nn.Module, *kinds: type[nn.Conv2d | nn.Conv3d]) -> int:
+    """Input channels of the first convolution; 3 where there is none."""
+    for module in model.modules():
+        if isinstance(module, kinds or (nn.Conv2d, nn.Conv3d)):
+            return module.in_channels
+    return 3

@@ -1,0 +1,71 @@
+"""Copies of a model to try things on, and fake images to try them with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import ArgumentError, first_line
+
+# Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
+TRACED_BATCH = 2
+
+# What the code of models raises for images that it does not take.
+MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
+
+
+def aliased_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own.
+
+    Raises:
+        ArgumentError: The model holds something that cannot be copied.
+    """
+    return _copied(model, [*model.parameters(), *model.buffers()])
+
+
+def scratch_copy(model: nn.Module) -> nn.Module:
+    """A copy to run on fake tensors: it shares parameters alone, and calls no forward hooks.
+
+    Operations in place on a small buffer, such as a count of batches, are carried out even on fake tensors.
+    """
+    copied = _copied(model, list(model.parameters()))
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied
+
+
+def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
+    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, and are shared too."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise ArgumentError(f"{type(model).__name__} holds something that cannot be copied: {first_line(error)}") from error
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Generator[None]:
+    """Runs what follows on fake tensors, without gradients. A refused shape is an answer here, so torch does not log it."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before = log.disabled
+    log.disabled = True
+    try:
+        with torch.no_grad(), mode:
+            yield
+    finally:
+        log.disabled = before
+
+
+def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
+    """A fake mode that accepts real parameters, and a fake image batch of `batch` samples shaped like `images`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)

@@ -1,0 +1,97 @@
+"""Multiply-accumulates (MACs) of a module, counted by torch's flop counter on fake tensors: half the FLOPs it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .fakes import TRACED_BATCH, fake_like, faking, scratch_copy
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Fused attention on a CPU, which the flop counter has no formula for."""
+    return sdpa_flop_count(query, key, value)
+
+
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+
+
+class _NoModules:
+    """Tells the flop counter of no modules: its hooks for them fail where code takes gradients itself."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _counter() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = cast(Any, _NoModules())
+    return counter
+
+
+class _CountNodes(fx.Interpreter):
+    """Runs a graph and notes the multiply-accumulates of every node."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.counts: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with _counter() as counter:
+            value = super().run_node(n)
+        self.counts[n.name] = counter.get_total_flops() // 2
+        return value
+
+
+def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict[str, int]:
+    """MACs of each node of `graph` over the modules of `root`, for one sample shaped like `images` (B, C, H, W).
+
+    Convolutions and matrix products are counted. `root` should be a copy, as for `propagate`.
+    """
+    mode, fake = fake_like(images, 1)
+    _detach(root)
+    counting = _CountNodes(root, graph)
+    with faking(mode), _spelled_out():
+        counting.run(fake)
+    return counting.counts
+
+
+def count_module_macs(module: nn.Module, images: Tensor) -> int:
+    """MACs of one forward pass of any module over one sample shaped like `images` (B, C, H, W)."""
+    mode, fake = fake_like(images, TRACED_BATCH)
+    copied = scratch_copy(module)
+    _detach(copied)
+    with faking(mode), _spelled_out(), _counter() as counter:
+        copied(fake)
+    return counter.get_total_flops() // 2 // TRACED_BATCH
+
+
+@contextmanager
+def _spelled_out() -> Generator[None]:
+    """Runs torch.nn's attention modules by operations that are counted, not by one kernel that is not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _detach(root: nn.Module) -> None:
+    """Gives a copy of a module tensors that share memory with its parameters, and ask for no gradients."""
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else cast(nn.Parameter, parameter.detach())
+
+
+def count_macs(gm: fx.GraphModule, images: Tensor) -> int:
+    """MACs of one forward pass of a graph module over one sample shaped like `images` (B, C, H, W)."""
+    return sum(count_macs_by_node(scratch_copy(gm), gm.graph, images).values())

@@ -1,0 +1,265 @@
+"""`papr-fx eval`: counts against a plain loop, the same on many processes and after interruptions; what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+import papr_fx
+from papr_fx.cli.main import main
+from papr_fx.evaluation.evaluate import Counts, Progress
+from papr_fx.evaluation.results import read_part, write_part, write_whole
+
+from ..labelled import counted, networks, options, rows_of, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def expected(labelled):
+    """What a plain loop finds, image by image."""
+    model, proposal = networks(labelled)
+    config = resolve_data_config({}, model=model)
+    preprocess = create_transform(**config, is_training=False)
+    rows = []
+    for z in (1.0, 0.5, 0.3):
+        statistics = ((config["mean"], config["std"]), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
+        gm = papr_fx.transform(model, proposal, z, input_stats=statistics)
+        top1 = agree = count = 0
+        for path in sorted((labelled / "validation").glob("*/*.png")):
+            with torch.no_grad(), Image.open(path) as opened:
+                x = preprocess(opened.convert("RGB")).unsqueeze(0)
+                top1 += int(gm(x).argmax()) == int(path.parent.name[-1])
+                agree += int(gm(x).argmax()) == int(model(x).argmax())
+                count += 1
+        rows.append((z, round(100 * top1 / count, 3), round(100 * agree / count, 3), papr_fx.report(gm).total_macs / 1e9))
+    return rows
+
+
+def test_counts_are_those_of_a_plain_loop(labelled, expected, tmp_path, capsys):
+    results = tmp_path / "a.json"
+    assert main(options(labelled, results, "--plot", tmp_path / "a.png")) == 0
+    found = rows_of(results)
+    assert [(row["z"], row["top1"], row["agreement"]) for row in found] == [row[:3] for row in expected]
+    assert [row["gmacs"] for row in found] == pytest.approx([row[3] for row in expected])
+    assert found[0]["agreement"] == 100.0
+    assert len({row["agreement"] for row in found}) == 3
+    assert all(row["top1"] < row["top5"] < 100 and row["count"] == 41 and row["unreadable"] == 0 for row in found)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
+    assert "| 0.30 |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.json"}
+
+
+def test_merging(labelled, tmp_path):
+    results = tmp_path / "a.json"
+    assert main(options(labelled, results, "--merge", 2, "--merge-blocks", "all")) == 0
+    model, proposal = networks(labelled)
+    found = rows_of(results)
+    assert [(row["z"], row["r"]) for row in found] == [(1.0, 0), (1.0, 2), (0.5, 2), (0.3, 2)]
+    config = resolve_data_config({}, model=model)
+    preprocess = create_transform(**config, is_training=False)
+    statistics = ((config["mean"], config["std"]), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
+    for row in found[1:]:
+        gm = papr_fx.transform(model, proposal, row["z"], merge=papr_fx.Merge(2, "all"), input_stats=statistics)
+        right = 0
+        for path in (labelled / "validation").glob("*/*.png"):
+            with torch.no_grad(), Image.open(path) as opened:
+                right += int(gm(preprocess(opened.convert("RGB"))[None]).argmax()) == int(path.parent.name[-1])
+        assert row["top1"] == round(100 * right / 41, 3)
+        assert row["gmacs"] == papr_fx.report(gm).total_macs / 1e9
+    assert found[1]["gmacs"] < found[0]["gmacs"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("harm"),))
+
+
+def test_checkpoints_run_no_code(labelled, tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    state = timm.create_model("test_vit", num_classes=7).state_dict()
+    save_file(state, "model.safetensors")
+    torch.save({"state_dict": state}, "model.pth")
+    torch.save({"state_dict": state, "more": Harmful()}, "harm.pth")
+    rows = []
+    for name in ("model.safetensors", "model.pth"):
+        assert main(options(labelled, tmp_path / "a.json", "--checkpoint", name)) == 0
+        rows.append(counted(tmp_path / "a.json"))
+        assert "random weights" not in capsys.readouterr().out
+    assert rows[0] == rows[1]
+    assert main(options(labelled, tmp_path / "b.json", "--checkpoint", "harm.pth")) == 2
+    assert "weights of 'test_vit' could not be loaded" in capsys.readouterr().err
+    assert not Path("harm").exists()
+
+
+def run(*arguments, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
+
+
+# Two batches a chunk: with three processes, the second chunk is the last one and is not full.
+SHORT_CHUNKS = """
+import sys
+from papr_fx.evaluation import evaluate
+from papr_fx.cli.main import main
+evaluate._CHUNK = 2
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, processes):
+    """41 divides by neither; the last process has fewer samples."""
+    results = tmp_path / "a.csv"
+    script = tmp_path / "run.py"
+    script.write_text(SHORT_CHUNKS)
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", processes, script, *options(labelled, results))
+    assert done.stdout.count("| 0.50 |") == 1
+    lines = results.read_text().splitlines()
+    found = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert [(float(row["z"]), float(row["top1"]), float(row["agreement"])) for row in found] == [row[:3] for row in expected]
+    assert {row["count"] for row in found} == {"41"}
+
+
+KILLED = """
+import os, signal, sys
+from papr_fx.cli import data as cli_data
+from papr_fx.cli.main import main
+write = cli_data.write_part
+def and_die(*given):
+    write(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+cli_data.write_part = and_die
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed(labelled, tmp_path, capsys):
+    whole, results = tmp_path / "whole.json", tmp_path / "a.json"
+    small = ("--batch-size", 1, "--z", 0.5)
+    assert main(options(labelled, whole, *small)) == 0
+    assert run("-c", KILLED, *options(labelled, results, *small), check=False).returncode == -signal.SIGKILL
+    part = tmp_path / "a.json.part"
+    assert not results.exists()
+    assert json.loads(part.read_text())["progress"]["done"] == 32
+    assert main(options(labelled, results, "--z", 0.5, "--seed", 1)) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+    (labelled / "model.pth").touch()  # another file of that name
+    assert main(options(labelled, results, *small)) == 2
+    assert "other settings (files)" in capsys.readouterr().err
+    known = json.loads(part.read_text())["settings"]["files"]["checkpoint"][1]
+    os.utime(labelled / "model.pth", ns=(known, known))
+    done = run("-m", "papr_fx", *options(labelled, results, *small))
+    assert "going on behind 32 of 41 samples" in done.stdout
+    assert counted(results) == counted(whole)
+    assert [row["z"] for row in rows_of(results)] == [1.0, 0.5]
+    assert not part.exists()
+
+
+def test_a_part_of_another_run_is_refused(tmp_path):
+    progress = Progress(8, 7, {"1": Counts(top1=3)}, [(2, "x")])
+    write_part(tmp_path / "a.json", progress, {"model": "a", "z": (1.0,)})
+    assert read_part(tmp_path / "a.json", {"model": "a", "z": (1.0,)}) == progress
+    with pytest.raises(papr_fx.ArgumentError, match=r"other settings \(model\)"):
+        read_part(tmp_path / "a.json", {"model": "b", "z": (1.0,)})
+    (tmp_path / "b.json.part").write_text("{")
+    with pytest.raises(papr_fx.ArgumentError, match="does not say how far"):
+        read_part(tmp_path / "b.json", {})
+    assert read_part(tmp_path / "c.json", {}) is None
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    write_whole(tmp_path / "folder" / "a", "text")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+    with pytest.raises(papr_fx.ArgumentError, match="cannot be written"):
+        write_whole(tmp_path / "folder" / "a" / "b", "text")
+
+
+def test_unreadable_files_are_named_and_left_out(damaged, tmp_path, capsys):
+    results = tmp_path / "a.json"
+    assert main(options(damaged, results)) == 0
+    assert {(row["count"], row["unreadable"]) for row in rows_of(results)} == {(17, 3)}
+    told = capsys.readouterr().err
+    assert "3 could not be read" in told
+    assert all(name in told for name in ("06.png", "12.png", "19.png"))
+    assert "05.png" not in told
+    assert main(options(damaged, tmp_path / "b.json", "--strict")) == 2
+    assert "unreadable: " in capsys.readouterr().err
+
+
+def test_when_nothing_can_be_read(labelled, tmp_path, capsys):
+    root = tmp_path / "none"
+    for name in ("class0/a.png", "class1/b.png"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(b"no image")
+    for file in ("model.pth", "proposal.pth"):
+        (root / file).write_bytes((labelled / file).read_bytes())
+    assert main(options(root, tmp_path / "a.json")) == 2
+    assert "none of the 2 samples" in capsys.readouterr().err
+    assert not (tmp_path / "a.json.part").exists()
+    assert main([str(part) for part in ["tune", root, *weights(root), "--workers", 0, "--speedup", 2]]) == 2
+    assert "the loader holds no images" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_the_work(labelled, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for results in (tmp_path / "file" / "a.json", tmp_path / "folder.json"):
+        assert main(options(labelled, results)) == 2
+        told = capsys.readouterr()
+        assert "written" in told.err
+        assert "img/s" not in told.err
+    assert main(options(labelled, tmp_path / "a.json", "--plot", tmp_path / "file" / "a.png")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_arguments(labelled, capsys):
+    assert main(["eval", "nowhere", "--proposal", "test_resnet"]) == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "nowhere", "--z", "1.5"])
+    assert "must lie in (0, 1], not 1.5" in capsys.readouterr().err
+    assert main(options(labelled, "a.txt")) == 2
+    assert "a file that ends in .csv or .json is to be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (("--img-size", "8"), "does not take"),
+        (("--device", "foo"), "--device foo"),
+        (("--checkpoint", "none.pth"), "there is no checkpoint none.pth"),
+        (("--img-size", "33"), "does not take inputs of shape (1, 3, 33, 33)"),
+        (("--proposal", "lite0"), "lite0 brings its weights along"),
+        (("--input-key", "image"), "columns of hfds/ data"),
+    ],
+)
+def test_options_that_cannot_be_served(labelled, tmp_path, option, reason, capsys):
+    assert main(options(labelled, tmp_path / "a.json", *option)) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--workers", "-1"), ("--interpolation", "foo"), ("--crop-pct", "0"), ("--seed", "-1"), ("--z", "0")]
+)
+def test_options_out_of_range(labelled, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        main(options(labelled, tmp_path / "a.json", *option))
+    assert f"error: argument {'--workers/-j' if 'workers' in option[0] else option[0]}: " in capsys.readouterr().err
+
+
+def test_keep_ratios_are_taken_once(labelled, tmp_path):
+    assert main(options(labelled, tmp_path / "a.json", "--z", "0.5,0.5,1,1.0")) == 0
+    assert [row["z"] for row in rows_of(tmp_path / "a.json")] == [1.0, 0.5]

@@ -1,0 +1,388 @@
+"""Position-indexed values that meet the tokens: against the unpruned model with hidden keys, in float64, at unit scale."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import papr_fx
+from papr_fx import ops
+from papr_fx.passes import gather_positions
+from papr_fx.testing import check
+from papr_fx.tracing.numerics import relative_error
+
+from ..models import Attention, Shape, ToyViT, images, toy_proposal
+
+SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 2}
+TIMM = {
+    "eva02_tiny_patch14_224": {"img_size": 56},
+    "eva02_base_patch16_clip_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_pe_core_tiny_patch16_384": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_small_patch16_rope_ape_224": {},
+    "beit_base_patch16_224": {},
+    "beitv2_base_patch16_224": {},
+    "vit_relpos_small_patch16_224": {},
+    "vit_relpos_base_patch16_clsgap_224": {},
+    "vit_relpos_base_patch32_plus_rpn_256": {"img_size": 128},
+    "vit_srelpos_small_patch16_224": {},
+    "naflexvit_base_patch16_gap": {},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_with_positions_in_their_blocks(name):
+    model = timm.create_model(name, **{**SMALL, **TIMM[name]})
+    found = check(model, toy_proposal(), 0.5)
+    assert found.hidden_keys < 1e-12 < 1e-3 < found.corrupted
+
+
+class Rotary(Attention):
+    """Queries and keys are turned by a table (n, D) made for the patches, behind the prefix tokens."""
+
+    def __init__(self, shape: Shape, *, late: bool) -> None:
+        super().__init__(8, 2, True)
+        self.prefix = shape.prefix
+        self.late = late
+        self.register_buffer("angles", torch.linspace(0, 3, shape.grid[0] * shape.grid[1]).outer(torch.arange(1.0, 5.0)))
+
+    def turn(self, x: Tensor) -> Tensor:
+        first, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        cosine, sine = self.angles.cos(), self.angles.sin()
+        if self.late:
+            cosine, sine = cosine[None, None], sine[None, None]
+        return torch.cat([first, rest * cosine + rest.flip(-1) * sine], dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class Biased(Attention):
+    """A bias for each pair of tokens, one table for each head."""
+
+    def __init__(self, shape: Shape, *, fused: bool) -> None:
+        super().__init__(8, 2, fused)
+        count = shape.prefix + shape.grid[0] * shape.grid[1]
+        self.table = nn.Parameter(torch.randn(self.heads, 2 * count))
+        self.register_buffer("index", (torch.arange(count)[:, None] - torch.arange(count)) % (2 * count))
+
+    def bias(self) -> Tensor:
+        return self.table[:, self.index].unsqueeze(0)  # (1, H, N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias())
+        else:
+            mixed = (self.scores(q, k) + self.bias()).softmax(dim=-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class Numbered(Attention):
+    """Rotary angles made in forward, of the number of tokens that come in: of all of them, or of the patches."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__(8, 2, True)
+        self.prefix = prefix
+
+    def turn(self, x: Tensor) -> Tensor:
+        first, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        numbers = torch.arange(x.shape[2] - self.prefix if self.prefix else x.shape[2], device=x.device)
+        angles = (numbers * 0.4).unsqueeze(1) * torch.arange(1, 5, device=x.device)
+        return torch.cat([first, rest * angles.cos() + rest.flip(-1) * angles.sin()], dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+def positioned(shape: Shape, kind: str) -> ToyViT:
+    build = {
+        "rotary": lambda: Rotary(shape, late=False),
+        "rotary, four axes": lambda: Rotary(shape, late=True),
+        "bias": lambda: Biased(shape, fused=True),
+        "bias on scores": lambda: Biased(shape, fused=False),
+        "numbered": lambda: Numbered(0),
+        "numbered patches": lambda: Numbered(shape.prefix),
+    }[kind]
+    model = ToyViT(shape)
+    for block in model.blocks:
+        block.attn = build()
+    return model
+
+
+@settings(max_examples=35)
+@given(
+    st.sampled_from(["rotary", "rotary, four axes", "bias", "bias on scores", "numbered", "numbered patches"]),
+    st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    st.integers(0, 3),
+    st.floats(0.3, 0.95),
+)
+def test_any_toy_with_positions_in_its_blocks(kind, grid, prefix, z):
+    """Grids of 2x2 to 5x5: axes of 4, 8 and 16 occur both as positions and as channels."""
+    shape = Shape(image=(2 * grid[0], 3 * grid[1]), prefix=prefix)
+    found = check(positioned(shape, kind), toy_proposal(), max(z, 2 / (grid[0] * grid[1])))
+    assert found.hidden_keys < 1e-9
+
+
+def gathers(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [node for node in gm.graph.nodes if node.target is ops.gather_positions]
+
+
+def test_a_shared_table_is_gathered_once_for_all_blocks():
+    for depth in (2, 5):
+        model = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=depth).eval()
+        gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+        assert len(gathers(gm)) == 2  # sines and cosines
+    model = timm.create_model("vit_srelpos_small_patch16_224", **SMALL).eval()
+    assert len(gathers(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))) == 1
+    model = timm.create_model("beit_base_patch16_224", **SMALL).eval()
+    assert len(gathers(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))) == 2  # a table for each block
+
+
+def test_all_tokens_and_patches_numbered_in_one_model():
+    model = positioned(Shape(prefix=2), "numbered")
+    model.blocks[1].attn = Numbered(2)
+    assert check(model, toy_proposal(), 0.5).hidden_keys < 1e-12
+
+
+class RotaryModule(nn.Module):
+    """Without children: the usual module of rotary angles."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = (torch.arange(x.shape[2], device=x.device) * 0.4).unsqueeze(1) * torch.arange(1, 5, device=x.device)
+        return x * angles.cos() + x.flip(-1) * angles.sin()
+
+
+class RotaryInAModule(Attention):
+    def __init__(self) -> None:
+        super().__init__(8, 2, True)
+        self.turn = RotaryModule()
+
+    forward = Numbered.forward
+
+
+class SizeGiven(nn.Module):
+    """Numbers by a size that it is handed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, count: int) -> Tensor:
+        return self.block(x.reshape(-1, count, 8) + torch.arange(count, device=x.device).unsqueeze(1) * 0.1)
+
+
+class HandsSizes(ToyViT):
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.blocks = nn.ModuleList(SizeGiven(block) for block in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, x.shape[1])
+        return self.classify(x)
+
+
+class Indexed(Attention):
+    """Picks all tokens by their numbers, which changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, torch.arange(x.shape[1], device=x.device)])
+
+
+def with_attention(make) -> ToyViT:
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = make()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: with_attention(RotaryInAModule), HandsSizes, lambda: with_attention(lambda: Indexed(8, 2, True))],
+    ids=["in a module without children", "by a size that is handed over", "as an index"],
+)
+def test_ways_to_number_tokens(make):
+    assert check(make(), toy_proposal(), 0.5).hidden_keys < 1e-12
+
+
+class NumbersInItsHead(ToyViT):
+    """Weighs tokens by their number, and divides by how many there are."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        weights = torch.arange(n, device=x.device, dtype=x.dtype) / (n * (n - 1) / 2)
+        return self.head((self.norm(x) * weights.unsqueeze(1)).sum(1))
+
+
+def test_a_head_that_numbers_tokens_is_refused():
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):
+        papr_fx.transform(NumbersInItsHead(Shape()), toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["numbered", "numbered patches"])
+def test_positions_that_blocks_number_are_gathered_once(kind):
+    model = positioned(Shape(prefix=2), kind).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    assert len(gathers(gm)) == 2  # sines and cosines
+    assert len([node for node in gm.graph.nodes if node.target is torch.arange and node.users]) == 1
+
+
+def test_only_what_fails_is_traced_through():
+    gm = papr_fx.transform(positioned(Shape(), "bias").eval(), toy_proposal(), 0.5)
+    called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+    assert {"blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn.qkv"} <= called
+    plain = papr_fx.transform(ToyViT(Shape()).eval(), toy_proposal(), 0.5)
+    assert {"blocks.0", "blocks.1"} <= {str(node.target) for node in plain.graph.find_nodes(op="call_module")}
+
+
+@pytest.mark.parametrize("kind", ["rotary", "bias"])
+def test_z_of_one_and_other_ratios(kind):
+    model = positioned(Shape(), kind).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0)
+    x = images(Shape(), 3)
+    with torch.no_grad():
+        assert torch.equal(gm(x), model(x))
+        papr_fx.set_keep_ratio(gm, 0.4)
+        first = gm(x)
+        papr_fx.set_keep_ratio(gm, 0.2)
+        assert relative_error(gm(x), first) > 1e-3
+        papr_fx.set_keep_ratio(gm, 0.4)
+        assert torch.equal(gm(x), first)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "bias"])
+def test_training_reaches_tables_and_not_the_proposal(kind):
+    model = positioned(Shape(), kind)
+    gm = papr_fx.transform(model.train(), toy_proposal(), 0.5)
+    gm(images(Shape(), 2, dtype=torch.float32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter is not model.query)
+    assert all(parameter.grad is None for parameter in gm.papr_proposal.parameters())
+
+
+def wrong_index(value: Tensor, keep: Tensor, axes: list[int], rank: int) -> Tensor:
+    return ops.gather_positions(value, keep.roll(1, 1), axes, rank)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "bias"])
+def test_a_wrong_gather_is_caught(kind, monkeypatch):
+    monkeypatch.setattr(gather_positions, "gather_positions", wrong_index)
+    with pytest.raises(papr_fx.VerifyError, match="permutation"):
+        papr_fx.transform(positioned(Shape(), kind), toy_proposal(), 0.5)
+
+
+class FromTheCount(Attention):
+    """ConViT's way: positions made of the number of tokens, a Python number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = int(x.shape[1])
+        return super().forward(x + torch.arange(side, dtype=x.dtype, device=x.device).view(1, side, 1))
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "xcit_nano_12_p16_224", "hiera_tiny_224"])
+def test_what_no_gather_mends_is_refused(name):
+    model = timm.create_model(name).eval()
+    with pytest.raises(papr_fx.NoSiteError, match="no gather mends|refused|spatial layout"):
+        papr_fx.transform(model, toy_proposal(), 0.5, mode="tokens")
+
+
+def test_positions_made_of_the_count_are_refused():
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = FromTheCount(8, 2, True)
+    with pytest.raises(papr_fx.PaprError):
+        papr_fx.transform(model, toy_proposal(), 0.5)
+
+
+class GridHead(ToyViT):
+    """Lays its tokens out as the grid before it pools them; with `mix`, a convolution runs over that."""
+
+    def __init__(self, shape: Shape, *, mix: bool) -> None:
+        super().__init__(shape)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1) if mix else nn.Identity()
+
+    def classify(self, x: Tensor) -> Tensor:
+        rows, columns = self.shape.grid
+        grid = self.norm(x)[:, self.shape.prefix :].reshape(x.shape[0], rows, columns, -1)
+        return self.head(self.mix(grid.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_tokens_laid_out_as_their_grid(prefix):
+    found = check(GridHead(Shape(prefix=prefix), mix=False), toy_proposal(), 0.5)
+    assert found.hidden_keys < 1e-12
+    with pytest.raises(papr_fx.PaprError, match="permutation"):
+        papr_fx.transform(GridHead(Shape(prefix=prefix), mix=True), toy_proposal(), 0.5)
+
+
+def test_gathered_positions_against_loops():
+    keep = torch.tensor([[3, 0], [1, 2]])
+    table, bias, own = torch.randn(4, 5), torch.randn(1, 3, 4, 4), torch.randn(2, 4, 5)
+    rows = ops.gather_positions(table, keep, [2], 4)
+    pairs = ops.gather_positions(bias, keep, [2, 3], 4)
+    batched = ops.gather_positions(own, keep, [1], 3)
+    assert (rows.shape, pairs.shape, batched.shape) == ((2, 1, 2, 5), (2, 3, 2, 2), (2, 2, 5))
+    for image, cells in enumerate(keep.tolist()):
+        for i, a in enumerate(cells):
+            assert torch.equal(rows[image, 0, i], table[a])
+            assert torch.equal(batched[image, i], own[image, a])
+            for j, b in enumerate(cells):
+                assert torch.equal(pairs[image, :, i, j], bias[0, :, a, b])
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("vit_tiny_patch16_224", 1), ("eva02_tiny_patch14_224", 1), ("vit_small_patch16_dinov3", 5)]
+)
+@pytest.mark.parametrize("how", ["output", "headless"])
+@torch.no_grad()
+def test_features_of_the_kept_tokens(name, prefix, how):
+    """The features of kept tokens are those of the unpruned model with the others hidden; each is put back in its place."""
+    options = {"img_size": 56} if "14" in name else SMALL
+    headless = {"num_classes": 0, "global_pool": ""} if how == "headless" else {}
+    model = timm.create_model(name, **{**options, "depth": 2, **headless}).double().eval()
+    gm = papr_fx.transform(model, toy_proposal().double(), 0.5, output="features" if how == "output" else "logits")
+    x = torch.randn(3, *model.pretrained_cfg["input_size"][:1], *gm.plan.shape[2:], dtype=torch.float64)
+    ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
+    tokens = gm(x)
+    assert tokens.shape[:2] == (3, prefix + int(mask[0].sum()))
+    hidden = torch.cat([torch.zeros(3, prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
+    with papr_fx.testing.HiddenKeys(hidden):
+        dense = model.forward_features(x)
+    expected = dense[:, prefix:].transpose(1, 2).reshape(3, -1, *grid) * mask.unsqueeze(1)
+    restored = papr_fx.restore_grid(gm, tokens, x)
+    assert relative_error(restored, expected) < 1e-9
+    assert torch.equal(papr_fx.restore_grid(gm, tokens[:, prefix:], x), restored)
+    filled = papr_fx.restore_grid(gm, tokens, x, fill=torch.full((tokens.shape[2],), 7.0))
+    assert torch.equal(filled, torch.where(mask.unsqueeze(1), restored, 7.0))
+    assert papr_fx.graph_diff(model, gm)
+    with pytest.raises(papr_fx.ArgumentError, match="tokens must be"):
+        papr_fx.restore_grid(gm, tokens[:, 2:], x)
+    papr_fx.set_keep_ratio(gm, 1.0)
+    assert torch.equal(gm(x), model.forward_features(x))
+    whole = papr_fx.restore_grid(gm, gm(x), x)
+    assert torch.equal(whole, model.forward_features(x)[:, prefix:].transpose(1, 2).reshape(3, -1, *grid))
+
+
+def test_features_need_a_model_that_has_them():
+    with pytest.raises(papr_fx.ArgumentError, match="has none"):
+        papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, output="features")
+    with pytest.raises(papr_fx.ArgumentError, match="output must be one of"):
+        papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, output="tokens")
+    gm = papr_fx.transform(timm.create_model("convnext_atto").eval(), toy_proposal(), 0.5, output="features", verify=False)
+    assert gm(torch.randn(1, 3, 64, 64)).shape == (1, 320, 2, 2)
+    with pytest.raises(papr_fx.ArgumentError, match="for token models"):
+        papr_fx.restore_grid(gm, torch.zeros(1, 4, 320), torch.randn(1, 3, 64, 64))

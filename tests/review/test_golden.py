@@ -1,0 +1,88 @@
+"""Graph diffs of real models, kept for review in golden/: `pytest --accept` rewrites them."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision.models.video
+import transformers
+
+import papr_fx
+from papr_fx.testing import assert_golden
+
+from ..models import Shape, ToyViT, toy_proposal
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = {
+    "vit_small_patch16_224": lambda: timm.create_model("vit_small_patch16_224"),
+    "vit_base_patch16_mae": lambda: timm.create_model("vit_base_patch16_224", global_pool="avg"),
+    "vit_base_patch16_siglip_224": lambda: timm.create_model("vit_base_patch16_siglip_224"),
+    "vit_small_patch14_reg4_dinov2": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", img_size=224),
+    "deit_tiny_distilled_patch16_224": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+    "vit_tiny_dynamic": lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True),
+    "torchvision_vit_b_32": lambda: torchvision.models.vit_b_32(),
+    "convnext_tiny": lambda: timm.create_model("convnext_tiny"),
+    "convnextv2_atto": lambda: timm.create_model("convnextv2_atto"),
+    "swin_tiny_patch4_window7_224": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+    "caformer_s18": lambda: timm.create_model("caformer_s18"),
+    "torchvision_convnext_tiny": lambda: torchvision.models.convnext_tiny(),
+    "torchvision_swin_v2_t": lambda: torchvision.models.swin_v2_t(),
+    "torchvision_maxvit_t": lambda: torchvision.models.maxvit_t(),
+    "eva02_tiny_patch14_224": lambda: timm.create_model("eva02_tiny_patch14_224"),
+    "vit_small_patch16_dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", img_size=224),
+    "beit_base_patch16_224": lambda: timm.create_model("beit_base_patch16_224"),
+    "vit_srelpos_small_patch16_224": lambda: timm.create_model("vit_srelpos_small_patch16_224"),
+    "transformers_vit": lambda: transformers.ViTForImageClassification._from_config(transformers.ViTConfig()),
+    "transformers_videomae": lambda: transformers.VideoMAEForVideoClassification._from_config(transformers.VideoMAEConfig()),
+    "torchvision_swin3d_t": lambda: torchvision.models.video.swin3d_t(),
+}
+CLIPS = {"transformers_videomae": (1, 16, 3, 224, 224), "torchvision_swin3d_t": (1, 3, 16, 224, 224)}
+
+
+MERGED = {
+    "vit_small_patch16_224_merged": lambda: timm.create_model("vit_small_patch16_224"),
+    "torchvision_vit_b_32_merged": lambda: torchvision.models.vit_b_32(),
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MERGED])
+def test_graph_diff(name):
+    example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
+    merge = papr_fx.Merge(2) if name in MERGED else None
+    model = (MODELS | MERGED)[name]().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example, verify=False, merge=merge)
+    assert_golden(gm, GOLDEN / f"{name}.diff")
+
+
+def test_no_golden_is_orphaned():
+    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in [*MODELS, *MERGED]}
+
+
+def test_diff_is_stable_and_traces_the_model_afresh():
+    model = ToyViT(Shape()).eval()
+    texts = {papr_fx.graph_diff(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False)) for _ in range(3)}
+    assert len(texts) == 1
+    assert "0x" not in texts.pop()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0)
+    assert papr_fx.graph_diff(model, gm) == ""
+
+    class Other(ToyViT):
+        pass
+
+    with pytest.raises(papr_fx.ArgumentError, match="made of a ToyViT, not of a Other"):
+        papr_fx.graph_diff(Other(Shape()), gm)
+
+
+def test_a_changed_or_missing_golden_fails(tmp_path, monkeypatch):
+    gm = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, verify=False)
+    monkeypatch.delenv("PAPR_FX_ACCEPT", raising=False)
+    with pytest.raises(AssertionError, match="is missing"):
+        assert_golden(gm, tmp_path / "a.diff")
+    monkeypatch.setenv("PAPR_FX_ACCEPT", "1")
+    assert_golden(gm, tmp_path / "a.diff")
+    monkeypatch.delenv("PAPR_FX_ACCEPT")
+    assert_golden(gm, tmp_path / "a.diff")
+    papr_fx.set_keep_ratio(gm, 0.25)
+    with pytest.raises(AssertionError, match="no longer that of"):
+        assert_golden(gm, tmp_path / "a.diff")

@@ -1,0 +1,59 @@
+"""Counts: against arithmetic done by hand, and against the figures of the paper."""
+
+import pytest
+import timm
+
+import papr_fx
+
+from ..models import Shape, ToyViT, toy_proposal
+
+
+def vit_macs(tokens: int, patches: int, width: int, depth: int, patch: int, classes: int) -> int:
+    """A ViT's multiply-accumulates by arithmetic: embedding, then 12 C^2 N + 2 N^2 C a block, then the head."""
+    block = 12 * width * width * tokens + 2 * tokens * tokens * width
+    return patches * width * 3 * patch * patch + depth * block + width * classes
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counts_of_a_timm_vit(fused):
+    model = timm.create_model("vit_small_patch16_224").eval()
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    found = papr_fx.report(papr_fx.transform(model, toy_proposal(), 0.5, verify=False))
+    assert found.dense_macs == vit_macs(197, 196, 384, 12, 16, 1000)
+    assert found.pruned_macs == vit_macs(99, 196, 384, 12, 16, 1000)
+    assert found.proposal_macs == 224 * 224 * 9 * (3 * 4 + 4 * 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "z", "dense", "pruned"), [("vit_small_patch16_224", 0.45, 4.61, 2.29), ("vit_base_patch16_224", 0.5, 17.59, 8.98)]
+)
+def test_figures_of_the_paper(name, z, dense, pruned):
+    """GMACs with MobileOne-S0 as proposal; Tab. 2 counts a few operations that are no multiply-accumulates."""
+    gm = papr_fx.transform(timm.create_model(name).eval(), timm.create_model("mobileone_s0"), z, verify=False)
+    found = papr_fx.report(gm)
+    assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
+    assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.03)
+
+
+def test_site_and_table():
+    gm = papr_fx.transform(ToyViT(Shape(prefix=2)), toy_proposal(), 0.5)
+    found = papr_fx.report(gm)
+    assert (found.mode, found.z, found.model) == ("tokens", 0.5, "ToyViT")
+    (site,) = found.sites
+    assert (site.name, site.grid, site.prefix, site.dense, site.kept) == ("add -> blocks.0", (4, 4), 2, 18, 11)
+    table = str(found)
+    assert "add -> blocks.0" in table
+    assert "4x4" in table
+    papr_fx.set_keep_ratio(gm, 1.0)
+    whole = papr_fx.report(gm)
+    assert whole.sites[0].kept == 18
+    assert whole.total_macs == whole.dense_macs == found.dense_macs
+
+
+def test_report_leaves_the_module_as_it_was():
+    gm = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5).train()
+    before = [(n.name, n.meta.get("shape")) for n in gm.graph.nodes]
+    papr_fx.report(gm)
+    assert [(n.name, n.meta.get("shape")) for n in gm.graph.nodes] == before
+    assert gm.training
