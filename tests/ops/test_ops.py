@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papr_fx.ops import _looked_up, gather_tokens, keep_count, pixel_rows, resize_map, top_positions, write_pixels
+from papr_fx.ops import gather_tokens, keep_count, pixel_rows, resize_map, top_positions, write_pixels
+from papr_fx.ops.positions import _looked_up
 
 
 @pytest.mark.parametrize(
