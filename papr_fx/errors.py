@@ -1,10 +1,10 @@
-"""What papr-fx raises: one family, so that callers can catch `PaprError` and read why a model was refused."""
+"""The errors of papr-fx: one family, so that callers can catch `PaprError` and read why a model was refused."""
 
 from __future__ import annotations
 
 
 class PaprError(ValueError):
-    """A model, proposal or argument was refused; the message says what was sought, what was found, and the fix."""
+    """A model, proposal or argument was refused. The message says what was sought, what was found, and the fix."""
 
 
 class ArgumentError(PaprError):
@@ -12,14 +12,14 @@ class ArgumentError(PaprError):
 
 
 class ProposalError(PaprError):
-    """No significance map can be had from the proposal network."""
+    """The proposal network yields no saliency map."""
 
 
 class TraceError(PaprError):
     """The model's Python code cannot be recorded as a graph.
 
     Attributes:
-        module: Qualified name of the innermost opened module whose code failed ("" is the model itself).
+        module: Qualified name of the innermost opened module whose code failed; "" for the model itself.
     """
 
     def __init__(self, message: str, module: str = "") -> None:
@@ -32,22 +32,22 @@ class NoSiteError(PaprError):
 
 
 class VerifyError(PaprError):
-    """The rewritten model failed its proof, so it was not returned."""
+    """The rewritten model failed its proof, so it is not returned."""
 
 
 class SiteError(VerifyError):
     """Some sites failed the proof: positions are not where the map scores them, or do not matter.
 
     Attributes:
-        merges: Names of the residual additions of the pixel operators that may be left alone for it; none for tokens.
+        additions: Names of the residual additions of pixel operators that can be skipped instead; empty for tokens.
     """
 
-    def __init__(self, message: str, merges: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, additions: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.merges = merges
+        self.additions = additions
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """The class of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

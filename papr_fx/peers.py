@@ -18,7 +18,7 @@ from .passes.attend_tokens import AttentionPruning
 from .passes.fuse_tokens import TokenFusion
 from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
-from .passes.reduce_tokens import Reduction
+from .passes.reduction import Reduction
 from .planning.module import PrunedModule, shell, sibling
 from .planning.plan import Tokens
 from .tracing.macs import count_macs_by_node

@@ -22,7 +22,7 @@ from torch import fx
 from ..errors import NoSiteError
 from ..ops.positions import gather_tokens
 from ..ops.reduction import most_attended
-from .reduce_tokens import Attended, Blocks, Reduction, State
+from .reduction import Attended, Blocks, Reduction, State
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import fx
 from ..errors import ArgumentError
 from ..ops.positions import gather_tokens
 from ..ops.reduction import fuse_tokens, match_tokens
-from .reduce_tokens import Attended, Blocks, Reduction, State
+from .reduction import Attended, Blocks, Reduction, State
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ops.reduction import match_tokens, merge_tokens
-from .reduce_tokens import Attended, Reduction, State
+from .reduction import Attended, Reduction, State
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import fx
 
 from ..errors import ArgumentError
 from ..ops.reduction import choose_tokens, propagate_tokens
-from .reduce_tokens import Attended, Blocks, Reduction, State
+from .reduction import Attended, Blocks, Reduction, State
 
 
 @dataclass(frozen=True)

@@ -10,63 +10,93 @@ Becomes:
     papr_psm   = resize_map(papr_map, grid)         # (B, h, w)
     papr_keep  = top_positions(papr_psm, z, prefix) # (B, prefix + k)
 
-Because: the map depends on the images alone (PaPr, Sec. 3.1), so it is had before any block runs, and one choice serves
+Because: the map depends only on the images (PaPr, Sec. 3.1), so it is computed before the first block, and one choice serves
 every use of the grid.
 
 Left alone:
-    1. A graph with no image placeholder, or with several (`NoSiteError`).
+    1. A graph without an image placeholder, or with several (`NoSiteError`).
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops.positions import resize_map, top_positions
+from ..ops import resize_map, top_positions
+from ..tracing.roles import Kind, find_all, tag
 
 PROPOSAL = "papr_proposal"
 
+# Sizes of a grid: known, or nodes that read them at run time.
+Sizes = tuple[int | fx.Node, ...]
+
+_AXES = ("frames", "rows", "columns")
+
 
 @dataclass(frozen=True)
-class Site:
+class ImageSite:
     """Where the images enter."""
 
     images: fx.Node
 
 
-def find_site(graph: fx.Graph) -> Site:
-    """Finds the image placeholder of a traced model."""
+@dataclass(frozen=True)
+class Selection:
+    """One choice of positions.
+
+    Attributes:
+        grid: Sizes of the grid.
+        z: Keep ratio in (0, 1).
+        prefix: Tokens before the grid, always kept.
+        number: Which choice of the graph it is.
+        suffix: Ends the names of its nodes.
+    """
+
+    grid: Sizes
+    z: float
+    prefix: int = 0
+    number: int = 0
+    suffix: str = ""
+
+
+def find_site(graph: fx.Graph) -> ImageSite:
+    """Finds the image placeholder of a traced model.
+
+    Raises:
+        NoSiteError: There is none, or several.
+    """
     found = graph.find_nodes(op="placeholder")
     if len(found) != 1:
         raise NoSiteError(
             f"the graph takes {len(found)} inputs ({', '.join(n.name for n in found)}); one image batch is needed"
         )
-    return Site(found[0])
+    return ImageSite(found[0])
 
 
-def rewrite(
-    graph: fx.Graph, site: Site, before: fx.Node, grid: tuple[int | fx.Node, ...], z: float, *, prefix: int = 0, name: str = ""
-) -> fx.Node:
-    """Inserts proposal, map and choice in front of node `before`.
-
-    Args:
-        graph: The graph to change.
-        site: The image placeholder.
-        before: The first node that may use the choice.
-        grid: Rows and columns, each a number or a node that yields one.
-        z: Keep ratio in (0, 1).
-        prefix: Tokens in front of the grid, always kept.
-        name: The grid's name, where a model has several; the map itself is had once.
+def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Selection) -> fx.Node:
+    """Inserts map and choice before node `before`, and the proposal if the graph has none yet.
 
     Returns:
-        The `papr_keep` node, (B, prefix + k) indices.
+        The node of the kept indices, (B, prefix + k).
     """
-    suffix = f"_{name}" if name else ""
-    (significance,) = graph.find_nodes(op="call_module", target=PROPOSAL) or (None,)
+    grid, z, suffix = selection.grid, selection.z, selection.suffix
+    (significance,) = find_all(graph, Kind.MAP) or (None,)
     with graph.inserting_before(before):
         if significance is None:
-            significance = graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map")
+            significance = tag(graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map"), Kind.MAP)
         psm = graph.create_node("call_function", resize_map, (significance, grid), name=f"papr_psm{suffix}")
-        return graph.create_node("call_function", top_positions, (psm, z, prefix), name=f"papr_keep{suffix}")
+        keep = graph.create_node("call_function", top_positions, (psm, z, selection.prefix), name=f"papr_keep{suffix}")
+    tag(psm, Kind.PSM, selection.number)
+    return tag(keep, Kind.KEEP, selection.number)
+
+
+def read_sizes(graph: fx.Graph, source: fx.Node, axes: tuple[int, ...], suffix: str = "") -> tuple[fx.Node, ...]:
+    """Inserts nodes that read the sizes of a grid from `axes` of `source`, at the graph's insertion point."""
+    shape = graph.create_node("call_function", getattr, (source, "shape"), name=f"papr_shape{suffix}")
+    return tuple(
+        graph.create_node("call_function", operator.getitem, (shape, axis), name=f"papr_{word}{suffix}")
+        for axis, word in zip(axes, _AXES[-len(axes) :], strict=True)
+    )

@@ -15,7 +15,7 @@ from ..evaluation import subject as subjects
 from ..evaluation.paper import TABLES, Line, Table
 from ..evaluation.subject import Subject, Variant
 from ..passes.merge_tokens import Merge
-from ..passes.reduce_tokens import Reduction
+from ..passes.reduction import Reduction
 from ..peers import at_macs
 from ..planning.module import PrunedModule
 from ..review.report import report

@@ -1,6 +1,6 @@
-"""Positions in another order than the image's, such as MaxViT's windows: brought there by moving values alone.
+"""Positions in another order than the image's, such as MaxViT's windows, where the model only moved values.
 
-The nodes that moved them are copied onto the numbers of the grid's cells, and so tell where every position went.
+The nodes that moved them are run on the numbers of the grid's cells. The result says where every position went.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
-from ..tracing.graphs import ancestors, shape_of
-from .positions import PERMUTATIONS, Layout, called
+from ..tracing.graphs import ancestors, called, shape_of
+from .positionwise import PERMUTATIONS, Layout
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MOVES = (*PERMUTATIONS, "view", "reshape", "flatten", "unflatten", "contiguous", "clone")
@@ -23,13 +23,13 @@ _MOVES = (*PERMUTATIONS, "view", "reshape", "flatten", "unflatten", "contiguous"
 
 @dataclass(frozen=True)
 class Moves:
-    """How positions came into their order. Nodes are named, so that it holds for copies of their graph.
+    """How positions came into their order. Nodes are stored by name, so that it holds for copies of their graph.
 
     Attributes:
-        origin: The value in which positions are in the order of the image.
+        origin: The value whose positions are in the order of the image.
         layout: Its axes, BCHW or BHWC.
-        path: The nodes that move them from there, in order.
-        cells: The cell of the grid that each position holds at last.
+        path: The nodes that move the positions from there, in order.
+        cells: The cell of the grid that each position holds in the end.
     """
 
     origin: str
@@ -39,7 +39,7 @@ class Moves:
 
 
 def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two values of like shape, (B, ., C) or with a grid, that a node adds; None if it does no such thing."""
+    """The two values of equal shape, (B, ., C) or with a grid, that a node adds; None if it is no such addition."""
     if addition.target not in _ADDITIONS or len(addition.args) != 2 or addition.kwargs:
         return None
     a, b = addition.args
@@ -51,33 +51,32 @@ def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def residual_of(addition: fx.Node) -> fx.Node | None:
-    """The operand of an addition that passes by the other's branch, so is computed from less; None if it does no such thing."""
+    """The shortcut of a residual addition: the operand with fewer ancestors; None if it is no such addition."""
 
     def work(node: fx.Node) -> tuple[int, int]:
         above = ancestors(node)
-        return sum(n.op == "call_module" for n in above), len(
-            above
-        )  # a branch may be one module, and what passes it by many moves
+        modules = sum(n.op == "call_module" for n in above)  # first: a branch may be one module, a shortcut many moves
+        return modules, len(above)
 
     return min(operands(addition) or (), key=work, default=None)
 
 
 def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
-    """How the positions of `source` left the order of the image; None if nothing that was found moved them.
+    """How the positions of `source` left the order of the image; None if nothing is found that moved them.
 
-    They are followed up through what moves values, and through residual additions, and back down from the last
-    place where they are in the order of the image.
+    The search goes up through nodes that move values and through residual additions. Then the path from the last value in
+    image order down to `source` is replayed on cell numbers.
     """
     path: list[fx.Node] = []
     node: fx.Node | None = source
     while node is not None:
-        before = _moved(node, root)
+        before = _moved_from(node, root)
         if before is not None:
             path.insert(0, node)
         node = before or residual_of(node)
     for start in range(len(path)):
         for layout in ("BCHW", "BHWC"):
-            found = _followed(path[start:], layout, root)
+            found = _replayed(path[start:], layout, root)
             if found is not None:
                 return found if found.path else None
     return None
@@ -87,16 +86,16 @@ def copy_moves(graph: fx.Graph, origin: fx.Node, path: Sequence[fx.Node], start:
     """Copies `path` into `graph`, at its insertion point, onto `start` in place of `origin`.
 
     Raises:
-        ValueError: Something other than sizes of moved values is used.
+        ValueError: The path reads something other than moved values and their sizes.
     """
     copied = {origin: start}
 
     def copy(node: fx.Node) -> fx.Node:
         if node in copied:
             return copied[node]
-        passed = residual_of(node)
-        if passed:
-            return copy(passed)
+        shortcut = residual_of(node)
+        if shortcut:
+            return copy(shortcut)
         if node.op == "placeholder" or (shape_of(node) is not None and node not in path):
             raise ValueError(f"`{node.name}` does not follow from `{origin.name}` by moves alone")
         args, kwargs = fx.map_arg((node.args, node.kwargs), copy)
@@ -106,8 +105,8 @@ def copy_moves(graph: fx.Graph, origin: fx.Node, path: Sequence[fx.Node], start:
     return [copy(node) for node in path]
 
 
-def _moved(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The value that a node may do no more than move."""
+def _moved_from(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The input of a node that may do no more than move its values."""
     before = next((n for n in node.all_input_nodes if shape_of(n) is not None), None)
     shape = shape_of(node)
     if before is None or shape is None or prod(shape_of(before) or ()) != prod(shape):
@@ -118,8 +117,8 @@ def _moved(node: fx.Node, root: nn.Module) -> fx.Node | None:
     return before if called(node) in _MOVES else None
 
 
-def _followed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves | None:
-    """The moves of `path` from where cells are last in order, if it starts at a grid laid out so and does no more than move."""
+def _replayed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves | None:
+    """The moves of `path` from the last value in image order, if it starts at a grid of that layout and only moves values."""
     origin = next(n for n in path[0].all_input_nodes if shape_of(n) is not None)
     sizes = shape_of(origin) or ()
     if len(sizes) != 4:
@@ -131,7 +130,7 @@ def _followed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves
     try:
         part.output(tuple(copy_moves(part, origin, path, part.placeholder("cells"))))
         trial = fx.Interpreter(root, graph=part)
-        trial.extra_traceback = False  # a failure is an answer here
+        trial.extra_traceback = False  # a failure is a normal result here
         values: tuple[Tensor, ...] = trial.run(numbers.view(shapes[layout]))
     except MODEL_ERRORS:
         return None

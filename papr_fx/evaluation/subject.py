@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
-from ..passes.reduce_tokens import Reduction
+from ..passes.reduction import Reduction
 from ..planning import inputs
 from ..planning.module import sibling
 from ..proposals.named import LITE0, VIDEO_MODELS, image_model, proposal_for, video_model

@@ -39,9 +39,11 @@ from .reduction import (
     unravel,
     wide,
 )
+from .rows import TokenRows
 
 __all__ = [
     "Matching",
+    "TokenRows",
     "attention_weights",
     "choose_tokens",
     "count_windows",

@@ -1,7 +1,4 @@
-"""The functions that a rewritten graph calls: each is one node there.
-
-None of them reads a tensor's content on the host, and every count is a Python integer, so that CUDA graphs stay whole.
-"""
+"""Choosing positions, gathering them and writing them back."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from torch import Tensor
 
 
 def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resizes significance maps to a token grid (PaPr, Sec. 3.2): bicubic, or trilinear for clips, with aligned corners.
+    """Resizes saliency maps to a token grid (PaPr, Sec. 3.2): bicubic, trilinear for clips, with aligned corners.
 
     Args:
-        significance: Maps (B, h, w), or of clips (B, t, h, w).
-        grid: Rows and columns of the target grid, of clips (frames, rows, columns).
+        significance: Maps (B, h, w); (B, t, h, w) for clips.
+        grid: (rows, columns) of the target grid; (frames, rows, columns) for clips.
 
     Returns:
         The Patch Significance Map (B, *grid), float32 or the wider dtype of `significance`.
@@ -29,23 +26,23 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def keep_count(positions: int, z: float, prefix: int = 0) -> int:
-    """Number of positions kept of a grid: `int(z * all tokens)`, at least 1 and at most all of the grid.
+    """How many positions of a grid are kept: `int(z * all tokens)`, at least 1 and at most the whole grid.
 
     Args:
         positions: Positions of the grid.
         z: Keep ratio in (0, 1].
-        prefix: Tokens beside the grid that count towards the total and are kept anyway.
+        prefix: Tokens before the grid. They count towards the total and are always kept.
     """
     return min(positions, max(1, int((positions + prefix) * z)))
 
 
 def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
-    """Indices of the most significant positions (PaPr, Eq. 3), behind those of the prefix tokens.
+    """Indices of the most significant positions (PaPr, Eq. 3), after those of the prefix tokens.
 
     Args:
         psm: Significance of each position, (B, h, w) or (B, t, h, w).
         z: Keep ratio in (0, 1].
-        prefix: Tokens in front of the grid, all kept.
+        prefix: Tokens before the grid. All are kept.
 
     Returns:
         (B, prefix + k) int64: 0..prefix-1, then the k kept positions in no particular order.
@@ -57,40 +54,39 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
 
 
 def count_windows(size: int, offset: int, step: int) -> int:
-    """Number of windows that an unfolding takes along an axis of `size`: `(size + offset) // step + 1`."""
+    """Number of windows that `unfold` takes along an axis of `size`: `(size + offset) // step + 1`."""
     return (size + offset) // step + 1
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Picks tokens by index for each sample: (B, N, C) and (B, K) become (B, K, C).
+    """Gathers tokens by index, per sample: (B, N, C) and (B, K) become (B, K, C).
 
-    One `index_select` over all rows costs little more than a copy; `gather` would need the index expanded to C columns.
+    One `index_select` over all rows costs little more than a copy. `gather` would need the index expanded to C columns.
     """
     batch, count, width = tokens.shape
-    first_row = torch.arange(batch, device=keep.device).unsqueeze(1) * count  # (B, 1)
-    rows = tokens.reshape(batch * count, width).index_select(0, (keep + first_row).reshape(-1))
+    rows = tokens.reshape(batch * count, width).index_select(0, _flat_rows(keep, count))
     return rows.reshape(batch, -1, width)
 
 
 def kept_patches(keep: Tensor, prefix: int) -> Tensor:
-    """The kept patches (B, k), counted without the prefix tokens, of kept tokens (B, prefix + k)."""
+    """The kept patches (B, k) of kept tokens (B, prefix + k), numbered from the first patch on."""
     return keep[:, prefix:] - prefix
 
 
 def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int) -> Tensor:
-    """Picks, for each sample, the kept positions of a value that holds something for every position, or pair of positions.
+    """Gathers the kept entries of a table that holds one entry per position, or per pair of positions.
 
-    A rotary table (N, D) that meets queries (B, H, K, D) becomes (B, 1, K, D), with axes=[2] and rank=4; a relative-position
-    bias (1, H, N, N) becomes (B, H, K, K), with axes=[2, 3].
+    A rotary table (N, D) for queries (B, H, K, D) becomes (B, 1, K, D), with axes=[2] and rank=4. A relative-position bias
+    (1, H, N, N) becomes (B, H, K, K), with axes=[2, 3].
 
     Args:
-        value: Broadcastable to `rank` axes, of which the first is the batch.
+        value: The table. It broadcasts to `rank` axes, the batch first.
         keep: Kept positions (B, K).
-        axes: Where positions are counted, one or two of the axes behind the batch.
+        axes: The axes that count positions: one or two, never the batch.
         rank: Number of axes of the result.
 
     Returns:
-        `rank` axes, B first, K along each of `axes`.
+        A tensor of `rank` axes: B first, K along each of `axes`.
     """
     value = value.reshape((1,) * (rank - value.ndim) + tuple(value.shape))
     rows = value.movedim([0, *axes], list(range(len(axes) + 1)))  # (1 or B, N, ..., the rest)
@@ -103,39 +99,43 @@ def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int
 
 
 def with_prefix(keep: Tensor, prefix: int) -> Tensor:
-    """Kept positions (B, k) of a grid as kept tokens (B, prefix + k), those of the prefix first."""
+    """Kept positions (B, k) of a grid as kept tokens (B, prefix + k): the prefix tokens come first."""
     first = torch.arange(prefix, device=keep.device).expand(keep.shape[0], prefix)
     return torch.cat([first, keep + prefix], dim=1)
 
 
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
-    """Kept positions (B, k) of a grid as rows (B * k,) of the batch's B * h * w (* t) positions."""
-    count = prod(grid)
-    first_row = torch.arange(keep.shape[0], device=keep.device).unsqueeze(1) * count  # (B, 1)
-    return (keep + first_row).reshape(-1)
+    """Kept positions (B, k) of a grid as rows (B * k,) of all positions of the batch, B * h * w or B * t * h * w."""
+    return _flat_rows(keep, prod(grid))
+
+
+def _flat_rows(index: Tensor, count: int) -> Tensor:
+    """Indices (B, k) into the `count` rows of each sample, as rows (B * k,) of the whole batch."""
+    first_row = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * count  # (B, 1)
+    return (index + first_row).reshape(-1)
 
 
 def number_cells(keep: Tensor, grid: Sequence[int], layout: str) -> Tensor:
-    """The numbers of a grid's cells on the device of `keep`: (1, 1, h, w) for the layout BCHW, (1, h, w, 1) for BHWC."""
+    """Numbers the cells of a grid, on the device of `keep`: (1, 1, h, w) for the layout BCHW, (1, h, w, 1) for BHWC."""
     cells = torch.arange(grid[0] * grid[1], device=keep.device).view(1, 1, grid[0], grid[1])
     return cells.movedim(1, layout.index("C"))
 
 
 def moved_cells(keep: Tensor, cells: Tensor) -> Tensor:
-    """Where kept cells (B, k) are among positions that hold `cells`, all cells of the grid in another order."""
+    """The places of kept cells (B, k) in `cells`, a permutation of all cells of the grid."""
     cells = cells.flatten()  # (n,)
     places = torch.empty_like(cells).index_copy(0, cells, torch.arange(cells.shape[0], device=cells.device))
     return places[keep]
 
 
 def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> Tensor:
-    """Picks kept positions: (B, C, h, w), (B, h, w, C) or (B, h * w, C) become (B, C, k, 1), (B, k, 1, C) or (B, k, C).
+    """Gathers kept positions: (B, C, h, w), (B, h, w, C) or (B, h * w, C) become (B, C, k, 1), (B, k, 1, C) or (B, k, C).
 
     Args:
         x: Values of every position.
         rows: Flat indices (B * k,), see `pixel_rows`.
-        grid: Sizes that `rows` was made for, or their product where rows of `x` are windows.
-        layout: Axes of `x`: BCHW, BHWC, BNC or BCN; of clips, whose grid becomes k x 1 x 1, BCTHW or BTHWC.
+        grid: The sizes that `rows` was made for, or their product where `x` holds windows.
+        layout: Axes of `x`: BCHW, BHWC, BNC or BCN; BCTHW or BTHWC for clips, whose grid becomes k x 1 x 1.
 
     Raises:
         ValueError: The positions of `x` are not those of `grid`.
@@ -149,14 +149,14 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
 
 
 def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:
-    """Adds a branch computed for kept positions to its residual (PaPr, Eq. 4): zero-padded, the branch has the residual's size.
+    """Adds a branch that was computed for kept positions to its residual (PaPr, Eq. 4): elsewhere the branch is zero.
 
     Args:
         residual: (B, C, h, w), (B, h, w, C), (B, h * w, C) or (B, C, h * w), or with a grid (t, h, w).
-        branch: The same with k positions (k x 1 of a grid).
+        branch: The same with k positions, as a grid k x 1.
         rows: Flat indices (B * k,), see `pixel_rows`.
         layout: Axes of both: BCHW, BHWC, BNC, BCN, BCTHW or BTHWC.
-        background: At dropped positions, "keep" leaves the residual, "zero" leaves nothing.
+        background: What dropped positions hold: the residual ("keep"), or zeros ("zero").
 
     Returns:
         A tensor of the residual's shape.
@@ -174,9 +174,9 @@ def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, ba
 
 
 def _looked_up(dense: Tensor, kept: Tensor, rows: Tensor, background: str) -> Tensor:
-    """Has every position look up its branch: one CUDA kernel, where a scatter takes several, or a library call in bfloat16.
+    """Lets every position look up its branch: one CUDA kernel, where a scatter takes several, or a library call in bfloat16.
 
-    Not for gradients: all dropped positions would add theirs, of zero, to one row.
+    Not for training: all dropped positions would add their zero gradients to the same row.
     """
     numbers = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     places = torch.full_like(dense[:, 0], -1, dtype=torch.int32).index_copy(0, rows, numbers)  # (B * h * w,)
@@ -185,12 +185,12 @@ def _looked_up(dense: Tensor, kept: Tensor, rows: Tensor, background: str) -> Te
 
 
 def mask_positions(x: Tensor, mask: Tensor, layout: str, grid: Sequence[int]) -> Tensor:
-    """Multiplies every position of `x` by its entry in `mask`, (B, h * w)."""
+    """Multiplies every position of `x` by its entry of `mask`, (B, h * w)."""
     sizes = {"B": mask.shape[0], "C": 1, "N": mask.shape[1]} | dict(zip("THW"[-len(grid) :], grid, strict=True))
     return x * mask.view([sizes[letter] for letter in layout])
 
 
 def _as_rows(x: Tensor, channels: int) -> Tensor:
-    """The channels of every position as one row: a view of channels-last memory, else a copy."""
+    """The channels of every position as one row: a view of channels-last memory, otherwise a copy."""
     last = x.movedim(channels, -1)
     return last.reshape(-1, last.shape[-1])

@@ -2,57 +2,66 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ..dataflow.positions import Positions, Verdict
+from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
-from ..passes import prune_pixels, prune_tokens
-from ..passes.prune_pixels import Left, Site
+from ..passes import prune_pixels
+from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
-from ..tracing.blocks import find_blocks
+from ..tracing.blocks import block_calls, find_blocks
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import cut, propagate, shape_of
+from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from . import inputs
 from .module import PrunedModule
-from .plan import Pixels, Plan
+from .plan import PixelPlan, Plan, Refused, Target
+from .sizes import grids_follow
+
+
+class _Found(NamedTuple):
+    """The sites of a traced graph, and the residual branches that are none."""
+
+    sites: tuple[PixelSite, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def prune_by_pixels(
-    model: nn.Module, images: Tensor, layout: str, proposal: Callable[[], SignificanceNet], z: float, background: str
+    request: inputs.Request, proposal: Callable[[], SignificanceNet], z: float, background: str
 ) -> PrunedModule:
-    """Builds the model whose pixel operators run on `z` of the positions, below 1; not yet proved.
+    """Builds the model whose pixel operators run on `z` of the positions, below 1. Not yet proved.
 
     Raises:
         NoSiteError: No residual branch can be pruned; the message names the nearest miss.
         TraceError: The model's forward cannot be recorded.
     """
-    known: dict[Any, Verdict] = {}
-    opened, alone = _opened(model, images, known)
+    model, images, layout = request
+    cache: VerdictCache = {}
+    opened, skipped = _opened(request, cache)
     for name in opened:
         inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-    traces = {mode: trace(model, images, lambda _, name: name in opened, training=mode) for mode in (False, True)}
-    traces[True] = traces[True].beside(traces[False])
-    found = {mode: _sites(model, traced, known, training=mode) for mode, traced in traces.items()}
-    if not found[False][0]:
-        raise _no_site(model, found[False][1])
-    dense: dict[bool, fx.Graph | str] = {mode: traced.graph for mode, traced in traces.items()}
-    if str(dense[True]) == str(dense[False]):
-        dense[True] = dense[False]
-    sites = {mode: pair[0] for mode, pair in found.items()}
-    left = {False: alone, True: found[True][1]}
-    if not sites[True]:
-        dense[True] = f"none of its pixel operators treats positions alone in training: {left[True][-1].reason}"
-    root = traces[False].root(model, traces[True])
-    dynamic = _takes_other_sizes(root, traces[False].graph, images, layout, sites[False])
-    operator = Pixels(sites, left, background)
-    plan = Plan(type(model).__name__, dense, operator, frozenset(opened), dynamic, tuple(images.shape), layout, z)
-    plan.dense_graph(model.training)
+
+    def is_opened(_: nn.Module, name: str) -> bool:
+        return name in opened
+
+    traced = trace(model, images, is_opened)
+    in_training = trace(model, images, is_opened, training=True).beside(traced)
+    found = _find(model, traced, cache, training=False)
+    if not found.sites:
+        raise _no_site(model, found.skipped)
+    eval_plan = PixelPlan(traced.graph, found.sites, skipped, background, training=False)
+    train_plan = _training_plan(eval_plan, in_training, _find(model, in_training, cache, training=True))
+    root = traced.root(model, in_training)
+    whole = cut(scratch_copy(root), traced.graph, *traced.graph.output_node().all_input_nodes)
+    dynamic = grids_follow(whole, images, layout, [(site.rows, site.origin) for site in found.sites])
+    target = Target(z, layout, dynamic)
+    plan = Plan(type(model).__name__, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target)
+    plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()
     try:
         return PrunedModule(root, plan)
@@ -61,104 +70,72 @@ def prune_by_pixels(
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
-    """Whether the model is no trunk of tokens: by its layout, several grids, or what its blocks return or convolve."""
-    choices = gm.plan.choices(gm.training)
+    """Whether a model keeps a spatial layout: several grids, values with a grid, or convolutions in its blocks."""
+    mode = gm.plan.mode(gm.training)
+    choices = mode.choices()
     if len(choices) > 1 or any(len(choice.layout) > 3 for choice in choices):
         return True
     blocks = find_blocks(model)
-    calls = prune_tokens.calls(gm.plan.dense_graph(gm.training), blocks)
-    if any(len(shape_of(nodes[-1]) or ()) > 3 for _, nodes in calls):
+    if any(len(shape_of(nodes[-1]) or ()) > 3 for _, nodes in block_calls(mode.dense, blocks)):
         return True
     inside = (module for name in blocks for module in model.get_submodule(name).modules())
     return any(isinstance(module, nn.Conv2d | nn.Conv3d) and prod(module.kernel_size) > 1 for module in inside)
 
 
-def _opened(model: nn.Module, images: Tensor, known: dict[Any, Verdict]) -> tuple[set[str], tuple[Left, ...]]:
-    """Which modules to trace through: those with an operator's parts and other things in them. All others stay whole.
+def _training_plan(eval_plan: PixelPlan, traced: Traced, found: _Found) -> PixelPlan | Refused:
+    if not found.sites:
+        return Refused(f"none of its pixel operators is position-wise in training: {found.skipped[-1].reason}")
+    dense = eval_plan.dense if same_graph(traced.graph, eval_plan.dense) else traced.graph
+    return PixelPlan(dense, found.sites, found.skipped, eval_plan.background, training=True)
 
-    Beside them, what is left alone, seen with every module traced through, so that reasons name the smallest part.
+
+def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tuple[Skipped, ...]]:
+    """Which modules to trace through: those that hold parts of an operator and other things. All others stay whole.
+
+    Also what is skipped, seen with every module traced through, so that reasons name the smallest part.
     """
-    traced = trace(model, images, lambda module, _: any(True for _ in module.children()))
-    sites, left = _sites(model, traced, known, training=False)
-    if not sites:
-        raise _no_site(model, left)
+    model = request.model
+    traced = trace(model, request.images, lambda module, _: any(True for _ in module.children()))
+    found = _find(model, traced, cache, training=False)
+    if not found.sites:
+        raise _no_site(model, found.skipped)
     owners: dict[str, tuple[str, ...]] = {node.name: node.meta["inside"] for node in traced.graph.nodes}
-    whole = Counter(owner for names in owners.values() for owner in names)
+    total = Counter(owner for names in owners.values() for owner in names)
     opened: set[str] = set()
-    for site in sites:
+    for site in found.sites:
         masked = {name for name, _ in site.masked}
-        alone = [name for name in site.region if name not in masked]
-        inside = Counter(owner for name in alone for owner in owners[name])
-        closed = {owner for owner, count in inside.items() if count == whole[owner]}
-        visible = [site.merge, site.residual, site.branch, site.origin[0], *site.region, *(name for name, _ in site.entries)]
+        inside = Counter(owner for name in site.region if name not in masked for owner in owners[name])
+        whole = {owner for owner, count in inside.items() if count == total[owner]}  # modules inside the operator
+        visible = [site.addition, site.residual, site.branch, site.origin.node, *site.region, *(n for n, _ in site.entries)]
         visible += site.moves.path if site.moves else ()
-        opened.update(owner for name in visible for owner in owners[name] if owner not in closed)
-    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, left
+        opened.update(owner for name in visible for owner in owners[name] if owner not in whole)
+    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, found.skipped
 
 
-def _sites(
-    model: nn.Module, traced: Traced, known: dict[Any, Verdict], *, training: bool
-) -> tuple[tuple[Site, ...], tuple[Left, ...]]:
-    """The sites of a traced graph; not those in which Python went on with a number that pruning changes."""
+def _find(model: nn.Module, traced: Traced, cache: VerdictCache, *, training: bool) -> _Found:
+    """The sites of a traced graph, without those in which code reads a number that pruning changes."""
     root = traced.root(model)
-    sites, left = prune_pixels.find_sites(traced.graph, root, Positions(root, known, training=training))
+    sites, skipped = prune_pixels.find_sites(traced.graph, root, PositionwiseProbe(root, cache, training=training))
     fixed = {site: read for site in sites if (read := _read_inside(traced.recorded, site))}
-    refused = tuple(Left(site.merge, f"`{read}` is read there as a Python number or length") for site, read in fixed.items())
-    return tuple(site for site in sites if site not in fixed), (*left, *refused)
+    refused = tuple(Skipped(s.addition, f"`{read}` is read there as a Python number or length") for s, read in fixed.items())
+    return _Found(tuple(site for site in sites if site not in fixed), (*skipped, *refused))
 
 
-def _read_inside(recorded: fx.Graph, site: Site) -> str | None:
-    """The name of a value that Python read from inside the site's region, if any."""
+def _read_inside(recorded: fx.Graph, site: PixelSite) -> str | None:
+    """The name of a value in the site's region that code read as a number, if any."""
     inside = set(site.region)
     for node in recorded.nodes:
-        if node.name in inside or (node.name != site.merge and any(n.name in inside for n in node.all_input_nodes)):
+        if node.name in inside or (node.name != site.addition and any(n.name in inside for n in node.all_input_nodes)):
             inside.add(node.name)
             if "read" in node.meta:
                 return node.name
     return None
 
 
-def _no_site(model: nn.Module, left: Iterable[Left]) -> NoSiteError:
-    reasons = [f"`{miss.merge}`, {miss.reason}" for miss in left]
+def _no_site(model: nn.Module, skipped: Iterable[Skipped]) -> NoSiteError:
+    reasons = [f"`{miss.addition}`, {miss.reason}" for miss in skipped]
     found = f"the nearest miss is {reasons[-1]}" if reasons else "found no residual addition whose branch holds one"
     return NoSiteError(
         f"{type(model).__name__} has no pixel operator to prune: sought a residual branch with a Linear or 1x1 convolution "
-        f"that treats every position alone, {found}"
+        f"that treats every position independently, {found}"
     )
-
-
-def _takes_other_sizes(root: nn.Module, graph: fx.Graph, images: Tensor, layout: str, sites: Sequence[Site]) -> bool:
-    """Whether the model runs on images of other sizes, and its grids follow them; tried on shapes alone.
-
-    They do not where a grid holds padding, or where two grids are alike at the traced size by chance.
-    """
-    height, width = images.shape[-2:]
-    whole = cut(scratch_copy(root), graph, *graph.output_node().all_input_nodes)
-    rows, columns = (side // count for side, count in zip((height, width), sites[0].grid[-2:], strict=True))  # of a position
-    shapes = inputs.other_sizes(images, layout, (height + rows, width + 3 * columns))
-    answers = [_follows(whole, images, layout, shape, sites) for shape in shapes]
-    taken = [answer for answer in answers if answer is not None]
-    return bool(taken) and all(taken)
-
-
-def _follows(whole: fx.GraphModule, images: Tensor, layout: str, shape: tuple[int, ...], sites: Sequence[Site]) -> bool | None:
-    """Whether grids grow with the image, and like ones alike, on images of that size; None if the model refuses it."""
-    try:
-        propagate(whole, whole.graph, images.new_empty(shape))
-    except TraceError:
-        return None
-    shapes = {node.name: shape_of(node) or () for node in whole.graph.nodes}
-    grids: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
-    for site in sites:
-        name, axes = site.origin
-        if max(axes) >= len(shapes[name]):  # a module joined them inside
-            return False
-        grids[site.grid].add(tuple(shapes[name][axis] for axis in axes))
-    axes = [layout.index(letter) for letter in "THW" if letter in layout]
-    scale = [shape[axis] / images.shape[axis] for axis in axes]
-    return all(
-        abs(count - before * by) < 1
-        for grid, found in grids.items()
-        for counts in found
-        for count, before, by in zip(counts, grid, scale, strict=True)
-    ) and all(len(found) == 1 for found in grids.values())

@@ -1,10 +1,10 @@
-"""What `transform` is given, checked before anything is built: models, image shapes and option words."""
+"""Checks of what `transform` gets, before anything is built: models, image shapes and options."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,39 @@ _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
 BACKGROUNDS = ("auto", "keep", "zero")
 OUTPUTS = ("logits", "features")
 _LIKELY = {False: "1, 3, 224, 224", True: "1, 3, 16, 224, 224"}
+
+
+class Request(NamedTuple):
+    """A model to rewrite.
+
+    Attributes:
+        model: The model.
+        images: Images or clips to trace it with, (1, C, H, W). Only shape, dtype and device matter.
+        layout: Their axes by letter: BCHW; BCTHW or BTCHW for clips.
+    """
+
+    model: nn.Module
+    images: Tensor
+    layout: str
+
+
+def checked_request(model: object, output: object, example_input: object, *, with_weights: bool) -> Request:
+    """The model and the images to trace it with, checked.
+
+    Args:
+        model: The model.
+        output: What the result returns, one of `OUTPUTS`.
+        example_input: See `example_images`.
+        with_weights: Whether the model must have weights.
+
+    Raises:
+        ArgumentError: One of them cannot be used.
+    """
+    checked = with_output(checked_model(model), checked_word("output", output, OUTPUTS))
+    images = example_images(checked, example_input)
+    if images.is_meta and with_weights:
+        raise ArgumentError("model has no weights (meta device), so nothing can be proved on it: pass verify=False")
+    return Request(checked, images, layout_of(checked, images))
 
 
 def checked_model(model: object) -> nn.Module:
@@ -65,7 +98,7 @@ def checked_model(model: object) -> nn.Module:
 
 
 def with_output(model: nn.Module, output: str) -> nn.Module:
-    """The model itself for "logits"; for "features" one that shares all with it and returns its `forward_features`.
+    """The model itself for "logits"; for "features" a model over the same modules that returns its `forward_features`.
 
     Raises:
         ArgumentError: The model has no `forward_features`.
@@ -75,7 +108,7 @@ def with_output(model: nn.Module, output: str) -> nn.Module:
     kind = type(model)
     if not hasattr(kind, "forward_features"):
         raise ArgumentError(
-            f"output='features' calls forward_features, as timm's models have it, but {kind.__name__} has none: pass the "
+            f"output='features' calls forward_features, a method of timm's models, but {kind.__name__} has none: pass the "
             "backbone itself, whose output is its features"
         )
     headless = copy.copy(model)
@@ -84,7 +117,7 @@ def with_output(model: nn.Module, output: str) -> nn.Module:
 
 
 def check_no_hooks(module: nn.Module, name: str) -> None:
-    """Raises `ArgumentError` if a module that is to be traced through has forward hooks."""
+    """Raises `ArgumentError` if a module that must be traced through has forward hooks."""
     if module._forward_hooks or module._forward_pre_hooks:
         raise ArgumentError(
             f"{name} has forward hooks, which a graph of its forward would not run: remove them before transform()"
@@ -92,7 +125,7 @@ def check_no_hooks(module: nn.Module, name: str) -> None:
 
 
 def example_images(model: nn.Module, given: object) -> Tensor:
-    """Images or clips of the shape to trace with, in the model's dtype and on its device; their content does not matter.
+    """Images or clips of the shape to trace with, in the model's dtype and on its device. Their content does not matter.
 
     Args:
         model: The model.
@@ -118,7 +151,7 @@ def example_images(model: nn.Module, given: object) -> Tensor:
 
 
 def layout_of(model: nn.Module, images: Tensor) -> str:
-    """Axes of what a model takes, by letter: BCHW for images, BCTHW or BTCHW for clips of T frames.
+    """Axes of a model's input, by letter: BCHW for images, BCTHW or BTCHW for clips of T frames.
 
     Raises:
         ArgumentError: Clips with as many frames as channels, or with another number of channels than the model takes.
@@ -131,21 +164,9 @@ def layout_of(model: nn.Module, images: Tensor) -> str:
         if len(found) == 1:
             return found[0]
     raise ArgumentError(
-        f"clips {tuple(images.shape)} do not tell frames from the {next(iter(likely))} channels: give example_input with "
+        f"clips {tuple(images.shape)} do not tell frames from the {next(iter(likely))} channels: pass example_input with "
         "another number of frames, as (B, C, T, H, W) or (B, T, C, H, W)"
     )
-
-
-def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Shapes of single images or clips of other sizes: twice as large, of another aspect, (H, W) of `more`, twice as long."""
-    height, width = images.shape[-2:]
-    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), *more]
-    shapes: list[tuple[int, ...]] = [(1, *images.shape[1:-2], *size) for size in sizes]
-    if "T" in layout:
-        shape = [1, *images.shape[1:]]
-        shape[layout.index("T")] *= 2
-        shapes.append(tuple(shape))
-    return shapes
 
 
 def checked_word(name: str, value: object, words: Iterable[str]) -> str:
@@ -195,7 +216,7 @@ def _image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def _frames(model: nn.Module) -> tuple[int, ...]:
-    """The number of frames of a clip model of transformers, whose clips are (B, T, C, H, W); none for images."""
+    """The number of frames of a clip model of transformers, whose clips are (B, T, C, H, W); empty for images."""
     config = getattr(model, "config", None)
     for attribute in ("num_frames", "frames_per_clip"):
         frames = getattr(config, attribute, None)
@@ -205,7 +226,7 @@ def _frames(model: nn.Module) -> tuple[int, ...]:
 
 
 def _channels(model: nn.Module, *kinds: type[nn.Conv2d | nn.Conv3d]) -> int:
-    """Input channels of the first convolution; 3 where there is none."""
+    """Input channels of the first convolution; 3 if there is none."""
     for module in model.modules():
         if isinstance(module, kinds or (nn.Conv2d, nn.Conv3d)):
             return module.in_channels

@@ -1,16 +1,26 @@
-"""What a rewritten graph follows from: the dense graphs, the operator that is pruned, and the keep ratio."""
+"""Everything a rewritten graph follows from: per mode the dense graph and its sites, and the keep ratio."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ..dataflow.positions import Layout
+from ..dataflow.positionwise import Layout
+from ..dataflow.repairs import Repairs
 from ..errors import NoSiteError
+from ..ops import TokenRows
 from ..passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
+from ..passes.reduce_tokens import ReductionSites, Remaining
+from ..passes.reduction import Reduction
+from ..tracing.graphs import nodes_by_name
+from ..tracing.roles import Kind, find
+
+# Called with the name of a pass and the graph after it.
+Stage = Callable[[str, fx.Graph], None]
 
 
 @dataclass(frozen=True)
@@ -18,172 +28,242 @@ class Choice:
     """One choice of positions in a rewritten graph.
 
     Attributes:
-        suffix: Ends the names of its nodes: `papr_psm{suffix}`, `papr_keep{suffix}`.
-        grid: Rows and columns on the traced images, of clips (frames, rows, columns).
-        prefix: Tokens in front of the grid, always kept.
-        stream: The node of the dense graph whose positions are in this order.
+        number: Which one; the same as in the roles of its nodes.
+        rows: The grid on the traced images, and the tokens before it.
+        stream: Name of a node of the dense graph whose positions are in this order.
         layout: Axes of its value.
-        where: Words that name the place.
+        where: Words that say where it is made.
     """
 
-    suffix: str
-    grid: tuple[int, ...]
-    prefix: int
+    number: int
+    rows: TokenRows
     stream: str
     layout: Layout
     where: str
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Tokens are dropped in front of the first block.
+class Target:
+    """What a rewrite aims at, in either mode.
 
     Attributes:
-        blocks: Qualified names of the trunk's repeated blocks.
-        positions: What else must change for the blocks to run on fewer tokens, for both values of `training`.
-        reduction: How tokens become fewer from block to block, if they do.
-        reduced: Where, for both values of `training`.
+        z: Keep ratio in (0, 1].
+        layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
+        dynamic: Whether the model takes several image sizes, so that grids are read at run time.
     """
 
-    blocks: tuple[str, ...]
-    positions: Mapping[bool, gather_positions.Found]
-    reduction: reduce_tokens.Reduction | None
-    reduced: Mapping[bool, reduce_tokens.Found]
-    mode = "tokens"
-    follows_training = False
-
-    def rewrite(self, graph: fx.Graph, plan: Plan, training: bool) -> None:
-        """Rewrites a traced graph of the model, in place."""
-        site = prune_tokens.find_site(graph, self.blocks)
-        before = site.stream.next
-        grid = prune_tokens.runtime_grid(graph, site, before) if plan.dynamic else site.grid
-        keep = None
-        if plan.z < 1:
-            images = splice_proposal.find_site(graph)
-            keep = splice_proposal.rewrite(graph, images, before, grid, plan.z, prefix=site.prefix)
-            gather_positions.rewrite(graph, self.positions[training], site.stream, keep, site.prefix)
-            prune_tokens.rewrite(graph, site, keep)
-        if self.reduction and self.reduction.r:
-            reduce_tokens.rewrite(graph, self.reduced[training], self.reduction, grid=grid, prefix=site.prefix, keep=keep)
-
-    def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:
-        """What is chosen in the dense `graph`: one set of tokens."""
-        site = prune_tokens.find_site(graph, self.blocks)
-        where = f"at `{site.stream.name}` in front of `{site.block}`"
-        return (Choice("", site.grid, site.prefix, site.stream.name, "BNC", where),)
+    z: float
+    layout: str
+    dynamic: bool
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """Pixel operators run on some positions at each of `sites`, for both values of `training`."""
+class TokenPlan:
+    """One mode of a token model: tokens are dropped before the first block.
 
-    sites: Mapping[bool, tuple[prune_pixels.Site, ...]]
-    left: Mapping[bool, tuple[prune_pixels.Left, ...]]
-    background: str
-    mode = "pixels"
+    Attributes:
+        dense: The traced graph.
+        blocks: Qualified names of the trunk's repeated blocks.
+        repairs: What else must change for the blocks to run on fewer tokens.
+        reduction: How tokens become fewer from block to block, if they do.
+        reduced: Where.
+    """
+
+    dense: fx.Graph
+    blocks: tuple[str, ...]
+    repairs: Repairs = Repairs()
+    reduction: Reduction | None = None
+    reduced: ReductionSites = ReductionSites()
+    kind = "tokens"
 
     @property
-    def follows_training(self) -> bool:
-        """Whether the rewrite differs in training mode even where the dense graph does not."""
-        return self.background == "auto" and any(site.convolution for site in self.sites[True])
+    def reduces(self) -> bool:
+        """Whether tokens become fewer from block to block."""
+        return self.reduction is not None and self.reduction.r > 0
 
-    def rewrite(self, graph: fx.Graph, plan: Plan, training: bool) -> None:
-        """Rewrites a traced graph of the model, in place."""
-        prune_pixels.rewrite(
-            graph,
-            self.sites[training],
-            plan.z,
-            self.background,
-            layout=plan.layout,
-            training=training,
-            dynamic=plan.dynamic,
+    def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
+        """Rewrites `graph`, a traced graph of the model, in place."""
+        site = prune_tokens.find_site(graph, self.blocks)
+        before = site.stream.next
+        grid = prune_tokens.runtime_grid(graph, site, before) if target.dynamic else site.rows.grid
+        keep = None
+        if target.z < 1:
+            images = splice_proposal.find_site(graph)
+            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix)
+            keep = splice_proposal.rewrite(graph, images, before, selection)
+            stage("splice_proposal", graph)
+            gather_positions.rewrite(graph, self.repairs, site, keep)
+            stage("gather_positions", graph)
+            prune_tokens.rewrite(graph, site, keep)
+            stage("prune_tokens", graph)
+        if self.reduction is not None and self.reduces:
+            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows.prefix, keep))
+            stage("reduce_tokens", graph)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What is chosen: one set of tokens."""
+        site = prune_tokens.find_site(self.dense, self.blocks)
+        where = f"at `{site.stream.name}` before `{site.block}`"
+        return (Choice(0, site.rows, site.stream.name, "BNC", where),)
+
+
+@dataclass(frozen=True)
+class PixelPlan:
+    """One mode of a hierarchical model: pixel operators run on some positions.
+
+    Attributes:
+        dense: The traced graph.
+        sites: The pixel operators.
+        skipped: Residual branches that stay dense.
+        background: What dropped positions hold afterwards: "keep", "zero" or "auto".
+        training: Which mode.
+    """
+
+    dense: fx.Graph
+    sites: tuple[PixelSite, ...]
+    skipped: tuple[Skipped, ...]
+    background: str
+    training: bool
+    kind = "pixels"
+    reduces = False
+
+    def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
+        """Rewrites `graph`, a traced graph of the model, in place."""
+        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic)
+        prune_pixels.rewrite(graph, self.sites, choice)
+        stage("prune_pixels", graph)
+
+    def without(self, additions: Collection[str], reason: str) -> PixelPlan:
+        """The same plan, except that the operators that feed `additions` stay dense."""
+        dropped = (site for site in self.sites if site.addition in additions)
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if site.addition not in additions),
+            skipped=(*self.skipped, *(Skipped(site.addition, f"`{site.name}`: {reason}") for site in dropped)),
         )
 
-    def without(self, merges: Collection[str], reason: str) -> Pixels:
-        """The same but for the operators that feed `merges`, which are left alone."""
-        sites = dict(self.sites)
-        left = dict(self.left)
-        for mode, some in self.sites.items():
-            sites[mode] = tuple(site for site in some if site.merge not in merges)
-            dropped = (site for site in some if site.merge in merges)
-            left[mode] = (*left[mode], *(prune_pixels.Left(site.merge, f"`{site.name}`: {reason}") for site in dropped))
-        return replace(self, sites=sites, left=left)
+    def backgrounds(self) -> list[str]:
+        """What dropped positions of each site hold afterwards: "keep" or "zero"."""
+        return [prune_pixels.background_of(site, self.background, self.training) for site in self.sites]
 
-    def choices(self, graph: fx.Graph, training: bool) -> tuple[Choice, ...]:
-        """What is chosen in the dense graph: one set of positions for each grid."""
-        first = {site.grid: site for site in reversed(self.sites[training])}
+    def choices(self) -> tuple[Choice, ...]:
+        """What is chosen: one set of positions per grid."""
+        first = {site.rows.grid: site for site in reversed(self.sites)}
+        grids = dict.fromkeys(site.rows.grid for site in self.sites)
         return tuple(
-            Choice(
-                f"_{'x'.join(map(str, grid))}",
-                grid,
-                0,
-                *first[grid].ordered,
-                f"on grid {grid}, first for `{first[grid].merge}`",
-            )
-            for grid in dict.fromkeys(site.grid for site in self.sites[training])
+            Choice(number, TokenRows(grid), *first[grid].ordered, f"on grid {grid}, first for `{first[grid].addition}`")
+            for number, grid in enumerate(grids)
         )
+
+
+ModePlan = TokenPlan | PixelPlan
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A mode in which the model cannot be pruned, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a rewritten graph follows from, so that another keep ratio is one more rewrite of the dense graph.
+    """Everything a rewritten graph follows from, so that another keep ratio is one more rewrite of the dense graph.
 
     Attributes:
         name: Class name of the model.
-        dense: The traced graph for each value of `training`; a text is the reason why there is none.
-        operator: What is pruned.
+        eval: The plan for eval mode.
+        train: The plan for training mode. It is that for eval mode itself where both have the same graph.
         opened: Qualified names of the modules that were traced through.
-        dynamic: Whether the model takes several image sizes, so that the grid is read at run time.
-        shape: Shape of the images that the graph was traced with.
-        layout: Its axes by letter: BCHW, or BCTHW or BTCHW for clips.
-        z: Keep ratio in (0, 1].
+        shape: Shape of the images that the graphs were traced with.
+        target: Keep ratio and geometry.
         output: What the module returns: "logits", as the model's forward does, or "features".
+        fallback: Why a model was pruned by pixels although tokens come first; empty otherwise.
     """
 
     name: str
-    dense: Mapping[bool, fx.Graph | str]
-    operator: Tokens | Pixels
+    eval: ModePlan
+    train: ModePlan | Refused
     opened: frozenset[str]
-    dynamic: bool
     shape: tuple[int, ...]
-    layout: str
-    z: float
+    target: Target
     output: str = "logits"
+    fallback: str = ""
 
     @property
-    def reduction(self) -> reduce_tokens.Reduction | None:
-        """How tokens become fewer from block to block, if they do."""
-        return self.operator.reduction if isinstance(self.operator, Tokens) else None
+    def z(self) -> float:
+        """Keep ratio in (0, 1]."""
+        return self.target.z
 
     @property
-    def pruning(self) -> Plan:
-        """The same without a reduction."""
-        operator = replace(self.operator, reduction=None) if isinstance(self.operator, Tokens) else self.operator
-        return replace(self, operator=operator)
+    def kind(self) -> str:
+        """What is pruned: "tokens" or "pixels"."""
+        return self.eval.kind
 
     @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
-        return self.dense[True] is self.dense[False] and not self.operator.follows_training
+        if self.train is self.eval:
+            return True
+        if not isinstance(self.train, PixelPlan) or not isinstance(self.eval, PixelPlan):
+            return False
+        same_sites = self.train.dense is self.eval.dense and self.train.sites == self.eval.sites
+        return same_sites and self.train.backgrounds() == self.eval.backgrounds()
+
+    def mode(self, training: bool) -> ModePlan:
+        """The plan of one mode.
+
+        Raises:
+            NoSiteError: The model cannot be pruned in it.
+        """
+        found = self.train if training else self.eval
+        if isinstance(found, Refused):
+            raise NoSiteError(f"{self.name} cannot be pruned in {'training' if training else 'eval'} mode: {found.reason}")
+        return found
+
+    def at(self, z: float) -> Plan:
+        """The same plan for another keep ratio."""
+        return replace(self, target=replace(self.target, z=z))
+
+    def reducing(self, reduction: Reduction | None) -> Plan:
+        """The same plan of a token model with another reduction, or with none."""
+        modes = (self.eval, self.train)
+        changed = [replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode for mode in modes]
+        train = changed[0] if self.train is self.eval else changed[1]
+        return replace(self, eval=changed[0], train=train)
+
+    def without(self, additions: Collection[str], reason: str) -> Plan:
+        """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""
+        modes = (self.eval, self.train)
+        changed = [mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode for mode in modes]
+        return replace(self, eval=changed[0], train=changed[1])
 
     def dense_graph(self, training: bool) -> fx.Graph:
         """A copy of the traced graph."""
-        graph = self.dense[training]
-        if isinstance(graph, str):
-            raise NoSiteError(f"{self.name} cannot be pruned in {'training' if training else 'eval'} mode: {graph}")
-        return copy.deepcopy(graph)
+        return copy.deepcopy(self.mode(training).dense)
 
-    def rewrite(self, training: bool) -> fx.Graph:
-        """The graph for keep ratio `z`: the dense one at 1 but for a reduction, as nothing is left to choose."""
+    def rewrite(self, training: bool, stage: Stage = lambda name, graph: None) -> fx.Graph:
+        """The graph for keep ratio `z`. At 1 it is the dense one, unless tokens are reduced: nothing is left to choose."""
         graph = self.dense_graph(training)
-        return graph if self.z == 1 and not self.reduction else self.prune(graph, training)
+        stage("trace", graph)
+        return self.prune(graph, training, stage) if self.z < 1 or self.mode(training).reduces else graph
 
-    def prune(self, graph: fx.Graph, training: bool) -> fx.Graph:
+    def prune(self, graph: fx.Graph, training: bool, stage: Stage = lambda name, graph: None) -> fx.Graph:
         """Rewrites a traced graph of the model, in place, and returns it."""
-        self.operator.rewrite(graph, self, training)
+        self.mode(training).prune(graph, self.target, stage)
         graph.lint()
         return graph
 
     def choices(self, training: bool) -> tuple[Choice, ...]:
         """Where positions are chosen, in order."""
-        return self.operator.choices(self.dense_graph(training), training)
+        return self.mode(training).choices()
+
+
+def stream_of(graph: fx.Graph, choice: Choice) -> fx.Node:
+    """The node of a dense graph whose positions are in the order of `choice`."""
+    return nodes_by_name(graph)[choice.stream]
+
+
+def keep_of(graph: fx.Graph, choice: Choice) -> fx.Node:
+    """The node of a rewritten graph that holds the kept indices of `choice`."""
+    return find(graph, Kind.KEEP, choice.number)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from math import prod
 
 from tabulate import tabulate
 from torch import fx
 
-from ..ops.positions import keep_count
-from ..passes import prune_pixels, prune_tokens
+from ..ops import TokenRows
+from ..passes import prune_tokens
 from ..planning.module import PrunedModule, checked_module
-from ..planning.plan import Pixels, Plan, Tokens
+from ..planning.plan import PixelPlan, TokenPlan
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.macs import count_macs_by_node
+from ..tracing.roles import Kind, find, find_all
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class SiteReport:
 
     Attributes:
         name: For tokens, the node whose positions are gathered and the module it feeds; for pixels, the operator's last layer.
-        grid: Rows and columns, of clips (frames, rows, columns).
-        prefix: Tokens beside the grid, always kept.
+        grid: (rows, columns); (frames, rows, columns) for clips.
+        prefix: Tokens before the grid, always kept.
         dense: Positions before, the prefix included.
         kept: Positions after, the prefix included.
-        dense_macs: Multiply-accumulates, for one image, of what runs on these positions alone: a pixel operator, or all that
-            follows the tokens.
+        dense_macs: Multiply-accumulates per image of what runs on these positions: a pixel operator, or everything after the
+            tokens.
         pruned_macs: The same after pruning.
-        background: What stands at dropped positions: "keep" (the residual), "zero", or nothing for tokens.
+        background: What dropped positions hold afterwards: "keep" (the residual) or "zero"; empty for tokens.
     """
 
     name: str
@@ -53,11 +53,12 @@ class Report:
         z: Keep ratio.
         sites: Where positions are dropped.
         left_alone: Residual branches that stay dense, each with the reason.
-        dense_macs: Multiply-accumulates of the dense model for one image.
-        pruned_macs: The same of the rewritten model, the proposal left out.
-        proposal_macs: The same of the proposal, 0 at z=1, where it does not run.
-        reduced: Where tokens become fewer behind that: (block, tokens before, tokens behind), prefix tokens included.
-        per_frame: Whether the proposal is a network of images, which sees each frame of a clip alone.
+        dense_macs: Multiply-accumulates of the dense model per image.
+        pruned_macs: The same of the rewritten model, without the proposal.
+        proposal_macs: The same of the proposal; 0 at z=1, where it does not run.
+        reduced: Where tokens are reduced after that: (block, tokens before, tokens after), prefix tokens included.
+        per_frame: Whether the proposal is a network of images, which sees each frame of a clip independently.
+        fallback: Why tokens were not pruned although they come first; empty if they were, or if pixels were asked for.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Report:
     proposal_macs: int
     reduced: tuple[tuple[str, int, int], ...]
     per_frame: bool
+    fallback: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -102,7 +104,9 @@ class Report:
             (first, before, _), (last, _, behind) = self.reduced[0], self.reduced[-1]
             left = f"\nreduced: {before} tokens to {behind}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
         if self.per_frame:
-            left = f"\nproposal: a network of images, run on each frame alone{left}"
+            left = f"\nproposal: a network of images, run on each frame independently{left}"
+        if self.fallback:
+            left = f"\nnot by tokens: {self.fallback}{left}"
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
 
 
@@ -117,56 +121,71 @@ def report(gm: fx.GraphModule) -> Report:
     """
     module = checked_module(gm)
     plan, images, root = module.plan, module.example(), module.for_shapes()
-    dense = count_macs_by_node(root, plan.dense_graph(module.training), images)
-    pruned = count_macs_by_node(root, plan.rewrite(module.training), images)
-    proposal = pruned.pop("papr_map", 0)
-    if isinstance(plan.operator, Tokens):
-        sites, reasons = _token_sites(plan, plan.operator, module.training, dense, pruned), ()
+    mode = plan.mode(module.training)
+    rewritten = plan.rewrite(module.training)
+    macs = _Macs(count_macs_by_node(root, mode.dense, images), count_macs_by_node(root, rewritten, images))
+    proposal = sum(macs.pruned.pop(node.name, 0) for node in find_all(rewritten, Kind.MAP))
+    if isinstance(mode, TokenPlan):
+        sites, reasons = (_token_site(mode, plan.z, macs),), ()
     else:
-        sites = _pixel_sites(plan, plan.operator, module.training, dense, pruned)
-        reasons = tuple(miss.reason for miss in plan.operator.left[module.training])
-    macs = sum(dense.values()), sum(pruned.values()), proposal
-    reduced = _reductions(module)
-    return Report(plan.name, plan.operator.mode, plan.z, sites, reasons, *macs, reduced, module.papr_proposal.per_frame)
+        sites, reasons = _pixel_sites(mode, plan.z, macs), tuple(miss.reason for miss in mode.skipped)
+    return Report(
+        plan.name,
+        plan.kind,
+        plan.z,
+        sites,
+        reasons,
+        sum(macs.dense.values()),
+        sum(macs.pruned.values()),
+        proposal,
+        _reductions(module),
+        module.papr_proposal.per_frame,
+        plan.fallback,
+    )
+
+
+@dataclass(frozen=True)
+class _Macs:
+    """Multiply-accumulates by node, dense and pruned."""
+
+    dense: dict[str, int]
+    pruned: dict[str, int]
+
+    def of(self, names: Collection[str]) -> tuple[int, int]:
+        """The sums over some nodes."""
+        before, after = (sum(macs.get(name, 0) for name in names) for macs in (self.dense, self.pruned))
+        return before, after
 
 
 def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
-    operator = module.plan.operator
-    if not isinstance(operator, Tokens) or not operator.reduction or not operator.reduction.r:
+    mode = module.plan.mode(module.training)
+    if not isinstance(mode, TokenPlan) or not mode.reduces:
         return ()
     counts = {node.name: shape[1] for node in module.graph.nodes if (shape := shape_of(node)) and len(shape) == 3}
-    sites = operator.reduced[module.training].sites
-    return tuple((site.block, counts[site.addition], counts[f"papr_tokens_{i}"]) for i, site in enumerate(sites))
+    after = [find(module.graph, Kind.REDUCED, number).name for number in range(len(mode.reduced.sites))]
+    return tuple(
+        (site.block, counts[site.addition], counts[name]) for site, name in zip(mode.reduced.sites, after, strict=True)
+    )
 
 
-def _token_sites(
-    plan: Plan, operator: Tokens, training: bool, dense: Mapping[str, int], pruned: Mapping[str, int]
-) -> tuple[SiteReport, ...]:
-    site = prune_tokens.find_site(plan.dense_graph(training), operator.blocks)
-    n = prod(site.grid)
-    kept = site.prefix + _kept(plan, n, site.prefix)
+def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:
+    site = prune_tokens.find_site(mode.dense, mode.blocks)
     before = ancestors(site.stream)
-    after = [node.name for node in site.stream.graph.nodes if node not in before]
-    before_macs, after_macs = (sum(macs.get(name, 0) for name in after) for macs in (dense, pruned))
-    name = f"{site.stream.name} -> {site.block}"
-    return (SiteReport(name, site.grid, site.prefix, site.prefix + n, kept, before_macs, after_macs, ""),)
+    after = [node.name for node in mode.dense.nodes if node not in before]
+    return _site_report(f"{site.stream.name} -> {site.block}", site.rows, site.rows.kept(z), macs.of(after), "")
 
 
-def _pixel_sites(
-    plan: Plan, operator: Pixels, training: bool, dense: Mapping[str, int], pruned: Mapping[str, int]
-) -> tuple[SiteReport, ...]:
-    sites: list[SiteReport] = []
-    for site in operator.sites[training]:
-        n = prod(site.grid)
-        before, after = (sum(macs[name] for name in site.region) for macs in (dense, pruned))
-        background = prune_pixels.background_of(site, operator.background, training)
-        kept = site.prefix + _kept(plan, n, 0)
-        sites.append(SiteReport(site.name, site.grid, site.prefix, site.prefix + n, kept, before, after, background))
-    return tuple(sites)
+def _pixel_sites(mode: PixelPlan, z: float, macs: _Macs) -> tuple[SiteReport, ...]:
+    return tuple(
+        _site_report(
+            site.name, site.rows, site.rows.prefix + TokenRows(site.rows.grid).kept(z), macs.of(site.region), background
+        )
+        for site, background in zip(mode.sites, mode.backgrounds(), strict=True)
+    )
 
 
-def _kept(plan: Plan, positions: int, prefix: int) -> int:
-    return keep_count(positions, plan.z, prefix) if plan.z < 1 else positions
+def _site_report(name: str, rows: TokenRows, kept: int, macs: tuple[int, int], background: str) -> SiteReport:
+    return SiteReport(name, rows.grid, rows.prefix, rows.count, kept, *macs, background)
 
 
 def _giga(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Copies of a model to try things on, and fake images to try them with."""
+"""Copies of a model to experiment on, and fake images to run them with."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ArgumentError, first_line
 
-# Samples in the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
+# Samples of the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
 
-# What the code of models raises for images that it does not take.
+# What the code of a model raises for inputs that it does not take.
 MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
 
 
 def aliased_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, so that flags and hooks set on it stay its own.
+    """A copy of the module tree that shares every parameter and buffer, but not flags and hooks.
 
     Raises:
         ArgumentError: The model holds something that cannot be copied.
@@ -31,9 +31,9 @@ def aliased_copy(model: nn.Module) -> nn.Module:
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
-    """A copy to run on fake tensors: it shares parameters alone, and calls no forward hooks.
+    """A copy to run on fake tensors: it shares parameters only, and calls no forward hooks.
 
-    Operations in place on a small buffer, such as a count of batches, are carried out even on fake tensors.
+    In-place operations on a small buffer, such as a batch count, run even on fake tensors, so buffers are copied.
     """
     copied = _copied(model, list(model.parameters()))
     for module in copied.modules():
@@ -42,7 +42,7 @@ def scratch_copy(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
-    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, and are shared too."""
+    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, so they are shared."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
     try:
@@ -53,7 +53,7 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
 
 @contextmanager
 def faking(mode: FakeTensorMode) -> Generator[None]:
-    """Runs what follows on fake tensors, without gradients. A refused shape is an answer here, so torch does not log it."""
+    """Runs the body on fake tensors, without gradients. A refused shape is a normal result here, so torch does not log it."""
     log = logging.getLogger(FakeTensorMode.__module__)
     before = log.disabled
     log.disabled = True
@@ -65,7 +65,7 @@ def faking(mode: FakeTensorMode) -> Generator[None]:
 
 
 def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
-    """A fake mode that accepts real parameters, and a fake image batch of `batch` samples shaped like `images`."""
+    """A fake mode that accepts real parameters, and fake images: `batch` samples shaped like `images`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)

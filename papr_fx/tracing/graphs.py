@@ -1,4 +1,4 @@
-"""What a traced graph says of its values, and parts of it: shapes, what depends on what, cuts."""
+"""Questions about a graph: shapes, what depends on what, whether two are equal; and parts cut out of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,32 @@ from .fakes import TRACED_BATCH, fake_like, faking
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape recorded for a node whose value is one tensor, else None."""
+    """The recorded shape of a node whose value is one tensor, otherwise None."""
     return cast("tuple[int, ...] | None", node.meta.get("shape"))
 
 
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The nodes of a graph by name. Names hold for copies of the graph too, so sites store names."""
+    return {node.name: node for node in graph.nodes}
+
+
+def called(node: fx.Node) -> str:
+    """Name of the method or function that a node calls; empty for any other node."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
+    """Whether two graphs have equal nodes: names, targets, arguments and shapes."""
+    return [_structure(node) for node in a.nodes] == [_structure(node) for node in b.nodes]
+
+
+def _structure(node: fx.Node) -> tuple[Any, ...]:
+    arguments = fx.map_arg((node.args, node.kwargs), lambda n: n.name)
+    return node.name, node.op, node.target, repr(arguments), shape_of(node)
+
+
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:
-    """`node` and all that it is computed from, latest first."""
+    """`node` and everything it is computed from, latest first."""
     found = {node: None}
     for candidate in reversed(node.graph.nodes):
         if candidate in found:
@@ -27,7 +47,7 @@ def ancestors(node: fx.Node) -> dict[fx.Node, None]:
 
 
 def descendants(*nodes: fx.Node) -> dict[fx.Node, None]:
-    """`nodes`, of one graph, and all that is computed from any of them, earliest first."""
+    """`nodes`, of one graph, and everything computed from them, earliest first."""
     found = dict.fromkeys(nodes)
     for node in nodes[0].graph.nodes:
         if not found.keys().isdisjoint(node.all_input_nodes):
@@ -36,7 +56,7 @@ def descendants(*nodes: fx.Node) -> dict[fx.Node, None]:
 
 
 def annotate(node: fx.Node, value: object) -> None:
-    """Records shape and dtype of a node's value: plain data, which survives copies of the graph."""
+    """Records shape and dtype of a node's value in `meta`: plain data, which copies of the graph keep."""
     for key in ("shape", "dtype", "value", "parts"):
         node.meta.pop(key, None)
     if isinstance(value, Tensor):
@@ -52,7 +72,7 @@ def annotate(node: fx.Node, value: object) -> None:
 def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = TRACED_BATCH) -> None:
     """Runs `graph` over the modules of `root` on fake images and records every node's shape.
 
-    `root` should be a clone: a module that caches what it computes would keep fake tensors.
+    `root` should be a scratch copy: a module that caches what it computes would keep fake tensors.
 
     Raises:
         TraceError: A node refuses its inputs.
@@ -63,7 +83,7 @@ def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = 
 
 
 def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
-    """A graph module over the modules of `root` that computes `outputs` alone: one value, or a tuple of several."""
+    """A graph module over the modules of `root` that computes only `outputs`: one value, or a tuple of several."""
     needed: dict[fx.Node, None] = {}
     for node in outputs:
         needed.update(ancestors(node))
@@ -88,18 +108,18 @@ class _Annotate(fx.Interpreter):
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Removes what leads to no output; a method such as `add_` may be called for what it does to its receiver."""
+    """Removes nodes that lead to no output. Methods such as `add_` stay: they may be called for what they change."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_in_place(node))
 
 
 def fixed_value(node: fx.Node) -> object:
-    """What Python could read of a node's recorded value: a number, a length; None where that is nothing of size."""
+    """What Python code could read from a node's recorded value: a number or a length; None if it is neither."""
     if "parts" in node.meta:
         return len(node.meta["parts"])
     return node.meta.get("value", (shape_of(node) or (None,))[0])
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether a node is a method such as `add_`, whose result a statement may discard."""
+    """Whether a node calls a method such as `add_`, whose result code may discard."""
     target = str(node.target)
     return node.op == "call_method" and target.endswith("_") and not target.endswith("__")

@@ -1,4 +1,4 @@
-"""Where a grid of positions becomes a token axis: found by watching which axes an operation merges."""
+"""Where a grid of positions becomes a token axis: found by watching which axes an operation flattens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ..ops.positions import count_windows
 
 
 class Join(NamedTuple):
-    """Where axes of sizes `grid` became one: `axes` of a tensor, or windows (offset, step) along them where it is unfolded."""
+    """Where several axes became one.
+
+    Attributes:
+        grid: Their sizes.
+        axes: Their places in the tensor that was flattened.
+        windows: Offset and step of the windows along these axes where an image was unfolded, otherwise empty.
+    """
 
     grid: tuple[int, ...]
     axes: tuple[int, ...]
@@ -21,13 +27,18 @@ class Join(NamedTuple):
 
 
 class RecordJoins(TorchDispatchMode):
-    """Notes where adjacent axes of an activation become one: there a grid of positions becomes a token axis."""
+    """Records where an operation flattens adjacent axes of an activation.
+
+    Attributes:
+        joins: What was flattened, per sample.
+        folded: The same while frames are in the batch axis, each with the number of frames of a sample.
+    """
 
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
         self.joins: list[Join] = []
-        self.folded: list[tuple[int, Join]] = []  # while so many frames of each sample are in the batch axis
+        self.folded: list[tuple[int, Join]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,7 +52,7 @@ class RecordJoins(TorchDispatchMode):
             if frames > 1 and after[:1] == (self.batch,):
                 before = (self.batch, frames, *before[1:])
             groups = _joined(before, after, self.batch)
-            self.joins.extend(reversed(groups))  # where one reshape joins both positions and channels, positions lead
+            self.joins.extend(reversed(groups))  # a reshape may flatten positions and channels at once: positions come first
         return out
 
 
@@ -53,7 +64,7 @@ def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: li
 
 
 def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[Join]:
-    """The groups of adjacent axes that a reshape of a batch merged, axes of size 1 left out; none if it is no such reshape."""
+    """The groups of adjacent axes that a reshape of a batch flattened, without axes of size 1; empty for any other operation."""
     if before[:1] != (batch,) or after[:1] != (batch,):
         return []
     axes = [axis for axis, size in enumerate(before) if axis and size != 1]

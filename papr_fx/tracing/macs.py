@@ -22,7 +22,7 @@ _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_at
 
 
 class _NoModules:
-    """Tells the flop counter of no modules: its hooks for them fail where code takes gradients itself."""
+    """Hides modules from the flop counter: its hooks fail where code computes gradients itself."""
 
     parents = frozenset({"Global"})
 
@@ -38,7 +38,7 @@ def _counter() -> FlopCounterMode:
 
 
 class _CountNodes(fx.Interpreter):
-    """Runs a graph and notes the multiply-accumulates of every node."""
+    """Runs a graph and records the multiply-accumulates of every node."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
@@ -54,7 +54,7 @@ class _CountNodes(fx.Interpreter):
 def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict[str, int]:
     """MACs of each node of `graph` over the modules of `root`, for one sample shaped like `images` (B, C, H, W).
 
-    Convolutions and matrix products are counted. `root` should be a copy, as for `propagate`.
+    Convolutions and matrix products count. `root` should be a scratch copy, as for `propagate`.
     """
     mode, fake = fake_like(images, 1)
     _detach(root)
@@ -76,7 +76,7 @@ def count_module_macs(module: nn.Module, images: Tensor) -> int:
 
 @contextmanager
 def _spelled_out() -> Generator[None]:
-    """Runs torch.nn's attention modules by operations that are counted, not by one kernel that is not."""
+    """Makes torch.nn's attention modules run as operations that are counted, instead of one fused kernel that is not."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -86,7 +86,7 @@ def _spelled_out() -> Generator[None]:
 
 
 def _detach(root: nn.Module) -> None:
-    """Gives a copy of a module tensors that share memory with its parameters, and ask for no gradients."""
+    """Replaces the parameters of a copied module by tensors that share their memory and need no gradients."""
     for module in root.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = None if parameter is None else cast(nn.Parameter, parameter.detach())

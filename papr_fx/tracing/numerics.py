@@ -1,4 +1,4 @@
-"""How outputs are compared: relative to the largest expected value, at full precision, with parameters that hide nothing."""
+"""How outputs are compared: relative to the largest expected value, in full precision, with parameters at unit scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def exact_float32() -> Generator[None]:
-    """Full float32 products: TF32's 10 bits of mantissa, or bfloat16's 7 on a CPU, would drown the differences sought."""
+    """Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here."""
     backends: Any = torch.backends  # its settings are made at run time
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     before = [setting.fp32_precision for setting in settings]
@@ -32,7 +32,7 @@ def tensors_of(output: object) -> list[torch.Tensor]:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Largest |actual - expected| over largest |expected|, the worst over all tensors; infinite where shapes differ."""
+    """Largest |actual - expected| over largest |expected|, the worst of all tensors; infinite where shapes differ."""
     pairs = list(zip(tensors_of(actual), tensors_of(expected), strict=False))
     if not pairs or len(tensors_of(actual)) != len(tensors_of(expected)) or any(a.shape != e.shape for a, e in pairs):
         return float("inf")
@@ -47,11 +47,11 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Parameters at unit scale, by qualified name, and buffers as they are, all in `dtype`, on the device of `random`.
+    """Parameters at unit scale and buffers as they are, by qualified name, in `dtype`, on the device of `random`.
 
-    Kernels (two or more axes) keep the variance of their input; everything else, which is added or multiplied per channel
-    or position (biases, scales, tables of shape (1, N, C)), is drawn from a standard normal distribution. A buffer on the
-    meta device is filled with ones, unless it `holds_indices`: those must be there.
+    Kernels (two or more axes) keep the variance of their input. Everything else is added or multiplied per channel or
+    position (biases, scales, tables of shape (1, N, C)) and is drawn from a standard normal distribution. A buffer on the
+    meta device is filled with ones, unless it `holds_indices`: those cannot be made up.
     """
     values: dict[str, torch.Tensor] = {}
     drawn: dict[torch.Tensor, torch.Tensor] = {}
@@ -68,12 +68,12 @@ def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) 
 
 
 def holds_indices(buffer: torch.Tensor) -> bool:
-    """Whether `buffer` is a table of integers, such as positions to look up, which cannot be made up as scales can."""
+    """Whether `buffer` is a table of integers, such as positions to look up. Unlike scales, these cannot be made up."""
     return not buffer.is_floating_point() and buffer.ndim > 0
 
 
 def unit_scale(shape: Sequence[int], random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """One such parameter, on the device of `random`."""
+    """A parameter of that shape at unit scale, on the device of `random`."""
     drawn = torch.randn(tuple(shape), generator=random, device=random.device, dtype=dtype)
     kernel = len(shape) >= 2 and shape[0] > 1
     return drawn.mul_(math.prod(shape[1:]) ** -0.5) if kernel else drawn

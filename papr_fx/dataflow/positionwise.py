@@ -1,11 +1,11 @@
-"""Which operations treat every position of a grid alone: tried on numbers, with parameters at unit scale, never by name.
+"""Which operations are position-wise: found by running them on numbers, with parameters at unit scale, never by name.
 
-A node f is tried on x of a small grid and on some of its positions, laid out as a grid of k rows and one column:
+A node f runs on x of a small grid, and on some positions of x, laid out as a grid of k rows and one column:
 
-    alone:   f(gather(x)) = gather(f(x))        Linear, 1x1 convolution, channel norm, activation, per-channel scale
-    masked:  f(gather(x)) = gather(f(mask(x)))  what sums over positions, where dropped ones count as zeros (ConvNeXt V2's GRN)
+    position-wise:  f(gather(x)) = gather(f(x))        Linear, 1x1 convolution, channel norm, activation, per-channel scale
+    masked:         f(gather(x)) = gather(f(mask(x)))  a sum over positions in which dropped ones are zero (ConvNeXt V2's GRN)
 
-Anything else mixes positions (a window, a norm or mean over space), or is tied to one grid size.
+Anything else mixes positions (a window, a norm or mean over space) or depends on the size of the grid.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import ancestors, shape_of
+from ..tracing.graphs import ancestors, called, shape_of
 from ..tracing.numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
 
-# Axes by letter: batch, channels, rows and columns (of T frames), or N positions in one axis.
+# Axes by letter: batch, channels, frames, rows and columns; or N positions in one axis.
 Layout = str
 LAYOUTS = ("BCHW", "BHWC", "BCTHW", "BTHWC", "BNC", "BCN")
 
@@ -40,9 +40,9 @@ class Verdict(NamedTuple):
     """What a node does with positions.
 
     Attributes:
-        layout: Axes of its value; empty where it is refused.
-        masked: Whether dropped positions count as zeros in it.
-        reason: Why it is refused.
+        layout: Axes of its value; empty if it is not position-wise.
+        masked: Whether it treats dropped positions as zeros.
+        reason: Why it is not position-wise.
     """
 
     layout: Layout = ""
@@ -50,28 +50,31 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-class Positions:
-    """Tries the nodes of a traced graph on small inputs.
+VerdictCache = dict[tuple[Any, ...], Verdict]
+
+
+class PositionwiseProbe:
+    """Runs the nodes of a traced graph on small inputs.
 
     Args:
         root: The modules that the graph calls.
-        known: Answers about modules, filled in here, for another graph of the same model.
-        training: Whether batch norms are tried in training mode, where they mix positions; all else is tried in eval mode.
+        cache: Verdicts on modules. It is filled here, and serves other graphs of the same model.
+        training: Whether batch norms run in training mode, where they mix positions. All else runs in eval mode.
     """
 
-    def __init__(self, root: nn.Module, known: dict[tuple[Any, ...], Verdict], *, training: bool) -> None:
+    def __init__(self, root: nn.Module, cache: VerdictCache, *, training: bool) -> None:
         self._root = root
         self._training = training
         self._random = torch.Generator().manual_seed(0)
-        self._known = known
+        self._cache = cache
 
     def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
-        """What `node` does, given the layouts of its inputs that hold positions; its other inputs are constants."""
+        """What `node` does, given the layouts of its inputs that hold positions. Its other inputs are constants."""
         name = called(node)
         if name in PERMUTATIONS or name == "flatten":
-            return _moved(node, name, layouts)
+            return _permuted(node, name, layouts)
         if name == "getitem" and shape_of(node.all_input_nodes[0]) is None:
-            return Verdict(layouts[node.all_input_nodes[0]])  # a part of chunk or split
+            return Verdict(layouts[node.all_input_nodes[0]])  # one part of a chunk or split
         found = {layouts[n] for n in node.all_input_nodes if n in layouts}
         if len(found) != 1:
             return Verdict(reason=f"joins values laid out as {' and '.join(sorted(found))}")
@@ -82,17 +85,17 @@ class Positions:
             return self._try(node, layout, layouts, lambda args, kwargs: _call(node, args, kwargs))
         target = str(node.target)
         key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
-        if key not in self._known:
+        if key not in self._cache:
             module = scratch_copy(self._root.get_submodule(target)).eval()
             if any(buffer.is_meta and holds_indices(buffer) for buffer in module.buffers()):
                 return Verdict(reason="holds indices without values (meta device)")
             for part in module.modules():
                 part.training = self._training and isinstance(part, _NormBase)
             values = redraw(module, self._random, torch.float32)
-            self._known[key] = self._try(
+            self._cache[key] = self._try(
                 node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
             )
-        return self._known[key]
+        return self._cache[key]
 
     def _try(
         self, node: fx.Node, layout: Layout, layouts: Mapping[fx.Node, Layout], call: Callable[[Any, Any], Any]
@@ -109,7 +112,7 @@ class Positions:
                 if not all(bool(t.isfinite().all()) for t in tensors_of(run(_same)) if t.is_floating_point()):
                     varying = {n: value.abs() for n, value in varying.items()}  # a root, a logarithm
                 actual, whole, masked = run(_gathered), run(_same), run(_masked)
-        except Exception as error:  # a module may raise anything for a grid or a layout that it was not made for
+        except Exception as error:  # a module may raise anything for a grid or layout that it was not made for
             return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
         for value, is_masked in ((whole, False), (masked, True)):
             for out in dict.fromkeys((layout, *LAYOUTS)):  # a module may permute
@@ -123,7 +126,7 @@ class Positions:
         return torch.randn(sizes, generator=self._random)
 
     def _constant(self, node: fx.Node) -> Any:
-        """A value that does not depend on the images: parameters are redrawn, all else is computed."""
+        """A value that does not depend on the images. Parameters are redrawn, everything else is computed."""
         if node.op == "get_attr":
             *path, name = str(node.target).split(".")
             value = getattr(self._root.get_submodule(".".join(path)), name)
@@ -135,16 +138,11 @@ class Positions:
 
 
 def _agree(actual: Any, whole: Any, layout: Layout) -> bool:
-    """Whether `actual` is `whole` at the kept positions, both laid out as `layout`."""
+    """Whether `actual` equals `whole` at the kept positions, both laid out as `layout`."""
     tensors = tensors_of(whole)
     if not tensors or any(len(layout) != t.ndim or _count(t, layout) != _COUNT for t in tensors):
         return False
     return relative_error(actual, [_gathered(t, layout) for t in tensors]) <= _TOLERANCE
-
-
-def called(node: fx.Node) -> str:
-    """Name of the method or function that a node calls."""
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -153,12 +151,12 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
-def _moved(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Verdict:
-    """The layout after axes were permuted, or those of the grid flattened: had by doing it to numbered axes."""
+def _permuted(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Verdict:
+    """The layout after a permutation, or after the grid was flattened: found by doing it to axes of distinct sizes."""
     layout = layouts[node.all_input_nodes[0]]
-    numbers = {"B": 2, "C": 3, "H": 5, "W": 7, "N": 11, "T": 13}
-    sizes = [numbers[letter] for letter in layout]
-    letters = dict(zip(sizes, layout, strict=True)) | {prod(numbers[letter] for letter in layout if letter in "THW"): "N"}
+    distinct = {"B": 2, "C": 3, "H": 5, "W": 7, "N": 11, "T": 13}
+    sizes = [distinct[letter] for letter in layout]
+    letters = dict(zip(sizes, layout, strict=True)) | {prod(distinct[letter] for letter in layout if letter in "THW"): "N"}
     try:
         value = _call(node, (torch.empty(sizes), *node.args[1:]), node.kwargs)
     except (RuntimeError, TypeError, IndexError) as error:

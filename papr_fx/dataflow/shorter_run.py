@@ -1,0 +1,184 @@
+"""Runs a dense graph on fewer tokens, on fake tensors, and finds out what must change for it to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import NoSiteError
+from ..ops import TokenRows
+from ..tracing.blocks import block_of
+from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking
+from ..tracing.graphs import shape_of
+from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
+from .repairs import OpenError, Repairs
+from .tables import Tables
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens that become fewer.
+
+    Attributes:
+        node: The node whose value is (B, N, C).
+        rows: What the N tokens stand for.
+        blocks: Qualified names of the blocks that they run through.
+    """
+
+    node: fx.Node
+    rows: TokenRows
+    blocks: tuple[str, ...]
+
+
+def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repairs:
+    """Runs the graph of `stream` with some tokens left out.
+
+    Args:
+        root: A scratch copy of the modules that the graph calls.
+        stream: The tokens. Nodes of their graph carry `shape` in `meta`.
+        images: Images of the traced shape.
+
+    Raises:
+        OpenError: A module refuses fewer tokens, or numbers them itself. Traced through, its operations can be repaired.
+        NoSiteError: An operation refuses fewer tokens, and nothing repairs it.
+    """
+    kept = _other_count(stream.rows)
+    if not kept:
+        return Repairs()
+    mode, fake = fake_like(images, TRACED_BATCH)
+    renumbered: set[str] = set()
+    while True:
+        run = ShorterRun(root, stream, kept, renumbered)
+        try:
+            with faking(mode):
+                run.run(fake)
+        except RenumberError as error:
+            renumbered |= error.calls
+        else:
+            return Repairs(
+                tuple(run.tables.sites.values()), tuple(run.views.found), tuple(run.counts.found), tuple(run.numberings.found)
+            )
+
+
+class ShorterRun(fx.Interpreter):
+    """Runs a graph with fewer tokens. Where an operation fails, its inputs are repaired, and it runs again.
+
+    Args:
+        root: The modules that the graph calls.
+        stream: The tokens.
+        kept: How many patches are left.
+        renumbered: Calls that must number the kept tokens, not all of them.
+
+    Attributes:
+        lengths: Token counts, all and kept, by the token from which on they count.
+    """
+
+    def __init__(self, root: nn.Module, stream: TokenStream, kept: int, renumbered: Collection[str]) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=stream.node.graph)
+        self.extra_traceback = False  # errors are results here, and name the node themselves
+        self.stream = stream
+        rows = stream.rows
+        self.lengths = {first: (rows.count - first, rows.prefix + kept - first) for first in (0, rows.prefix)}
+        self.tables = Tables(self)
+        self.counts = Counts(self)
+        self.views = Views(self)
+        self.numberings = Numberings(self, renumbered)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node on the values so far, and repairs it if it fails."""
+        self.numberings.check_index(n)
+        recorder = _RecordNumberings()
+        try:
+            with recorder:
+                out = self.numberings.run(n) if self.numberings.applies(n) else self.plain(n)
+        except Exception as error:  # a module or an operation may raise anything for a length that it was not made for
+            out = self._repaired(n, error)
+        else:
+            if not self.is_shorter(n, out) and (view := self.views.repair(n)) is not None:  # a size of -1 may have stretched
+                out = view
+        kept = {kept for _, kept in self.lengths.values()}
+        suspect = n.op == "call_module" and self.in_block(n) and not recorder.counts.isdisjoint(kept)
+        if suspect and self._follows_length(n, recorder.counts):
+            raise OpenError({str(n.target)}, f"`{n.target}` numbers the tokens that it is given", alike=True)
+        return out[:, : self.lengths[0][1]] if n is self.stream.node else out
+
+    def plain(self, node: fx.Node) -> Any:
+        """Runs a node without repairs."""
+        return super().run_node(node)
+
+    def in_block(self, node: fx.Node) -> bool:
+        """Whether a node runs in a block. Code elsewhere, such as a head, may compute with the number of tokens too."""
+        return block_of(node, self.stream.blocks) is not None or node.target in self.stream.blocks
+
+    def is_dense(self, node: fx.Node) -> bool:
+        """Whether a value, a tensor or a number, is as in the dense graph."""
+        value = self.env[node]
+        return tuple(value.shape) == shape_of(node) if isinstance(value, Tensor) else value == node.meta.get("value")
+
+    def is_shorter(self, node: fx.Node, out: Any) -> bool:
+        """Whether a result has its dense shape except for the number of positions."""
+        dense = shape_of(node)
+        if dense is None or not isinstance(out, Tensor) or len(dense) != out.ndim:
+            return dense is None
+        lengths = set(self.lengths.values())
+        return all(size == before or (before, size) in lengths for before, size in zip(dense, out.shape, strict=True))
+
+    def _repaired(self, node: fx.Node, error: Exception) -> Any:
+        """The result of a node that failed, with what it reads repaired."""
+        inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
+        name = node.target if node.op == "call_module" else node.name
+        reason = f"`{name}` refused {inputs}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if node.op == "call_module":
+            raise OpenError({str(node.target)}, reason, alike=True) from error
+        for repairer in (self.tables, self.counts, self.views):
+            out = repairer.repair(node)
+            if out is not None:
+                return out
+        raise NoSiteError(reason) from error
+
+    def _follows_length(self, node: fx.Node, counts: set[int]) -> bool:
+        """Whether a module that numbered `counts` positions numbers others when it gets all tokens."""
+        before = dict(self.env)
+        for n in node.all_input_nodes:
+            value, shape = self.env[n], shape_of(n)
+            if isinstance(value, Tensor) and shape is not None:
+                self.env[n] = value.new_empty(shape)
+            elif is_size(value):
+                self.env[n] = n.meta.get("value", value)
+        try:
+            with _RecordNumberings() as whole:
+                self.plain(node)
+        except MODEL_ERRORS:
+            return True
+        finally:
+            self.env = before
+        return whole.counts != counts
+
+
+class _RecordNumberings(TorchFunctionMode):
+    """Records the whole numbers that calls such as `torch.arange` get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in NUMBERING_CALLS:
+            self.counts.update(cast(int, value) for value in (*args, *(kwargs or {}).values()) if is_size(value))
+        return func(*args, **(kwargs or {}))
+
+
+def _other_count(rows: TokenRows) -> int:
+    """A number of patches that no operation confuses with all of them or broadcasts; 0 if there is none."""
+    patches, prefix = rows.cells, rows.prefix
+    dense = {patches, rows.count}
+    start = 2 * patches // 3
+    return next((k for k in (*range(start, 1, -1), *range(start + 1, patches)) if dense.isdisjoint((k, k + prefix))), 0)
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value

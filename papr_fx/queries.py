@@ -1,0 +1,127 @@
+"""Questions to a rewritten model about images: the saliency map, which positions are kept, where kept tokens belong."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, fx
+
+from .errors import ArgumentError
+from .ops import TokenRows
+from .planning.module import PrunedModule, checked_module
+from .planning.plan import Choice, keep_of
+from .tracing.graphs import cut
+from .tracing.roles import Kind, find
+
+Grid = tuple[int, ...]
+
+
+@torch.no_grad()
+def significance(gm: fx.GraphModule, images: Tensor) -> Tensor:
+    """The proposal's saliency maps, before they are resized to the token grid (PaPr, Eq. 2).
+
+    Args:
+        gm: A module returned by `transform`.
+        images: (B, C, H, W), or clips as the model takes them, normalised as it expects.
+
+    Returns:
+        (B, h, w), or (B, t, h, w) for clips, float32 or wider.
+
+    Raises:
+        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
+    """
+    module = checked_module(gm)
+    return module.papr_proposal(_checked_images(module, images))
+
+
+@torch.no_grad()
+def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
+    """Which positions are kept, for each grid in use (PaPr, Eq. 3).
+
+    Args:
+        gm: A module returned by `transform`.
+        images: (B, C, H, W), or clips as the model takes them, normalised as it expects.
+
+    Returns:
+        A boolean mask (B, h, w) for each grid (h, w), or (B, t, h, w) for (t, h, w). True where kept; all True at z=1.
+
+    Raises:
+        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
+    """
+    module = checked_module(gm)
+    masks: dict[Grid, Tensor] = {}
+    for rows, keep in _chosen(module, images):
+        mask = rows.mask(rows.cells_of(keep))
+        masks[rows.grid] = mask if module.plan.z < 1 else torch.ones_like(mask)
+    return masks
+
+
+def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: float | Tensor = 0.0) -> Tensor:
+    """Puts the kept tokens of a headless model back in their places on the grid, for dense heads.
+
+    Args:
+        gm: A token model returned by `transform`, for example with `output="features"`.
+        tokens: Its output for `images`: (B, prefix + k, C), or (B, k, C) without prefix tokens; all tokens at z=1.
+        images: The same images (B, C, H, W). The choice is made again, so the precision must be the same too: under autocast
+            if the tokens were computed under it.
+        fill: What dropped positions hold: a number, or a vector (C,) such as a mask token.
+
+    Returns:
+        (B, C, h, w) on the model's token grid, or (B, C, t, h, w) for clips.
+
+    Raises:
+        ArgumentError: `gm` is not a transformed token model, or `tokens` are not those that it keeps of `images`.
+    """
+    module = checked_module(gm)
+    plan = module.plan
+    if plan.kind != "tokens":
+        raise ArgumentError("restore_grid is for token models: pixel operators are written back to their grids already")
+    if plan.eval.reduces:
+        raise ArgumentError(
+            "restore_grid: tokens were merged or dropped from block to block, so they have no places of their own"
+        )
+    ((rows, keep),) = _chosen(module, images)
+    cells = rows.cells_of(keep)
+    if plan.z == 1:
+        cells = torch.arange(rows.cells, device=keep.device).expand(len(keep), -1)
+    batch, kept = cells.shape
+    found = tuple(tokens.shape) if isinstance(cast(object, tokens), Tensor) else ()
+    if len(found) != 3 or found[0] != batch or found[1] not in (kept, rows.prefix + kept):
+        expected = f"(B, {rows.prefix} + {kept}, C) or (B, {kept}, C)"
+        raise ArgumentError(f"tokens must be {expected} for these images, not {found or type(tokens).__name__}")
+    filled = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
+    if tuple(filled.shape) not in ((), (found[2],)):
+        raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(filled.shape)}")
+    return rows.restore(tokens[:, found[1] - kept :], cells, filled)
+
+
+class _Chosen(NamedTuple):
+    """A choice on given images: the rows on their grid, and the kept indices (B, prefix + k)."""
+
+    rows: TokenRows
+    keep: Tensor
+
+
+@torch.no_grad()
+def _chosen(module: PrunedModule, images: Tensor) -> list[_Chosen]:
+    """The choices that the graph makes; at z=1, where it makes none, those of z=0.5."""
+    plan = module.plan if module.plan.z < 1 else module.plan.at(0.5)
+    graph = plan.rewrite(module.training)
+    choices: tuple[Choice, ...] = plan.choices(module.training)
+    wanted = [node for choice in choices for node in (find(graph, Kind.PSM, choice.number), keep_of(graph, choice))]
+    values = cut(module, graph, *wanted)(_checked_images(module, images))
+    pairs = zip(choices, values[::2], values[1::2], strict=True)
+    return [_Chosen(TokenRows(tuple(psm.shape[1:]), choice.rows.prefix), keep) for choice, psm, keep in pairs]
+
+
+def _checked_images(gm: PrunedModule, images: object) -> Tensor:
+    shape, layout = gm.plan.shape, gm.plan.target.layout
+    axis = layout.index("C")
+    same_rank = isinstance(images, Tensor) and images.ndim == len(layout)
+    free = gm.plan.target.dynamic and same_rank and images.shape[axis] == shape[axis]
+    if not isinstance(images, Tensor) or not (free or images.shape[1:] == shape[1:]):
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        axes = ", ".join(layout.replace("C", str(shape[axis])))
+        raise ArgumentError(f"images must be a tensor ({axes}) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
+    return images
