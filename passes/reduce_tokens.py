@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.attentions import Attention, Mean, arguments, find_attention, spelled_out
+from ..dataflow.attentions import Attention, Mean, as_sdpa, call_arguments, find_readers
 from ..dataflow.moves import operands
 from ..errors import ArgumentError, NoSiteError
 from ..ops.reduction import mean_by_size, size_bias
@@ -186,7 +186,7 @@ def find_sites(
         images: Images of the traced shape.
 
     Raises:
-        WholeError: Modules are to be traced through first.
+        MustOpenError: Modules are to be traced through first.
         NoSiteError: Fewer tokens would not be sound, with the reason.
     """
     calls: dict[str, list[fx.Node]] = {}
@@ -198,7 +198,7 @@ def find_sites(
     nodes = {node.name: node for node in graph.nodes}
     start = list(nodes).index(calls[chosen[0]][0].name)
     counts = {tokens.prefix + prod(tokens.grid), prod(tokens.grid)}
-    seen = find_attention(root, graph, [*nodes.values()][start:], counts, images)
+    seen = find_readers(root, graph, [*nodes.values()][start:], counts, images)
     attentions = [nodes[name] for name, _ in seen.attentions]
     return Found(tuple(_site(tokens, block, calls[block], attentions) for block in chosen), *seen)
 
@@ -229,7 +229,7 @@ def rewrite(
     state, number = State(None, keep), 0
     for node in nodes:
         if node.name in heads:
-            attended[node.name] = attention = spelled_out(graph, node, heads[node.name])
+            attended[node.name] = attention = as_sdpa(graph, node, heads[node.name])
             if state.sizes is not None and reduction.proportional:
                 _weigh(graph, attention, state.sizes, number)
         if node.name in axes and state.sizes is not None:
@@ -282,7 +282,7 @@ def _site(tokens: prune_tokens.Site, block: str, nodes: Sequence[fx.Node], atten
 
 def _average(node: fx.Node, axis: int, sizes: fx.Node) -> None:
     """Gives a mean the sizes of its tokens."""
-    given = arguments(node)
+    given = call_arguments(node)
     options = {key: given[key] for key in ("keepdim", "dtype") if key in given}
     node.op, node.target = "call_function", mean_by_size
     node.args, node.kwargs = (given["input"], axis, sizes), options

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, fx, nn
 
-from ..dataflow.attentions import WholeError
+from ..dataflow.attentions import MustOpenError
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import gather_positions, prune_tokens, reduce_tokens
 from ..proposals.build import SignificanceNet
@@ -90,7 +90,7 @@ def _plan(
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
             continue
-        except WholeError as clash:
+        except MustOpenError as clash:
             opened |= _reachable(clash, opened)
             continue
         positions, reduced = {False: found, True: found}, {False: fewer, True: fewer}
@@ -104,7 +104,7 @@ def _plan(
             break
         except gather_positions.LengthError as clash:
             opened |= _alike(model, blocks, opened, clash)
-        except WholeError as clash:
+        except MustOpenError as clash:
             opened |= _reachable(clash, opened)
     flags = {model.training, *(model.get_submodule(name).training for name in opened)}
     if dense[True] is not dense[False] and len(flags) > 1:
@@ -156,7 +156,7 @@ def _reduced(
     return found
 
 
-def _reachable(clash: WholeError, opened: Collection[str]) -> set[str]:
+def _reachable(clash: MustOpenError, opened: Collection[str]) -> set[str]:
     """The modules to be traced through, unless they were opened in vain."""
     if stuck := clash.modules & set(opened):
         raise NoSiteError(f"merge: the attention in `{min(stuck)}` cannot be reached, as its code cannot be traced through")
