@@ -11,9 +11,9 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
+from papr_fx.evaluation.models import video_model
 from papr_fx.evaluation.timing import median_times
-from papr_fx.proposals.named import video_model
-from papr_fx.proposals.network import create_network
+from papr_fx.proposals.named import create_network
 
 from .record import environment, write
 

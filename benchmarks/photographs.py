@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from papr_fx.ops import keep_count, resize_map, top_positions
+from papr_fx.proposals.build import SignificanceNet, build_proposal
 from papr_fx.proposals.named import LITE0_STATISTICS, lite0
-from papr_fx.proposals.network import SignificanceNet, build_proposal
 from papr_fx.proposals.saliency import NAMES
 
 from .record import environment, write

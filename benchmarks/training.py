@@ -16,8 +16,8 @@ from tabulate import tabulate
 from torch import nn
 
 import papr_fx
+from papr_fx.evaluation.models import VIDEO_MODELS, video_model
 from papr_fx.evaluation.timing import median_times
-from papr_fx.proposals.named import VIDEO_MODELS, video_model
 from papr_fx.tracing.numerics import tensors_of
 
 from .record import environment, write

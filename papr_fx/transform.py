@@ -19,7 +19,7 @@ from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import prune_by_tokens
 from .planning.module import PrunedModule, checked_z
 from .proof.prove import prove
-from .proposals.network import InputStats, SignificanceNet, build_proposal
+from .proposals.build import InputStats, SignificanceNet, build_proposal
 from .proposals.saliency import Saliency, checked_saliency
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 from .tracing.text import graph_text

@@ -23,10 +23,11 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..evaluation.data import Samples, open_reader
 from ..evaluation.evaluate import DataError, Progress, Runner, evaluate
+from ..evaluation.models import VIDEO_MODELS
 from ..evaluation.results import check_writable, part_of, read_part, write_part, write_rows, write_whole
 from ..evaluation.subject import Subject, Variant
 from ..planning.module import checked_z
-from ..proposals.named import LITE0, VIDEO_MODELS
+from ..proposals.named import LITE0
 from ..proposals.saliency import NAMES
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

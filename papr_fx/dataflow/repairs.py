@@ -10,22 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class OpenError(Exception):
-    """Modules must be traced through before a question about the graph can be answered.
-
-    Attributes:
-        modules: Their qualified names.
-        alike: Whether to trace through the other modules of their classes as well.
-        reason: What to say if they cannot be traced through.
-    """
-
-    def __init__(self, modules: set[str], reason: str, *, alike: bool = False) -> None:
-        super().__init__(reason)
-        self.modules = modules
-        self.alike = alike
-        self.reason = reason
-
-
 class Pick(NamedTuple):
     """How a table is gathered.
 

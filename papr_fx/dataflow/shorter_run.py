@@ -14,8 +14,9 @@ from ..ops import TokenRows
 from ..tracing.blocks import block_of
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import shape_of
+from ..tracing.trace import OpenError
 from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
-from .repairs import OpenError, Repairs
+from .repairs import Repairs
 from .tables import Tables
 
 

@@ -15,14 +15,15 @@ from ..errors import ArgumentError, first_line
 from ..passes.reduction import Reduction
 from ..planning import inputs
 from ..planning.module import sibling
-from ..proposals.named import LITE0, VIDEO_MODELS, image_model, proposal_for, video_model
-from ..proposals.network import Statistics
+from ..proposals.build import Statistics
+from ..proposals.named import LITE0
 from ..review.report import report
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs
 from ..transform import transform
 from ..video import pyav
 from .data import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder
+from .models import VIDEO_MODELS, image_model, proposal_for, video_model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ..dataflow.repairs import OpenError, Repairs
+from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import gather_positions, prune_tokens, reduce_tokens
 from ..passes.prune_tokens import TokenSite
@@ -18,7 +18,7 @@ from ..proposals.network import SignificanceNet
 from ..tracing.blocks import ancestors_of, find_blocks, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of
-from ..tracing.trace import Traced, trace
+from ..tracing.trace import OpenError, Traced, trace
 from . import inputs
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan

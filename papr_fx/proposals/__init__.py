@@ -4,7 +4,6 @@ Networks can be loaded by name: `create_network`, `lite0`.
 It must not know how the map is used: no token, grid or keep ratio.
 """
 
-from .named import LITE0_STATISTICS, lite0
-from .network import create_network
+from .named import LITE0_STATISTICS, create_network, lite0
 
 __all__ = ["LITE0_STATISTICS", "create_network", "lite0"]

@@ -19,6 +19,22 @@ from .graphs import remove_dead_code
 from .tracer import ValueTracer, attribute
 
 
+class OpenError(Exception):
+    """Modules must be traced through before a question about the graph can be answered.
+
+    Attributes:
+        modules: Their qualified names.
+        alike: Whether to trace through the other modules of their classes as well.
+        reason: What to say if they cannot be traced through.
+    """
+
+    def __init__(self, modules: set[str], reason: str, *, alike: bool = False) -> None:
+        super().__init__(reason)
+        self.modules = modules
+        self.alike = alike
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Traced:
     """A graph, and what else tracing found.

@@ -62,7 +62,7 @@ def with_blocks(make):
         (lambda: Summed(Shape()), "merging: the output is off"),
         (lambda: Skips(Shape()), "after which nothing reads the tokens from before it"),
         (lambda: ToyViT(Shape(fused=False)), "has no attention over the tokens"),
-        (lambda: with_blocks(lambda: Block(8, Masked(8, 2, True))), "is given a mask or a bias"),
+        (lambda: with_blocks(lambda: Block(8, Masked(8, 2, True))), "has a mask or a bias"),
         (Encoder, r"torch.nn.TransformerEncoderLayer\) attends to tokens"),
         (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2), "uses positions beyond its embedding"),
         (lambda: timm.create_model("beit_base_patch16_224", img_size=32, depth=2), "uses positions beyond its embedding"),
@@ -228,7 +228,7 @@ def test_the_last_block_of_a_class_token_model():
 
 
 def test_multihead_attention_that_cannot_be_spelled_out():
-    with pytest.raises(papr_fx.NoSiteError, match="one with dropout"):
+    with pytest.raises(papr_fx.NoSiteError, match="without dropout"):
         papr_fx.transform(
             torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 48, attention_dropout=0.1),
             toy_proposal(),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.video import R3D_18_Weights, mc3_18, r2plus1d_18, r3d_18, s3d
 
 import papr_fx
-from papr_fx.proposals.network import build_proposal, create_network
+from papr_fx.proposals.build import build_proposal
+from papr_fx.proposals.named import create_network
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT

@@ -9,8 +9,8 @@ from torch import nn
 from torchcam.methods import CAM, GradCAM, ScoreCAM
 
 import papr_fx
+from papr_fx.proposals.build import build_proposal
 from papr_fx.proposals.named import lite0
-from papr_fx.proposals.network import build_proposal
 from papr_fx.proposals.saliency import NAMES
 from papr_fx.tracing.numerics import relative_error
 

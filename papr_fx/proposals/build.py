@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
@@ -30,11 +27,9 @@ from ..tracing.trace import Traced, trace
 from .depthwise import replace_depthwise
 from .features import find_cut
 from .fold import fold_batch_norms, kernel_size
+from .named import create_network
 from .planar import replace_planar
 from .saliency import Saliency, build_map, classifier_behind
-
-# The ConvNets of one pathway among pytorchvideo's.
-_HUB = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
@@ -228,38 +223,6 @@ def _load(proposal: object) -> nn.Module:
     if len({t.device for t in tensors}) > 1:
         raise ProposalError(f"proposal lies on several devices ({', '.join(sorted({str(t.device) for t in tensors}))})")
     return proposal
-
-
-def create_network(name: str, *, pretrained: bool) -> nn.Module:
-    """A network by its name in timm, torchvision.models.video or pytorchvideo.models.hub, the first that knows it.
-
-    Raises:
-        ProposalError: None of those that are installed does.
-    """
-    if timm.is_model(name):
-        return timm.create_model(name, pretrained=pretrained)
-    if find_spec("torchvision"):
-        from torchvision.models import get_model, get_model_weights, list_models, video
-
-        if name in list_models(module=video):
-            pixels = get_model_weights(name)["DEFAULT"].transforms()
-            return _with_statistics(get_model(name, weights="DEFAULT" if pretrained else None), pixels.mean, pixels.std)
-    if find_spec("pytorchvideo"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it was written for older releases of torch
-            from pytorchvideo.models import hub
-
-        if name in _HUB and (build := getattr(hub, name, None)):
-            return _with_statistics(build(pretrained=pretrained), (0.45,) * 3, (0.225,) * 3)  # of all of them
-    near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise ProposalError(f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{hint}")
-
-
-def _with_statistics(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """Notes on a network how its pixels are normalised, where timm does."""
-    cast(Any, network).pretrained_cfg = {"mean": tuple(mean), "std": tuple(std)}
-    return network
 
 
 def _copied(source: nn.Module) -> nn.Module:

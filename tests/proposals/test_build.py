@@ -11,9 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.proposals.build import SignificanceNet, build_proposal
 from papr_fx.proposals.depthwise import DepthwiseConv2d, add_shifted, replace_depthwise
 from papr_fx.proposals.named import lite0
-from papr_fx.proposals.network import SignificanceNet, build_proposal
 from papr_fx.proposals.planar import PlanarConv3d, is_planar, replace_planar
 from papr_fx.tracing.numerics import relative_error
 
