@@ -39,12 +39,12 @@ class SiteError(VerifyError):
     """Some sites failed the proof: positions are not where the map scores them, or do not matter.
 
     Attributes:
-        merges: Names of the residual additions of the pixel operators that may be left alone for it; none for tokens.
+        additions: Names of the residual additions whose pixel operators failed and may stay dense; empty for tokens.
     """
 
-    def __init__(self, message: str, merges: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, additions: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.merges = merges
+        self.additions = additions
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ from torch import fx, nn
 
 from ..dataflow.moves import Moves, copy_moves, find_moves, operands
 from ..dataflow.positions import Layout, Positions, Verdict
-from ..ops.positions import gather_pixels, mask_positions, moved_cells, number_cells, pixel_rows, with_prefix, write_pixels
+from ..ops.positions import gather_pixels, moved_cells, number_cells, pixel_rows, with_prefix, write_pixels
 from ..tracing.graphs import ancestors, descendants, shape_of
 from ..tracing.joins import Join
 from . import splice_proposal
@@ -170,40 +170,6 @@ def rewrite(
     packed = {"BCHW": torch.channels_last, "BCTHW": torch.channels_last_3d}
     if layout in packed and any(site.layout == layout for site in sites):
         _lay_channels_last(graph, images, packed[layout])
-
-
-def mask_branches(graph: fx.Graph, sites: Sequence[Site], background: str, *, training: bool = False) -> fx.Graph:
-    """What the rewrite must be equal to: the dense graph, each branch multiplied by a mask (B, h * w) of its grid.
-
-    The masks become further inputs, one for each grid in order; where the background is zero, they multiply the residual too.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    masks: dict[tuple[int, ...], fx.Node] = {}
-    last = graph.find_nodes(op="placeholder")[0]
-    for grid in dict.fromkeys(site.grid for site in sites):
-        with graph.inserting_after(last):
-            masks[grid] = last = graph.placeholder(f"mask_{'x'.join(map(str, grid))}")
-    for site in sites:
-        merge, mask = nodes[site.merge], masks[site.grid]
-        sizes = site.grid
-        if site.moves:
-            path = [nodes[step] for step in site.moves.path]
-            with graph.inserting_before(path[-1].next):
-                cells = graph.call_method("view", (mask, -1, *((1, *sizes) if site.moves.layout == "BCHW" else (*sizes, 1))))
-                moved = copy_moves(graph, nodes[site.moves.origin], path, cells)[-1]
-                mask = graph.call_method("flatten", (moved, 1))
-            shape = cast("tuple[int, ...]", shape_of(path[-1]))
-            sizes = tuple(shape[site.layout.index(axis)] for axis in "HW")
-        if site.prefix:
-            with graph.inserting_before(merge):
-                mask = graph.call_function(torch.nn.functional.pad, (mask, (site.prefix, 0)), {"value": 1.0})
-        zeroed = [site.branch] + ([site.residual] if background_of(site, background, training) == "zero" else [])
-        pairs = [(merge, nodes[name], site.layout) for name in zeroed]
-        pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
-        for user, source, layout in pairs:
-            with graph.inserting_before(user):
-                user.replace_input_with(source, graph.call_function(mask_positions, (source, mask, layout, sizes)))
-    return graph
 
 
 def background_of(site: Site, background: str, training: bool) -> str:

@@ -20,8 +20,11 @@ from ..tracing.graphs import shape_of
 _PROJECTIONS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 
 
+# Parameters of `scaled_dot_product_attention` that may be given by position.
+ATTENTION_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
 _PARAMETERS = {
-    "attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    "attention": ATTENTION_PARAMETERS,
     "module": ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"),
     "mean": ("input", "dim", "keepdim"),
 }
