@@ -140,7 +140,10 @@ class Case:
     @cached_property
     def pruned(self) -> fx.GraphModule:
         """The rewritten graph, with the chosen indices as further inputs."""
-        return fx.GraphModule(self.root, self.rewrite.pruned_graph())
+        pruned = fx.GraphModule(self.root, self.rewrite.pruned_graph())
+        pruned.graph.eliminate_dead_code()
+        pruned.recompile()
+        return pruned
 
     @cached_property
     def expected(self) -> Any:

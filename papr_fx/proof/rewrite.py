@@ -113,7 +113,7 @@ class Rewrite:
         return self.plan.dense_graph(self.training)
 
     def pruned_graph(self) -> fx.Graph:
-        """The rewritten graph without its reduction. The chosen indices are further inputs, in place of the proposal."""
+        """The rewritten graph without its reduction. The chosen indices are further inputs; what chose them is dead code."""
         graph = self._pruning.rewrite(self.training)
         nodes = {node.name: node for node in graph.nodes}
         last = graph.find_nodes(op="placeholder")[0]
@@ -121,7 +121,6 @@ class Rewrite:
             with graph.inserting_after(last):
                 last = graph.placeholder(f"keep{choice.suffix}")
             nodes[f"papr_keep{choice.suffix}"].replace_all_uses_with(last)
-        graph.eliminate_dead_code()
         return graph
 
     def merging_graph(self) -> fx.Graph:

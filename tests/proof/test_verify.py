@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import papr_fx
 from papr_fx import ops
 from papr_fx.passes import prune_tokens
-from papr_fx.proof.prove import prove, redraw
+from papr_fx.proof.prove import prove
+from papr_fx.tracing.numerics import redraw
 
 from ..models import Attention, Shape, ToyViT, enliven, toy_proposal
 
