@@ -4,7 +4,8 @@ from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio
 from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
 from .passes.merge_tokens import Merge
-from .planning.module import keep_masks, restore_grid, set_keep_ratio, significance
+from .planning.module import PrunedModule, set_keep_ratio
+from .queries import keep_masks, restore_grid, significance
 from .review.diff import graph_diff
 from .review.report import Report, report
 from .transform import transform
@@ -16,6 +17,7 @@ __all__ = [
     "NoSiteError",
     "PaprError",
     "ProposalError",
+    "PrunedModule",
     "Report",
     "TraceError",
     "VerifyError",

@@ -20,8 +20,9 @@ from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduction import Reduction
 from .planning.module import PrunedModule, shell, sibling
-from .planning.plan import Tokens
+from .planning.plan import TokenPlan
 from .tracing.macs import count_macs_by_node
+from .tracing.roles import Kind, has_role
 
 __all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 
@@ -44,7 +45,7 @@ def transcribed(gm: PrunedModule) -> fx.GraphModule:
     plain = {ops.gather_tokens: _gather_tokens, ops.gather_pixels: _gather_pixels, ops.write_pixels: _write_pixels}
     for node in graph.nodes:
         node.target = plain.get(node.target, node.target)
-        if node.name == "papr_channels_last":
+        if has_role(node, Kind.CHANNELS_LAST):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
     return fx.GraphModule(shell(gm), graph)
@@ -94,12 +95,11 @@ def kept_before(z: float) -> float:
 
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
     """The same module with as many tokens fewer behind each block as brings it nearest to `macs`, the proposal included."""
-    operator = cast(Tokens, gm.plan.operator)
+    given = cast(Reduction, cast(TokenPlan, gm.plan.eval).reduction)
     found: dict[int, tuple[int, PrunedModule]] = {}
 
     def fewer(r: int) -> int:
-        reduction = replace(cast(Reduction, operator.reduction), r=r)
-        changed = sibling(gm, operator=replace(operator, reduction=reduction))
+        changed = sibling(gm, reduction=replace(given, r=r))
         count = sum(count_macs_by_node(changed.for_shapes(), changed.graph, changed.example()).values())
         found[r] = count, changed
         return count

@@ -163,7 +163,7 @@ def _print_stage(name: str, graph: fx.Graph) -> None:
 
 
 def _prove(model: nn.Module, gm: PrunedModule) -> None:
-    """Proves `gm`. Pixel operators whose positions are not in order, or do not matter, become dense again if others are left."""
+    """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left."""
     while True:
         try:
             prove(model, gm)

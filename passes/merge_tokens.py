@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ops.reduction import match_tokens, merge_tokens
+from ..tracing.roles import Kind, tag
 from .reduction import Attended, Reduction, State
 
 
@@ -43,7 +44,7 @@ class Merge(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        match = at.create("match", match_tokens, at.keys, self.r, at.prefix)
+        match = tag(at.create("match", match_tokens, at.keys, self.r, at.prefix), Kind.MATCH, at.number)
         merged = at.create("merge", merge_tokens, at.tokens, state.sizes, match)
         tokens, sizes = at.parts(merged, "tokens", "sizes")
         return tokens, State(sizes, None)

@@ -78,8 +78,8 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> TokenSite:
     if flattening is None:
         axes = "(h, w) of the images" if image_rank(graph) == 2 else "(t, h, w) of the clips"
         raise NoSiteError(
-            f"no patch tokens: `{stream.name}` has {count} tokens before `{block}`, but no operation upstream flattens a grid of "
-            f"positions {axes} into them (a grid of one row or column does not count)"
+            f"no patch tokens: `{stream.name}` has {count} tokens before `{block}`, but no operation upstream flattens a grid "
+            f"of positions {axes} into them (a grid of one row or column does not count)"
         )
     patches = TokenRows(flattening.join.grid)
     return TokenSite(stream, block, TokenRows(patches.grid, count - patches.count), flattening)

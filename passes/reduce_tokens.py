@@ -32,7 +32,7 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.attentions import Attention, Mean, arguments, find_attention, spelled_out
+from ..dataflow.attentions import Attention, Mean, as_sdpa, call_arguments, find_readers
 from ..dataflow.moves import operands
 from ..errors import NoSiteError
 from ..ops.reduction import mean_by_size, size_bias
@@ -113,7 +113,7 @@ def find_sites(
         return ReductionSites()
     nodes = nodes_by_name(graph)
     start = list(nodes).index(calls[chosen[0]][0].name)
-    seen = find_attention(root, graph, [*nodes.values()][start:], {rows.count, rows.cells}, images)
+    seen = find_readers(root, graph, [*nodes.values()][start:], {rows.count, rows.cells}, images)
     attentions = [nodes[name] for name, _ in seen.attentions]
     sites = tuple(_site(token_site.stream, block, calls[block], attentions) for block in chosen)
     return ReductionSites(sites, seen.attentions, seen.means)
@@ -127,7 +127,7 @@ def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens
     state, number = State(None, tokens.keep), 0
     for node in list(graph.nodes):
         if node.name in heads:
-            attended[node.name] = attention = spelled_out(graph, node, heads[node.name])
+            attended[node.name] = attention = as_sdpa(graph, node, heads[node.name])
             if state.sizes is not None and reduction.proportional:
                 _weight(graph, attention, state.sizes, number)
         if node.name in axes and state.sizes is not None:
@@ -185,7 +185,7 @@ def _is_passed(addition: fx.Node, stream: fx.Node) -> bool:
 
 def _average(node: fx.Node, axis: int, sizes: fx.Node) -> None:
     """Weights a mean over tokens by their sizes."""
-    given = arguments(node)
+    given = call_arguments(node)
     options = {key: given[key] for key in ("keepdim", "dtype") if key in given}
     node.op, node.target = "call_function", mean_by_size
     node.args, node.kwargs = (given["input"], axis, sizes), options

@@ -71,9 +71,9 @@ class TokenPlan:
 
     dense: fx.Graph
     blocks: tuple[str, ...]
-    repairs: Repairs = Repairs()
-    reduction: Reduction | None = None
-    reduced: ReductionSites = ReductionSites()
+    repairs: Repairs
+    reduction: Reduction | None
+    reduced: ReductionSites
     kind = "tokens"
 
     @property

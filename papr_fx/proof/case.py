@@ -1,38 +1,215 @@
-"""What every part of a proof needs: runs with other parameters, and what may go wrong in them."""
+"""The case that all parts of a proof share: a model, its rewritten graph, random images and random parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from ..errors import SiteError, VerifyError
-from ..tracing.fakes import MODEL_ERRORS
+from ..planning.module import PrunedModule, shell
+from ..tracing.blocks import is_inside
+from ..tracing.fakes import MODEL_ERRORS, aliased_copy
+from ..tracing.numerics import redraw, relative_error, tensors_of
+from .places import Place, find_place, reorder
+from .rewrite import Rewrite, Stream
 
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+# Not the batch size of tracing: a batch size that was frozen into the graph shows.
+_BATCH = 3
 
 
 class PrecisionError(VerifyError):
-    """The model does not run in the precision of the proof, or its graph is not the model there: it may fix a dtype."""
+    """The model or its graph does not run in the dtype of the proof, or they differ there: the code may fix a dtype."""
 
 
 class ComparisonError(SiteError):
-    """Two results differ by too much, or too little where they should: it may be noise."""
+    """Two results differ by too much, or by too little where they should differ. In float32 this may be rounding."""
 
 
-def run(module: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
-    """Calls `module` with `values` for the tensors that it has of them, and its other tensors in the images' dtype.
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One rewrite to prove. A run that several parts need is made once, when a part first asks for it.
 
-    Raises:
-        PrecisionError: It does not run.
+    Attributes:
+        model: What the rewritten graph must agree with, a copy. In training mode see `in_training`.
+        root: The modules that the graphs call, in eval mode.
+        rewrite: The graphs.
+        images: Random images, (3, ...).
+        values: Parameters at unit scale, by name.
+        random: Draws the orders and the probes.
+        orders: For each choice, all cells of its grid in random order, (3, n).
+        probes: For each stream, the cells where the image is changed.
     """
-    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    given = {name: values.get(name, t.to(inputs[0].dtype) if t.is_floating_point() else t) for name, t in own}
-    try:
-        return functional_call(module, given, inputs)
-    except MODEL_ERRORS as error:
-        raise PrecisionError(
-            f"the proof could not run {type(module).__name__} in {inputs[0].dtype}: {type(error).__name__}: {error}"
-        ) from error
+
+    model: nn.Module
+    root: nn.Module
+    rewrite: Rewrite
+    images: Tensor
+    values: dict[str, Tensor]
+    random: torch.Generator
+    orders: tuple[Tensor, ...] = ()
+    probes: tuple[tuple[Stream, list[int]], ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, gm: PrunedModule, dtype: torch.dtype, *, z: float = 0.5) -> Case:
+        """The case of eval mode. `model` and `gm` are left as they are."""
+        example = gm.example()
+        random = torch.Generator(example.device).manual_seed(0)
+        images = torch.randn((_BATCH, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
+        values = redraw(model, random, dtype)
+        root = aliased_copy(shell(gm)).eval()
+        return cls(aliased_copy(model).eval(), root, Rewrite(gm.plan, z, False), images, values, random)._drawn()
+
+    def in_training(self) -> Case | None:
+        """The case of training mode; None where the graph is the same or does not exist.
+
+        Only code that was traced through is in training mode there. Modules that the graph calls stay in eval mode, so that
+        their dropout is off.
+        """
+        if not self.rewrite.differs_in_training:
+            return None
+        rewrite = replace(self.rewrite, training=True)
+        called = {str(node.target) for node in rewrite.dense_graph().find_nodes(op="call_module")}
+        model = aliased_copy(self.model)
+        for name, module in model.named_modules():  # a flag for each module: methods besides forward read it too
+            module.training = not any(is_inside(name, target) for target in called)
+        random = torch.Generator(self.images.device)
+        random.set_state(self.random.get_state())
+        return replace(self, model=model, rewrite=rewrite, random=random)._drawn()
+
+    def _drawn(self) -> Case:
+        """The same with orders and probes."""
+        device, random = self.images.device, self.random
+        orders = tuple(
+            torch.rand((_BATCH, choice.rows.cells), generator=random, device=device).argsort(dim=1)
+            for choice in self.rewrite.choices
+        )
+        return replace(self, orders=orders, probes=tuple((stream, self._probed(stream)) for stream in self.rewrite.streams))
+
+    def _probed(self, stream: Stream) -> list[int]:
+        count = stream.rows.cells
+        some = torch.randint(count, (6,), generator=self.random, device=self.random.device).tolist()
+        return sorted({0, count - 1, *some})
+
+    def run(self, module: nn.Module, *inputs: Tensor) -> Any:
+        """Calls `module` with the redrawn values of tensors that it shares with the model, others in the images' dtype.
+
+        Raises:
+            PrecisionError: It does not run.
+        """
+        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        dtype = self.images.dtype
+        given = {name: self.values.get(name, t.to(dtype) if t.is_floating_point() else t) for name, t in own}
+        try:
+            return functional_call(module, given, inputs)
+        except MODEL_ERRORS as error:
+            raise PrecisionError(
+                f"the proof could not run {type(module).__name__} in {dtype}: {type(error).__name__}: {error}"
+            ) from error
+
+    def run_pruned(self, kept: Sequence[Tensor]) -> Any:
+        """The rewritten graph's output for the first b images, with cells (b, k) of each grid kept."""
+        return self.run(self.pruned, self.images[: len(kept[0])], *self.indices(kept))
+
+    def indices(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Cells (b, k) of each grid as indices of positions, (b, prefix + k)."""
+        return [choice.rows.index(cells) for cells, choice in zip(kept, self.rewrite.choices, strict=True)]
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that rounding may cause."""
+        return _TOLERANCES[self.images.dtype]
+
+    @cached_property
+    def dense(self) -> fx.GraphModule:
+        """The traced graph."""
+        return fx.GraphModule(self.root, self.rewrite.dense_graph())
+
+    @cached_property
+    def pruned(self) -> fx.GraphModule:
+        """The rewritten graph, with the chosen indices as further inputs."""
+        pruned = fx.GraphModule(self.root, self.rewrite.pruned_graph())
+        pruned.graph.eliminate_dead_code()
+        pruned.recompile()
+        return pruned
+
+    @cached_property
+    def expected(self) -> Any:
+        """The model's output."""
+        return self.run(self.model, self.images)
+
+    @cached_property
+    def some(self) -> list[Tensor]:
+        """Two thirds of each grid's cells in random order, (1, k)."""
+        return [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in self.orders]
+
+    @cached_property
+    def fewer(self) -> Any:
+        """The rewritten graph's output for the first image with `some` cells kept."""
+        return self.run_pruned(self.some)
+
+    @cached_property
+    def places(self) -> list[Place | None]:
+        """For each tensor of the output, where it holds a value per token; pixel operators write all positions back.
+
+        Raises:
+            VerifyError: With fewer tokens an output changes its shape in another way.
+        """
+        if not self.rewrite.prunes_tokens:
+            return [None] * len(tensors_of(self.expected))
+        (choice,), kept = self.rewrite.choices, self.some[0].shape[1]
+        try:
+            return [
+                find_place(dense.shape, pruned.shape, choice.rows, kept)
+                for dense, pruned in zip(tensors_of(first_of(self.expected)), tensors_of(self.fewer), strict=True)
+            ]
+        except ValueError as error:
+            raise VerifyError(f"lengths: {error} with {kept} of {choice.rows.grid} patches kept") from error
+
+    @cached_property
+    def permuted(self) -> Any:
+        """The model's output, with values per token in the random order."""
+        return reorder(self.expected, self.places, self.orders[0])
+
+    @cached_property
+    def noise(self) -> float:
+        """The relative error with all positions kept in random order: rounding, if the rewrite is right."""
+        return relative_error(self.run_pruned(self.orders), self.permuted)
+
+    @cached_property
+    def effects(self) -> list[float | None]:
+        """For each choice, how far one wrong position moves the output; None for a grid of one position."""
+        return [self._effect(number) for number in range(len(self.orders))]
+
+    def _effect(self, number: int) -> float | None:
+        """Replaces a grid's last cell by its first, or drops it if it is the only token."""
+        wrong = [cells[:1].clone() for cells in self.orders]
+        wrong[number][:, -1] = wrong[number][:, 0]
+        if wrong[number].shape[1] == 1:
+            if self.rewrite.choices[number].layout != "BNC":
+                return None  # a convolution does not run without positions
+            wrong[number] = wrong[number][:, :0]
+        return relative_error(self.run_pruned(wrong), first_of(self.permuted))
+
+    @property
+    def least_effect(self) -> float:
+        """The smallest of the effects."""
+        return min((effect for effect in self.effects if effect is not None), default=self.tolerance)
+
+    @property
+    def allowed(self) -> float:
+        """The relative error that is allowed with fewer positions: one wrong position causes more."""
+        return min(self.tolerance, self.least_effect)
+
+
+def first_of(output: Any) -> Any:
+    """The output for the first image."""
+    return pytree.tree_map_only(Tensor, lambda t: t[:1], output)

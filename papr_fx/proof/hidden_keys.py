@@ -1,21 +1,84 @@
-"""An unpruned model in which tokens are hidden from every attention: what a pruned one must compute for the others."""
+"""Part 7, hidden keys: tokens are what they would be if attention did not see the dropped ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+from ..dataflow.attentions import SDPA_ARGUMENTS
+from ..errors import VerifyError
+from ..tracing.blocks import last_tokens
+from ..tracing.graphs import cut, nodes_by_name, shape_of
+from ..tracing.numerics import relative_error
+from .case import Case, ComparisonError
+
+
+def check(case: Case) -> None:
+    """Compares two thirds of the tokens, after the last block, with the dense graph whose attention sees no others.
+
+    Fault: tokens meet outside of attention, or something is normalised over all of them. The other parts do not find it:
+    with all tokens kept there is nothing to miss, and with fewer the result is wrong in every order.
+    Example: attention plus a static table, each with its own softmax over all tokens: kept tokens are off by MEASURED.
+    Does nothing for pixel operators (see `regions`).
+
+    Raises:
+        VerifyError: They differ by more than the tolerance, or no attention was seen.
+    """
+    if not case.rewrite.prunes_tokens:
+        return
+    found = error(case, case.some, case.some)
+    if not found <= case.tolerance:
+        raise ComparisonError(
+            f"hidden keys: the kept tokens of `{_last_tokens(case).name}` are off by {found:.1e} from those of the dense model "
+            f"in which no attention sees the others ({case.tolerance:.0e} is allowed): something else mixes tokens, or "
+            "normalises over them"
+        )
+
+
+def error(case: Case, kept: Sequence[Tensor], seen: Sequence[Tensor]) -> float:
+    """The relative error of kept tokens after the last block, where the dense graph's attention sees only some patches.
+
+    Args:
+        case: The case of a token model.
+        kept: The patches (b, k) that the rewritten graph keeps; a sequence of one.
+        seen: The patches that attention sees, besides prefix tokens: `kept`, or others as a negative control.
+
+    Raises:
+        VerifyError: No attention was seen.
+    """
+    (keep,), (visible,) = case.indices(kept), case.indices(seen)
+    images, last = case.images[: len(keep)], _last_tokens(case)
+    stream = case.rewrite.choices[0].stream
+    count = cast("tuple[int, ...]", shape_of(last))[1]
+    hidden = torch.ones((len(keep), count), dtype=torch.bool, device=images.device).scatter(1, visible, False)
+    with HiddenKeys(hidden) as attention:
+        dense = cast(Tensor, case.run(cut(case.root, case.dense.graph, last), images))
+    if not attention.seen:
+        raise VerifyError(
+            f"hidden keys: no attention over the {count} tokens was seen after `{stream}` (neither "
+            "scaled_dot_product_attention nor nn.MultiheadAttention, nor a softmax over keys). Tokens that are mixed in "
+            "another way cannot be left out"
+        )
+    graph = case.pruned.graph
+    pruned = case.run(cut(case.root, graph, nodes_by_name(graph)[last.name]), images, keep)
+    return relative_error(pruned, dense.gather(1, keep.unsqueeze(-1).expand(-1, -1, dense.shape[-1])))
+
+
+def _last_tokens(case: Case) -> fx.Node:
+    """The tokens after the last block, in the dense graph."""
+    graph = case.dense.graph
+    return last_tokens(graph, nodes_by_name(graph)[case.rewrite.choices[0].stream], case.rewrite.blocks)
 
 
 class HiddenKeys(TorchFunctionMode):
     """While active, every attention over `hidden.shape[1]` keys gives no weight to hidden ones.
 
-    What an unpruned model computes for the other tokens is then what a pruned one must compute (PaPr, Sec. 3.3).
+    A pruned model must compute what an unpruned one then computes for the other tokens (PaPr, Sec. 3.3).
 
     Args:
         hidden: (B, N) bool, True for the tokens to hide; N counts the prefix tokens.
@@ -30,7 +93,7 @@ class HiddenKeys(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         count = self.hidden.shape[1]
-        given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs} if func is F.scaled_dot_product_attention else {}
+        given = {**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **kwargs} if func is F.scaled_dot_product_attention else {}
         if given and given["key"].shape[-2] == count:
             given["attn_mask"] = self._bias(given["query"]) + self._given(given.get("attn_mask"), given["query"])
             args, kwargs = (), given
@@ -43,7 +106,7 @@ class HiddenKeys(TorchFunctionMode):
             self.seen += 1
             self._weights_follow = True
         elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._weights_follow and args[0].shape[-1] == count:
-            args = (args[0], args[1].masked_fill(self._rows(args[1]), 0))  # weights may be mixed behind the softmax
+            args = (args[0], args[1].masked_fill(self._rows(args[1]), 0))  # weights may be mixed after the softmax
             self._weights_follow = False
         return func(*args, **kwargs)
 

@@ -1,14 +1,15 @@
-"""Outputs that hold a value for every token: where, and how they are laid out in another order."""
+"""Outputs that hold a value per token: where these stand, and the output with tokens in another order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..ops import TokenRows, with_prefix
 
 
 class Place(NamedTuple):
@@ -16,8 +17,8 @@ class Place(NamedTuple):
 
     Attributes:
         axis: Their axis; the batch is the first.
-        prefix: Tokens along it in front of the patches.
-        axes: How many axes the patches have there: one, or those of the grid, which are k, 1, ... when some are kept.
+        prefix: Tokens before the patches along it.
+        axes: How many axes the patches have: one, or those of the grid, which become k, 1, ... when some are kept.
     """
 
     axis: int
@@ -25,19 +26,19 @@ class Place(NamedTuple):
     axes: int
 
 
-def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...], prefix: int, kept: int) -> Place | None:
-    """Where the tokens stand in an output tensor: where its shape differs when `kept` patches are left; None if nowhere.
+def find_place(dense: Sequence[int], pruned: Sequence[int], rows: TokenRows, kept: int) -> Place | None:
+    """Where the tokens stand in an output tensor: where its shape differs with `kept` patches; None if it does not.
 
     Raises:
         ValueError: The shapes differ in another way.
     """
     if tuple(dense) == tuple(pruned):
         return None
-    count = prod(grid)
+    grid, prefix = rows.grid, rows.prefix
     for axis in range(1, len(dense)):
         for place, before, after in (
-            (Place(axis, prefix, 1), [prefix + count], [prefix + kept]),
-            (Place(axis, 0, 1), [count], [kept]),
+            (Place(axis, prefix, 1), [rows.count], [prefix + kept]),
+            (Place(axis, 0, 1), [rows.cells], [kept]),
             (Place(axis, 0, len(grid)), [*grid], [kept, *[1] * (len(grid) - 1)]),
         ):
             end = axis + len(before)
@@ -47,7 +48,7 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...
 
 
 def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
-    """An output with its patches picked by `cells` (B, k): counted as they stand there, prefix tokens left out."""
+    """An output with its patches gathered by `cells` (B, k)."""
     leaves, structure = pytree.tree_flatten(output)
     remaining = iter(places)
     return pytree.tree_unflatten(
@@ -58,8 +59,7 @@ def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
 def _picked(tensor: Tensor, place: Place | None, cells: Tensor) -> Tensor:
     if place is None:
         return tensor
-    first = torch.arange(place.prefix, device=cells.device).expand(cells.shape[0], place.prefix)
-    index = torch.cat([first, cells + place.prefix], dim=1)
+    index = with_prefix(cells, place.prefix)
     rows = tensor.flatten(place.axis, place.axis + place.axes - 1)
     kept = torch.stack([sample.index_select(place.axis - 1, i) for sample, i in zip(rows, index, strict=True)])
     return kept.unflatten(place.axis, (-1, *[1] * (place.axes - 1))) if place.axes > 1 else kept

@@ -1,18 +1,9 @@
-"""The proof that tokens may become fewer from block to block: on the model itself, with parameters at unit scale.
-
-A merged token that weighs as much as its members stands for all of them: the output must be that of the dense graph in which,
-behind the same additions, every token is replaced by the average of its group. Tokens are grouped as the merged run did, so
-nothing hangs on ties. With one token put into another group it must not be, or the proof would see nothing.
-
-Tokens behind the last block are compared as well as the output, which may not see all of them. This holds for merging in
-proportion to size. Other reductions, and merging without it, change the same graph at the same sites by other functions; what
-is proved for them is these sites.
-"""
+"""Part 8, merging: tokens may become fewer from block to block."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,63 +13,67 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..ops.reduction import Matching
-from ..passes import prune_tokens
-from ..passes.merge_tokens import Merge
-from ..planning.plan import Plan, Tokens
+from ..tracing.blocks import last_tokens
+from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error
-from .case import TOLERANCES, ComparisonError, run
+from ..tracing.roles import Kind, find, find_all
+from .case import Case, ComparisonError
 
 
-def prove_reduction(root: nn.Module, plan: Plan, values: dict[str, Tensor], images: Tensor, *, training: bool) -> None:
-    """Proves the sites of the reduction in `plan`; does nothing without one.
+def check(case: Case) -> None:
+    """Merges all tokens at the sites of the reduction, and compares with the dense graph that averages them there.
 
-    Args:
-        root: The modules that its graphs call, in eval mode.
-        plan: The plan.
-        values: Parameters at unit scale.
-        images: Random images.
-        training: Which of the two graphs.
+    A merged token that weighs as much as its members stands for all of them. So the output, and the tokens after the last
+    block, must be those of the dense graph in which, after the same additions, every token is replaced by the average of
+    its group. The groups are those of the merged run, so ties do not matter. With one token in another group, results must
+    differ. This is proved for merging in proportion to size; other reductions change the same graph at the same sites.
+
+    Fault: an attention or a mean ignores sizes, or something counts tokens. The other parts do not find it: they are about
+    the graph without a reduction.
+    Example: a head that sums its tokens: the output is off by MEASURED.
+    Does nothing without a reduction.
 
     Raises:
-        VerifyError: They are not sound.
+        ComparisonError: The results differ, or do not depend on the groups.
     """
-    tokens = plan.operator
-    if not isinstance(tokens, Tokens) or not tokens.reduction or not tokens.reduced[training].sites:
+    additions = case.rewrite.reduced_additions
+    if not additions:
         return
-    merge = Merge(max(1, tokens.reduction.r), tokens.reduction.blocks)
-    whole = replace(plan, z=1.0, operator=replace(tokens, reduction=merge))
-    additions = [site.addition for site in tokens.reduced[training].sites]
-    dense = plan.dense_graph(training)
-    site = prune_tokens.find_site(dense, tokens.blocks)
-    last = prune_tokens.last_tokens(dense, site.stream, tokens.blocks).name
-    graph = whole.rewrite(training)
-    nodes = {node.name: node for node in graph.nodes}
-    behind = nodes[f"papr_tokens_{len(additions) - 1}" if last == additions[-1] else last]
-    matches = [node for name, node in nodes.items() if name.startswith("papr_match_")]
-    graph.output_node().args = ((graph.output_node().args[0], behind, tuple(matches)),)
-    *merged, matchings = run(fx.GraphModule(root, graph), values, images)
+    (choice,), graph = case.rewrite.choices, case.dense.graph
+    last = last_tokens(graph, nodes_by_name(graph)[choice.stream], case.rewrite.blocks).name
+    *merged, matchings = case.run(_merging(case, additions, last), case.images)
     groups = _groups(cast("list[Matching]", matchings))
-    averaged = _averaging(root, dense, additions, last)
-    found = _spread(merged, groups[-1], site.prefix)
-    error = relative_error(found, run(averaged, values, images, *groups))
-    if not error <= TOLERANCES[images.dtype]:
+    averaged = _averaging(case.root, case.rewrite.dense_graph(), additions, last)
+    found = _spread(merged, groups[-1], choice.rows.prefix)
+    error = relative_error(found, case.run(averaged, case.images, *groups))
+    if not error <= case.tolerance:
         raise ComparisonError(
-            f"merging: the output is off by {error:.1e} (relative; {TOLERANCES[images.dtype]:.0e} is allowed) from that of the "
-            "dense model in which merged tokens are averaged: something counts tokens, such as a pooling, or tells them apart"
+            f"merging: the output is off by {error:.1e} (relative; {case.tolerance:.0e} is allowed) from that of the dense "
+            "model in which merged tokens are averaged: something counts tokens, such as a pooling, or tells them apart"
         )
     moved = [group.clone() for group in groups]
     for group in moved:
         group[:, -1] = (group[:, -1] + 1) % (group.max() + 1)
-    control = relative_error(found, run(averaged, values, images, *moved))
-    if not control > max(TOLERANCES[images.dtype] / 10, 10 * error):
+    control = relative_error(found, case.run(averaged, case.images, *moved))
+    if not control > max(case.tolerance / 10, 10 * error):
         raise ComparisonError(
-            f"merging: with one token in another group, output and last tokens move by {control:.1e} only, so that the proof "
+            f"merging: with one token in another group, output and last tokens move by only {control:.1e}, so the proof "
             "would not see a fault. Pass verify=False if the model is right to ignore single tokens"
         )
 
 
+def _merging(case: Case, additions: Sequence[str], last: str) -> fx.GraphModule:
+    """The graph that merges. It also returns the tokens after the last block, and which tokens were merged."""
+    graph = case.rewrite.merging_graph()
+    reduced = find(graph, Kind.REDUCED, len(additions) - 1)
+    tokens = reduced if last == additions[-1] else nodes_by_name(graph)[last]
+    matches = tuple(find_all(graph, Kind.MATCH))
+    graph.output_node().args = ((graph.output_node().args[0], tokens, matches),)
+    return fx.GraphModule(case.root, graph)
+
+
 def _groups(matchings: list[Matching]) -> list[Tensor]:
-    """For each reduction, the merged token that every token of the dense stream is in by then, (B, N)."""
+    """For each reduction, the merged token that every token of the dense stream is part of by then, (B, N)."""
     groups: list[Tensor] = []
     for matching in matchings:
         stay, merged, into = matching
@@ -89,9 +84,9 @@ def _groups(matchings: list[Matching]) -> list[Tensor]:
     return groups
 
 
-def _averaging(root: nn.Module, graph: fx.Graph, additions: list[str], last: str) -> fx.GraphModule:
-    """The dense graph with groups as further inputs, by which results of `additions` are averaged; it returns `last` too."""
-    nodes = {node.name: node for node in graph.nodes}
+def _averaging(root: nn.Module, graph: fx.Graph, additions: Sequence[str], last: str) -> fx.GraphModule:
+    """The dense graph, in which results of `additions` are averaged over groups, further inputs. It returns `last` too."""
+    nodes = nodes_by_name(graph)
     graph.output_node().args = ((graph.output_node().args[0], nodes[last]),)
     given = graph.find_nodes(op="placeholder")[0]
     for number, name in enumerate(additions):
@@ -111,7 +106,7 @@ def _average(tokens: Tensor, groups: Tensor) -> Tensor:
 
 
 def _spread(output: Any, groups: Tensor, prefix: int) -> Any:
-    """Outputs that still hold tokens, or patches alone, with each put in the place of all of its group."""
+    """Outputs that still hold tokens, or only patches, with each merged one repeated for all of its group."""
     count = int(groups.max()) + 1
 
     def spread(tensor: Tensor) -> Tensor:

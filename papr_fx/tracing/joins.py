@@ -64,7 +64,7 @@ def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: li
 
 
 def _joined(before: tuple[int, ...], after: tuple[int, ...], batch: int) -> list[Join]:
-    """The groups of adjacent axes that a reshape of a batch flattened, without axes of size 1; empty for any other operation."""
+    """The groups of adjacent axes that a reshape of a batch flattened, without axes of size 1; empty for other operations."""
     if before[:1] != (batch,) or after[:1] != (batch,):
         return []
     axes = [axis for axis, size in enumerate(before) if axis and size != 1]

@@ -73,7 +73,7 @@ class ValueProxy(fx.Proxy):
         return float(self._number())
 
     def __format__(self, spec: str) -> str:
-        """For messages. An assertion may stay in the graph, so its message must not state the traced value as the current one."""
+        """For messages. An assertion may stay in the graph: its message must not show the traced value as the current one."""
         return self.node.name if isinstance(self.known, Tensor) else f"{self.node.name} ({self.known} when traced)"
 
     def _read(self) -> None:

@@ -1,0 +1,94 @@
+"""Part 6, regions: a pixel operator computes for kept positions what it computes for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..dataflow.moves import copy_moves
+from ..ops.positions import mask_positions
+from ..passes.prune_pixels import PixelSite
+from ..tracing.graphs import nodes_by_name, shape_of
+from ..tracing.numerics import relative_error
+from .case import Case, ComparisonError
+
+
+def check(case: Case) -> None:
+    """Compares pixel operators on two thirds of the positions with the dense graph whose branches are masked (PaPr, Eq. 4).
+
+    Fault: an operator mixes positions, such as a norm over space, or writes to the wrong ones. The other parts do not find
+    it: with all positions kept, in any order, such a norm computes the same numbers.
+    Example: a branch that starts with GroupNorm: with fewer positions the output is off by MEASURED.
+    Does nothing for tokens, which meet in attention (see `hidden_keys`).
+
+    Raises:
+        ComparisonError: They differ by more than one wrong position causes.
+    """
+    if case.rewrite.prunes_tokens:
+        return
+    found = error(case, case.some, case.some)
+    if not found <= case.allowed:
+        raise ComparisonError(
+            f"regions: with fewer positions the output is off by {found:.1e} from the dense model with masked branches "
+            f"({case.allowed:.0e} is allowed): an operator mixes positions"
+        )
+
+
+def error(case: Case, kept: Sequence[Tensor], unmasked: Sequence[Tensor]) -> float:
+    """The relative error of the output on `kept` cells, where the dense graph's branches are masked but for some cells.
+
+    Args:
+        case: The case of a pixel model.
+        kept: Cells (b, k) of each grid that the rewritten graph keeps.
+        unmasked: Cells of each grid where the masks are one: `kept`, or others as a negative control.
+    """
+    masks = [
+        case.images.new_zeros(len(cells), choice.rows.cells).scatter_(1, cells, 1)
+        for cells, choice in zip(unmasked, case.rewrite.choices, strict=True)
+    ]
+    masked = case.run(fx.GraphModule(case.root, mask_branches(case)), case.images[: len(kept[0])], *masks)
+    return relative_error(case.fewer if kept is case.some else case.run_pruned(kept), masked)
+
+
+def mask_branches(case: Case) -> fx.Graph:
+    """The dense graph, in which the branch of each pixel operator is multiplied by a mask (B, h * w) of its grid.
+
+    The masks are further inputs, one per grid in order. Where the background is zero, they multiply the residual too.
+    """
+    graph = case.rewrite.dense_graph()
+    nodes = nodes_by_name(graph)
+    masks: dict[tuple[int, ...], fx.Node] = {}
+    last = graph.find_nodes(op="placeholder")[0]
+    for choice in case.rewrite.choices:
+        with graph.inserting_after(last):
+            masks[choice.rows.grid] = last = graph.placeholder(f"mask_{choice.number}")
+    for site, background in zip(case.rewrite.pixel_sites, case.rewrite.backgrounds, strict=True):
+        mask, sizes = _mask_of(graph, nodes, site, masks[site.rows.grid])
+        zeroed = [site.branch, site.residual] if background == "zero" else [site.branch]
+        pairs = [(nodes[site.addition], nodes[name], site.layout) for name in zeroed]
+        pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
+        for user, source, layout in pairs:
+            with graph.inserting_before(user):
+                user.replace_input_with(source, graph.call_function(mask_positions, (source, mask, layout, sizes)))
+    return graph
+
+
+def _mask_of(graph: fx.Graph, nodes: dict[str, fx.Node], site: PixelSite, mask: fx.Node) -> tuple[fx.Node, Any]:
+    """The mask of a grid in the order of a site's values, and the sizes that these have."""
+    sizes = site.rows.grid
+    if site.moves:
+        path = [nodes[step] for step in site.moves.path]
+        shape = (1, *sizes) if site.moves.layout == "BCHW" else (*sizes, 1)
+        with graph.inserting_before(path[-1].next):
+            cells = graph.call_method("view", (mask, -1, *shape))
+            moved = copy_moves(graph, nodes[site.moves.origin], path, cells)[-1]
+            mask = graph.call_method("flatten", (moved, 1))
+        windows = cast("tuple[int, ...]", shape_of(path[-1]))
+        sizes = tuple(windows[site.layout.index(axis)] for axis in "HW")
+    if site.rows.prefix:
+        with graph.inserting_before(nodes[site.addition]):
+            mask = graph.call_function(F.pad, (mask, (site.rows.prefix, 0)), {"value": 1.0})
+    return mask, sizes

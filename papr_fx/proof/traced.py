@@ -1,0 +1,44 @@
+"""Part 1, tracing: the dense graph is the model."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import VerifyError
+from ..tracing.numerics import relative_error, tensors_of
+from .case import Case, PrecisionError
+
+
+def check(case: Case) -> None:
+    """Compares the traced graph with the model, bit by bit, on three images and on one.
+
+    Fault: tracing froze something into the graph, such as a branch on the batch size. The other parts do not find it: the
+    permutation uses one batch size, and what follows compares graphs that were traced in the same way.
+    Example: a toy ViT that doubles its tokens for a batch of one: the graph is off by MEASURED.
+
+    Raises:
+        VerifyError: They differ, or there is nothing to compare.
+    """
+    _check_finite(case.expected)
+    compare(case.run(case.dense, case.images), case.expected, case.rewrite.name)
+    image = case.images[:1]
+    compare(case.run(case.dense, image), case.run(case.model, image), case.rewrite.name)
+
+
+def compare(actual: object, expected: object, name: str) -> None:
+    """Raises `VerifyError` unless two outputs are equal to the bit; `name` is that of the graph."""
+    found, wanted = tensors_of(actual), tensors_of(expected)
+    if len(found) != len(wanted):
+        raise VerifyError(f"tracing: the graph of {name} returns {len(found)} tensors where the model returns {len(wanted)}")
+    if not all(torch.equal(a, e) for a, e in zip(found, wanted, strict=True)):
+        raise PrecisionError(
+            f"tracing: the graph of {name} differs from the model by {relative_error(actual, expected):.1e} (relative; equal "
+            "bits are needed): its forward does something that depends on the batch size or on state"
+        )
+
+
+def _check_finite(output: object) -> None:
+    if not tensors_of(output):
+        raise VerifyError(f"the model returns no tensors that can be compared, but a {type(output).__name__}")
+    if not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+        raise VerifyError("the model's output is not finite for parameters at unit scale, so nothing can be compared")

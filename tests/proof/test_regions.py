@@ -1,0 +1,51 @@
+"""Regions: pixel operators that mix positions."""
+
+import pytest
+import torch
+from torch import nn
+
+import papr_fx
+from papr_fx.dataflow.positions import Positions, Verdict
+
+from ..models import enliven, toy_proposal
+from .parts import case_of, failures
+
+
+class NormOverSpace(nn.Module):
+    """The branch of a PoolFormer's MLP: its norm is over channels and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.GroupNorm(1, 8), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def mixing() -> nn.Module:
+    layers = (nn.Conv2d(3, 8, 4, 4), NormOverSpace(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return enliven(nn.Sequential(*layers)).eval()
+
+
+@pytest.fixture
+def _trusting(monkeypatch):
+    """The pass takes every operation for one that treats positions independently."""
+
+    def verdict(_self, node, layouts):
+        layout = layouts[node.all_input_nodes[0]]
+        return Verdict(layout if layout == "BCHW" else "")
+
+    monkeypatch.setattr(Positions, "verdict", verdict)
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_only_regions_find_a_norm_over_space():
+    found = failures(case_of(mixing(), example_input=torch.zeros(1, 3, 32, 48), mode="pixels"))
+    assert list(found) == ["regions"]
+    assert "an operator mixes positions" in found["regions"]
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_a_norm_over_space_is_caught():
+    with pytest.raises(papr_fx.VerifyError, match="regions: with fewer positions"):
+        papr_fx.transform(mixing(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 48), mode="pixels")
