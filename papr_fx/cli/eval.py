@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from ..evaluation import subject as subjects
 from ..evaluation.subject import Subject
 from ..passes.merge_tokens import Merge
-from .data import (
+from .options import (
     add_data,
     add_networks,
     add_run,

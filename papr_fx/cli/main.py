@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError, PaprError
-from ..evaluation import bench, coverage
+from ..evaluation import bench
+from ..evaluation import survey as coverage
 from ..evaluation.timing import median_times
 from ..planning import inputs
 from ..planning.module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
@@ -26,8 +27,8 @@ from ..proposals.network import InputStats
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform
-from .data import add_ratios, positive
 from .eval import add_eval, add_tune
+from .options import add_ratios, positive
 from .reproduce import add_reproduce
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ..passes.reduce_tokens import Reduction
 from ..peers import at_macs
 from ..planning.module import PrunedModule
 from ..review.report import report
-from .data import add_data, add_run, counted, described, finish, is_first, row_of, speed_key, started, views
+from .options import add_data, add_run, counted, described, finish, is_first, row_of, speed_key, started, views
 
 _HEADERS = {
     "variant": "",

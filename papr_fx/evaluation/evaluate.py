@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ArgumentError, PaprError
 from ..tracing.numerics import tensors_of
-from .data import Sample
+from .readers import Sample
 
 _CHUNK = 32  # batches between two sums
 

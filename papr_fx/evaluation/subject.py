@@ -22,7 +22,7 @@ from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs
 from ..transform import transform
 from ..video import pyav
-from .data import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder
+from .readers import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, pro
 
 KILLED = """
 import os, signal, sys
-from papr_fx.cli import data as cli_data
+from papr_fx.cli import options as cli_data
 from papr_fx.cli.main import main
 write = cli_data.write_part
 def and_die(*given):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import papr_fx
-from papr_fx.evaluation.data import ImageDecoder, Samples
 from papr_fx.evaluation.evaluate import Counts, DataError, Runner, evaluate
+from papr_fx.evaluation.readers import ImageDecoder, Samples
 
 
 class Fixed(torch.utils.data.Dataset):

@@ -21,8 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
-from ..evaluation.data import Samples, open_reader
 from ..evaluation.evaluate import DataError, Progress, Runner, evaluate
+from ..evaluation.readers import Samples, open_reader
 from ..evaluation.results import check_writable, part_of, read_part, write_part, write_rows, write_whole
 from ..evaluation.subject import Subject, Variant
 from ..planning.module import checked_z

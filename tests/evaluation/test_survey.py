@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import papr_fx
-from papr_fx.evaluation import coverage
-from papr_fx.evaluation.coverage import Architecture, Row
+from papr_fx.evaluation import survey as coverage
+from papr_fx.evaluation.survey import Architecture, Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import papr_fx
 from papr_fx.cli.main import main
-from papr_fx.evaluation.data import ClipDecoder, ImageDecoder, Samples, Shards, open_reader
+from papr_fx.evaluation.readers import ClipDecoder, ImageDecoder, Samples, Shards, open_reader
 from papr_fx.video import average_views, read_video, sample_views, write_video
 
 # timm leaves the tar files open that it reads.
@@ -128,7 +128,7 @@ def test_what_cannot_be_opened(shards, tmp_path, monkeypatch):
     write_tar(shards / "empty.tar", [])
     with pytest.raises(papr_fx.ArgumentError, match="there are no samples"):
         open_reader(f"wds/{shards}", split="empty.tar")
-    monkeypatch.setattr("papr_fx.evaluation.data.find_spec", lambda name: None)
+    monkeypatch.setattr("papr_fx.evaluation.readers.find_spec", lambda name: None)
     with pytest.raises(papr_fx.ArgumentError, match="needs the eval extra"):
         open_reader(f"wds/{shards}")
 
