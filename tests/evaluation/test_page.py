@@ -1,0 +1,87 @@
+"""docs/coverage.md lists every architecture, and what it says about them is still true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from papr_fx.evaluation import page, survey
+from papr_fx.evaluation.survey import Row
+from papr_fx.evaluation.zoo import LIBRARIES, Architecture, architectures
+
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+
+def listed() -> list[Row]:
+    """The rows of the page, read back."""
+    rows = []
+    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+        library = section.split()[0]
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+        for family, name, mode, sites, positions, proof in (cells for cells in lines if len(cells) == 6):
+            if family == "family" or set(family) <= {"-"}:
+                continue
+            word, _, output = mode.partition(" ")
+            rows.append(
+                Row(
+                    Architecture(library, family, name),
+                    "" if word == "refused" else word,
+                    output.strip("()") or "logits",
+                    int(sites or 0),
+                    positions,
+                    proof,
+                )
+            )
+    return rows
+
+
+ROWS = listed()
+FIRST = {f"{a.library}, {a.family}": row for row in ROWS[::-1] if row.proof.startswith("proved") for a in [row.architecture]}
+
+
+def test_every_architecture_is_listed_or_its_family_named():
+    (missing,) = re.findall(r"^Not tried: (.*)\.$", PAGE.read_text(), flags=re.MULTILINE)
+    for library in LIBRARIES:
+        names = [row.architecture.name for row in ROWS if row.architecture.library == library]
+        every = architectures(library)
+        assert names == [a.name for a in every if f"{a.family} ({library})" not in missing.split(", ")]
+
+
+def test_the_page_starts_as_it_is_written():
+    (version,) = re.findall(r"^torch (\S+); keep ratio 0.5;", PAGE.read_text(), flags=re.MULTILINE)
+    assert PAGE.read_text().startswith(page.head(version, 0.5) + "Not tried: ")
+
+
+def test_the_page_keeps_its_promises():
+    """Nearly all plain token models of timm, most others; all of torchvision; a proof for every structure."""
+    plain = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_relpos", "vision_transformer_hybrid", "cait")
+    plain += ("naflexvit", "convit", "qwen3_vit", "gemma4_vit", "deepseek_vit")
+    timm_rows = [row for row in ROWS if row.architecture.library == "timm" and row.architecture.family in plain]
+    refused = [row.architecture.name for row in timm_rows if row.mode != "tokens"]
+    assert len(timm_rows) == 322
+    assert len(refused) <= 7, refused
+    others = [row for row in ROWS if row.architecture.library == "timm" and row.architecture.family not in plain]
+    assert len(others) == 274
+    assert sum(bool(row.mode) for row in others) >= 250
+    assert all(row.mode for row in ROWS if row.architecture.library == "torchvision")
+    names = {row.architecture.name for row in ROWS if row.proof.startswith("proved")}
+    assert all(row.proof.removeprefix("as ") in names for row in ROWS if row.proof.startswith("as "))
+    assert all(row.proof.startswith(("proved", "as ")) == bool(row.mode) for row in ROWS)
+
+
+def again(row: Row) -> Row:
+    return survey.transformed(row.architecture, 0.5, mode=row.mode or "auto", output=row.output, weights=False)
+
+
+@pytest.mark.parametrize("row", FIRST.values(), ids=FIRST.keys())
+def test_one_of_every_family(row):
+    found = again(row)
+    assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=[row.architecture.name for row in ROWS])
+def test_every_row(row):
+    if row.mode:
+        found = again(row)
+        assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason
