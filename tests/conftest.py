@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from .labelled import save, write_checkpoints
+from .labelled_clips import write_clips
 
 settings.register_profile(
     "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -47,8 +48,17 @@ def labelled(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def labelled_clips(tmp_path_factory):
+    """Seven videos in three classes, two of them short and one unreadable, and a small VideoMAE."""
+    root = tmp_path_factory.mktemp("clips")
+    write_clips(root)
+    return root
+
+
 @pytest.fixture
 def damaged(tmp_path):
+    """20 images in 7 classes, three of them unreadable, and checkpoints of the networks."""
     root = tmp_path / "damaged"
     for i in range(20):
         save(root / "validation" / f"class{i % 7}" / f"{i:02d}.png", i)

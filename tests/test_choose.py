@@ -73,11 +73,11 @@ def test_one_target_is_needed(given):
 
 @pytest.mark.parametrize(("size", "samples"), [(41, 1000), (41, 41), (41, 9), (41, 1)])
 def test_tune_takes_samples_from_all_of_the_data(labelled, monkeypatch, size, samples):
-    from papr_fx.cli import eval as cli_eval
+    from papr_fx.cli import tune
 
     seen = []
     monkeypatch.setattr(
-        cli_eval, "choose_keep_ratio", lambda model, proposal, loader, **_: seen.extend(loader) or KeepRatio(1, [(1, 1)])
+        tune, "choose_keep_ratio", lambda model, proposal, loader, **_: seen.extend(loader) or KeepRatio(1, [(1, 1)])
     )
     given = ["tune", labelled, *weights(labelled), "--workers", 0, "--samples", samples, "--max-drop", 0.1, "--batch-size", 4]
     assert main([str(part) for part in given]) == 0

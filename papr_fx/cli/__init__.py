@@ -1,5 +1,5 @@
-"""The command line, one command a file; `main` parses the arguments and calls them.
+"""The command line: one command per file, and `main`, which parses the arguments and calls the command.
 
-Commands read options, call the library and print.
-They must not hold logic that a caller of the library would need.
+A command reads options, calls the library and prints.
+It must not hold logic that a caller of the library would need.
 """

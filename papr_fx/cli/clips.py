@@ -9,10 +9,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from ..evaluation.models import VIDEO_MODELS, proposal_for, video_model
+from ..errors import ArgumentError
 from ..ops.positions import resize_map
 from ..planning import inputs
 from ..planning.module import PrunedModule, keep_masks, set_keep_ratio, significance
+from ..proposals.named import VIDEO_MODELS, proposal_for, video_model
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform
@@ -23,18 +24,27 @@ def demo_clip(arguments: argparse.Namespace) -> None:
     """Prunes a video transformer on a clip that scikit-image ships: table, pictures and graph diff."""
     from skimage import data
 
+    _resolve_model(arguments)
     source = Path(data.__file__).parent / "no_time_for_that_tiny.gif"
     print("clip: an animation of 24 frames, from scikit-image")
-    show_clip(arguments, read_video(source))
+    _show(arguments, read_video(source))
 
 
-def show_clip(arguments: argparse.Namespace, video: Tensor) -> None:
-    """Draws what a video classifier keeps of a video (T, 3, H, W) uint8.
+def show_clip(arguments: argparse.Namespace, path: Path) -> None:
+    """Draws what a video classifier keeps of a video file."""
+    _resolve_model(arguments)
+    _show(arguments, read_video(path))
 
-    Args:
-        arguments: `model`, `proposal`, `pretrained`, `z` (several) and `out`, a `.png`; the annotated clip is beside it.
-        video: All frames.
-    """
+
+def _resolve_model(arguments: argparse.Namespace) -> None:
+    """Fills in the default model, and refuses an option that only timm's models take."""
+    if arguments.checkpoint:
+        raise ArgumentError("--checkpoint is read by timm: for clips give --model the folder of a video model")
+    arguments.model = arguments.model or next(iter(VIDEO_MODELS))
+
+
+def _show(arguments: argparse.Namespace, video: Tensor) -> None:
+    """Prunes a video classifier on a video (T, 3, H, W) uint8, and draws `--out` with an annotated clip beside it."""
     named = video_model(arguments.model, pretrained=arguments.pretrained)
     model = named.model
     example = inputs.example_images(model, None)  # (1, T, C, H, W)
@@ -62,7 +72,8 @@ def show_clip(arguments: argparse.Namespace, video: Tensor) -> None:
 
 
 def _draw(out: Path, gm: PrunedModule, clips: Tensor, frames: Tensor, kept: dict[str, Tensor]) -> None:
-    from .draw import dimmed, draw_clip
+    """Writes the picture, and beside it the clip with its kept tubelets lit."""
+    from .draw import dimmed, draw_clip  # imports matplotlib
 
     last = [*kept.values()][-1]  # (t, h, w)
     psm = resize_map(significance(gm, clips), tuple(last.shape))[0]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]]) -> None:
-    """Writes a picture with one panel each for the photograph, its map, and every set of kept positions.
+    """Writes a picture: one panel for the photograph, one for its map, and one per set of kept positions.
 
     Args:
         path: The PNG file to write.
         photograph: (3, H, W) in [0, 1].
-        significance: The map (h, w); shown min-max normalised.
-        kept: Rows of panels: masks (rows, columns), True where kept, by title.
+        significance: The map (h, w), shown min-max normalised.
+        kept: One mapping per row of panels, from title to mask (rows, columns), True for kept positions.
     """
     image = _pixels(photograph)
     height, width = photograph.shape[1:]
@@ -46,13 +46,13 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Ma
 
 
 def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor]) -> None:
-    """Writes a picture with a column for each step of the token grid in time: a frame of it, its map, the kept tubelets.
+    """Writes a picture with one column per time step of the token grid: a frame, its map, the kept tubelets.
 
     Args:
         path: The PNG file to write.
         frames: (T, 3, H, W) in [0, 1].
-        psm: The map on the token grid (t, h, w); shown min-max normalised over all of it.
-        kept: Masks (t, h, w), True where kept, by title: a row each.
+        psm: The map on the token grid (t, h, w), shown min-max normalised over the whole clip.
+        kept: Masks (t, h, w) by title, True for kept tubelets; one row each.
     """
     steps = len(psm)
     first = frames[torch.arange(steps) * len(frames) // steps]  # (t, 3, H, W)
@@ -79,7 +79,7 @@ def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor
 
 
 def dimmed(frames: Tensor, mask: Tensor) -> Tensor:
-    """Frames (T, 3, H, W) in [0, 1], dark where a mask (t, h, w) of their positions is False."""
+    """Darkens frames (T, 3, H, W) in [0, 1] where the mask (t, h, w) of their positions is False."""
     large = F.interpolate(mask.float()[None, None], size=(len(frames), *frames.shape[-2:]), mode="nearest-exact")[0, 0]
     return frames * (0.15 + 0.85 * large.unsqueeze(1).to(frames.device))
 

@@ -1,4 +1,4 @@
-"""`papr-fx reproduce`: the paper's tables, side by side with what is measured here."""
+"""`papr-fx reproduce`: the paper's tables beside what is measured here."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from tabulate import tabulate
 from torch import nn
 
 from ..errors import ArgumentError
-from ..evaluation import subject as subjects
+from ..evaluation import variants
 from ..evaluation.paper import TABLES, Line, Table
-from ..evaluation.subject import Subject, Variant
+from ..evaluation.subject import ModelSpec, Subject, named_subject
+from ..evaluation.variants import ProposalSpec, Variant
 from ..passes.merge_tokens import Merge
 from ..passes.reduction import Reduction
 from ..peers import at_macs
 from ..planning.module import PrunedModule
 from ..review.report import report
-from .data import add_data, add_run, counted, described, finish, is_first, row_of, speed_key, started, views
+from .counting import counted
+from .data import kind_of
+from .distributed import is_first, started
+from .networks import described, views_of
+from .options import add_data, add_run
+from .results import finish, row_of, speed_key
 
 _HEADERS = {
     "variant": "",
@@ -46,12 +52,12 @@ def add_reproduce(command: argparse.ArgumentParser) -> None:
 
 
 def run_reproduce(arguments: argparse.Namespace) -> None:
-    """Runs `papr-fx reproduce`: accuracy and speed where there are data, multiply-accumulates without."""
+    """Runs `papr-fx reproduce`: accuracy and speed on data, multiply-accumulates without data."""
     names = list(TABLES) if arguments.name == "all" else [arguments.name]
     if len(names) > 1 and (arguments.data or arguments.checkpoint):
         raise ArgumentError("with data or a checkpoint, give the name of one table")
     if (arguments.results_file or arguments.plot) and not arguments.data:
-        raise ArgumentError("--results-file and --plot: there are results only where there are data")
+        raise ArgumentError("--results-file and --plot need data: there are no results without")
     with started(arguments) as device:
         for name in names:
             _reproduce(arguments, name, TABLES[name], device if arguments.data else torch.device("meta"))
@@ -60,28 +66,26 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
 def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: torch.device) -> None:
     subject = _subject(arguments, table, device)
     loaded = arguments.pretrained and bool(arguments.data)
-    proposal, options = subjects.proposal_of(
-        subject, table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True
-    )
-    variants = [subjects.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    spec = ProposalSpec(table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True)
+    proposal, options = variants.proposal_of(subject, spec)
+    forms = [variants.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
     rows: list[dict[str, Any]] = [
-        {"model": name, "variant": _named(variant), "gmacs": variant.macs / 1e9, **_paper(line, table.lines[0])}
-        for variant, line in zip(variants, table.lines, strict=True)
+        {"model": name, "variant": _named(form), "gmacs": form.macs / 1e9, **_paper(line, table.lines[0])}
+        for form, line in zip(forms, table.lines, strict=True)
     ]
     if not arguments.data:
         print(f"\n{name}, {table.where}: {table.model}, {table.proposal}")
         _print(rows, ("variant", "gmacs", "paper_gmacs"))
         return
-    found = counted(arguments, subject, variants)
+    found = counted(arguments, subject, forms)
     if not is_first():
         return
-    for row, variant in zip(rows, variants, strict=True):
-        row |= row_of(subject, variant, found)
+    for row, form in zip(rows, forms, strict=True):
+        row |= row_of(subject, form, found)
         row["change"] = row["top1"] - rows[0]["top1"] if "top1" in row else None
         row["speed_up"] = row[speed_key(subject)] / rows[0][speed_key(subject)]
-    kind = "videos" if subject.views else "images"
     print(f"\n{name}, {table.where}: {described(arguments, subject, table.model, table.proposal)}")
-    print(f"{found.total} {kind} of {arguments.data}; the paper's images a second are of an RTX A5000")
+    print(f"{found.total} {kind_of(subject)} of {arguments.data}; the paper's images per second are of an RTX A5000")
     _print(rows, [key for key in _HEADERS if key in rows[0]])
     finish(arguments, rows, found.failed)
 
@@ -95,29 +99,32 @@ def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) 
     loaded = arguments.pretrained and bool(arguments.data)  # multiply-accumulates need no weights
     if loaded and not table.pretrained and not arguments.checkpoint:
         raise ArgumentError(f"{arguments.name}: its weights come as a file; give it as --checkpoint")
-    return subjects.named_subject(
-        table.pretrained if loaded and not arguments.checkpoint else table.model,
-        device=device,
-        pretrained=loaded and not arguments.checkpoint,
+    from_hub = loaded and not arguments.checkpoint
+    spec = ModelSpec(
+        table.pretrained if from_hub else table.model,
+        device,
+        pretrained=from_hub,
         checkpoint=arguments.checkpoint,
-        data=table.data,
+        preprocessing=table.data,
         channels_last=arguments.channels_last,
-        views=views(arguments),
-        **table.options,
+        options=table.options,
+        views=views_of(arguments),
     )
+    return named_subject(spec)
 
 
 def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
-    """What lines stand for; where tokens are merged, as many as come nearest to a line's multiply-accumulates."""
+    """The variants that the lines describe. With merging, as many tokens are merged as gives the line's GMACs best."""
     found: dict[Line, Variant] = {}
     for merging in (False, True):
-        some = [line for line in lines if line.merging == merging]
+        own = [line for line in lines if line.merging == merging]
         merge = Merge(r=1) if merging else None
-        found |= zip(some, subjects.pruned(subject, proposal, [line.z for line in some], merge=merge, **options), strict=True)
+        found |= zip(own, variants.pruned(subject, proposal, [line.z for line in own], merge=merge, **options), strict=True)
     return [_merged(found[line], line) if line.merging else found[line] for line in lines]
 
 
 def _merged(variant: Variant, line: Line) -> Variant:
+    """The variant with as many tokens merged as comes nearest to the line's GMACs."""
     module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
     return Variant(module, report(module).total_macs, line.z, cast(Reduction, module.plan.reduction).r)
 

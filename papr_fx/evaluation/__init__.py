@@ -1,5 +1,5 @@
-"""Measures models on data and on the clock: readers, accuracy counts, timing, benchmarks, the survey of libraries.
+"""Measures models: accuracy on data, speed, and which architectures of a library can be pruned.
 
-Calls `papr_fx.transform` as a user would.
-It must not know command-line options, nor look inside a graph.
+It calls `papr_fx.transform` as a user would.
+It must not know command-line options, nor change a graph.
 """

@@ -1,4 +1,4 @@
-"""The paper's tables, one entry a model: what was run, and what was measured (PaPr, ECCV 2024, Tab. 2, 6 and 9)."""
+"""The paper's tables, one entry per model: what was run and what was measured (PaPr, ECCV 2024, Tab. 2, 6 and 9)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Line:
     """One line of a table.
 
     Attributes:
-        top1: Percent of samples right.
-        gmacs: Multiply-accumulates of one image or view, in 1e9, the proposal included.
-        img_per_sec: Images a second on an RTX A5000; 0 where it is not told.
+        top1: Top-1 accuracy in percent.
+        gmacs: Multiply-accumulates per image or view, in 1e9, the proposal included.
+        img_per_sec: Images per second on an RTX A5000; 0 if the paper does not state it.
         z: Keep ratio; 1 for the dense model.
         merging: Whether tokens are also merged in the second half of the blocks.
     """
@@ -33,13 +33,13 @@ class Table:
     """A model of the paper.
 
     Attributes:
-        where: The table.
-        model: Its name, with random weights.
+        where: The table in the paper.
+        model: Name of the model with random weights.
         lines: What was measured, the dense model first.
-        pretrained: Its name with its weights; "" where these are only to be had as a file.
-        proposal: The network that proposes.
-        options: What else timm is told to build it.
-        data: Where its images differ from what timm's configuration says.
+        pretrained: Name of the model with its weights; "" if the weights are only available as a file.
+        proposal: The proposal network.
+        options: Further options of `timm.create_model`.
+        data: How its images differ from timm's data configuration.
     """
 
     where: str
@@ -56,12 +56,12 @@ def _timm(where: str, name: str, *lines: Line) -> Table:
 
 
 def _mae(name: str, *lines: Line) -> Table:
-    """Fine-tuned masked autoencoders average over patches."""
+    """A fine-tuned masked autoencoder: its head averages over patches."""
     return Table("Tab. 2", name, lines, options={"global_pool": "avg"}, data={"crop_pct": 0.875, **IMAGENET})
 
 
 def _clips(size: str, *lines: Line) -> Table:
-    """X3D-M on the clip's own size comes to the paper's multiply-accumulates."""
+    """A video model. X3D-M at the clip's own size gives the paper's multiply-accumulates."""
     return Table("Tab. 9", f"videomae_{size}", lines, f"MCG-NJU/videomae-{size}-finetuned-kinetics", "x3d_m")
 
 

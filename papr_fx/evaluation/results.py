@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, and a part file from which an interrupted run goes on."""
+"""Files of results, written whole or not at all; and a part file from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -13,48 +13,49 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from .evaluate import Counts, Progress
+from .counts import Counts, Progress
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file by renaming a finished one, so that no reader ever sees half of it.
+    """Writes a temporary file and renames it, so that no reader ever sees half of it.
 
     Raises:
-        ArgumentError: It cannot be written.
+        ArgumentError: The file cannot be written.
     """
-    beside = _beside(path)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        beside.replace(path)
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise ArgumentError(f"{path} cannot be written: {error}") from error
 
 
 def check_writable(path: Path, suffixes: Sequence[str]) -> None:
-    """Tries whether a file can be written, before the work is done; makes its folder.
+    """Checks that a file can be written, before the work is done, and makes its folder.
 
     Raises:
-        ArgumentError: It cannot, or its name has none of `suffixes`.
+        ArgumentError: It cannot, or its name ends in none of `suffixes`.
     """
     if path.suffix not in suffixes or path.is_dir():
-        raise ArgumentError(f"a file that ends in {' or '.join(suffixes)} is to be written, not {path}")
+        raise ArgumentError(f"the file to write must end in {' or '.join(suffixes)}, not {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _beside(path).touch()
-        _beside(path).unlink(missing_ok=True)
+        _temporary(path).touch()
+        _temporary(path).unlink(missing_ok=True)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be written: {error}") from error
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
+    """A file beside `path` that only this process writes."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-    """Writes rows as CSV, or with the settings of the run as JSON, by the name's suffix."""
+    """Writes rows: as CSV, or as JSON with the settings of the run, by the suffix of the file name."""
     if path.suffix == ".json":
         write_whole(path, json.dumps({"settings": dict(settings), "rows": [dict(row) for row in rows]}, indent=2) + "\n")
         return
@@ -66,20 +67,20 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[
 
 
 def part_of(path: Path) -> Path:
-    """The file beside a results file that says how far its run has come."""
+    """The part file of a results file: it says how far the run has come."""
     return path.with_name(f"{path.name}.part")
 
 
 def write_part(path: Path, progress: Progress, settings: Mapping[str, Any]) -> None:
-    """Notes how far a run has come."""
+    """Writes how far a run has come to its part file."""
     write_whole(part_of(path), json.dumps({"settings": dict(settings), "progress": asdict(progress)}) + "\n")
 
 
 def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
-    """How far an interrupted run with the same settings came; None if there is none.
+    """Reads how far an interrupted run with the same settings came; None if there was no such run.
 
     Raises:
-        ArgumentError: The part file is of a run with other settings, or is no part file.
+        ArgumentError: The part file belongs to a run with other settings, or cannot be read.
     """
     part = part_of(path)
     if not part.exists():
@@ -98,7 +99,7 @@ def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
     differing = sorted(key for key in {*given, *wanted} if given.get(key) != wanted.get(key))
     if differing:
         raise ArgumentError(
-            f"{part} is of an interrupted run with other settings ({', '.join(differing)}): remove it, or give another "
+            f"{part} belongs to an interrupted run with other settings ({', '.join(differing)}): remove it, or give another "
             "--results-file"
         )
     return progress

@@ -1,4 +1,4 @@
-"""Paired timing: the variants take turns, so that a noisy machine disturbs all of them alike, and medians are compared."""
+"""Paired timing: variants take turns, so that a noisy machine disturbs all of them alike, and medians are compared."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def interleaved_times(
     progress: Callable[[], object] = lambda: None,
     gradients: bool = False,
 ) -> dict[str, list[float]]:
-    """Wall-clock times of each variant, interleaved.
+    """Wall-clock times of variants that take turns.
 
     Args:
         variants: Functions to time, by name.
         rounds: Timed calls of each.
-        warmup: Calls of each beforehand.
-        progress: Called behind every call.
-        gradients: Whether they are called with gradients, as training steps are.
+        warmup: Untimed calls of each before them.
+        progress: Called after every call of a variant.
+        gradients: Whether gradients are enabled, as in a training step.
 
     Returns:
-        Milliseconds of each round, by name.
+        The time of each call in ms, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode(not gradients):
@@ -45,7 +45,7 @@ def interleaved_times(
 def median_times(
     variants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, gradients: bool = False
 ) -> dict[str, float]:
-    """Median milliseconds of each variant, from `interleaved_times`."""
+    """Median time of each variant in ms; see `interleaved_times`."""
     times = interleaved_times(variants, rounds=rounds, warmup=warmup, gradients=gradients)
     return {name: statistics.median(values) for name, values in times.items()}
 

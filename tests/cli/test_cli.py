@@ -131,6 +131,6 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("papr_fx.cli.main.image_model", interrupted)
+    monkeypatch.setattr("papr_fx.cli.networks.image_model", interrupted)
     assert main(["diff", "vit_tiny_patch16_224"]) == 130
     assert capsys.readouterr().err == "papr-fx: interrupted\n"

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 
 import papr_fx
 from papr_fx.cli.main import main
-from papr_fx.evaluation.evaluate import Counts, Progress
+from papr_fx.evaluation.counts import Counts, Progress
 from papr_fx.evaluation.results import read_part, write_part, write_whole
 
 from ..labelled import counted, networks, options, rows_of, weights
@@ -135,13 +135,13 @@ def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, pro
 
 KILLED = """
 import os, signal, sys
-from papr_fx.cli import data as cli_data
+from papr_fx.cli import counting
 from papr_fx.cli.main import main
-write = cli_data.write_part
+write = counting.write_part
 def and_die(*given):
     write(*given)
     os.kill(os.getpid(), signal.SIGKILL)
-cli_data.write_part = and_die
+counting.write_part = and_die
 main(sys.argv[1:])
 """
 
@@ -162,7 +162,7 @@ def test_killed_and_resumed(labelled, tmp_path, capsys):
     known = json.loads(part.read_text())["settings"]["files"]["checkpoint"][1]
     os.utime(labelled / "model.pth", ns=(known, known))
     done = run("-m", "papr_fx", *options(labelled, results, *small))
-    assert "going on behind 32 of 41 samples" in done.stdout
+    assert "continuing after 32 of 41 samples" in done.stdout
     assert counted(results) == counted(whole)
     assert [row["z"] for row in rows_of(results)] == [1.0, 0.5]
     assert not part.exists()
@@ -232,7 +232,7 @@ def test_arguments(labelled, capsys):
         main(["eval", "nowhere", "--z", "1.5"])
     assert "must lie in (0, 1], not 1.5" in capsys.readouterr().err
     assert main(options(labelled, "a.txt")) == 2
-    assert "a file that ends in .csv or .json is to be written" in capsys.readouterr().err
+    assert "the file to write must end in .csv or .json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_arguments(labelled, capsys):
         (("--device", "foo"), "--device foo"),
         (("--checkpoint", "none.pth"), "there is no checkpoint none.pth"),
         (("--img-size", "33"), "does not take inputs of shape (1, 3, 33, 33)"),
-        (("--proposal", "lite0"), "lite0 brings its weights along"),
+        (("--proposal", "lite0"), "lite0 comes with its own weights"),
         (("--input-key", "image"), "columns of hfds/ data"),
     ],
 )

@@ -95,7 +95,7 @@ def test_what_cannot_be_reproduced(small, capsys):
     folder = str(small / "images")
     for given, reason in (
         (["all", folder], "give the name of one table"),
-        (["small", "--results-file", "a.json"], "results only where there are data"),
+        (["small", "--results-file", "a.json"], "there are no results without"),
         (["mae-b", folder, "--pretrained"], "its weights come as a file"),
         (["videomae-b", folder, "--checkpoint", "a.pth"], "--checkpoint is for models of timm"),
         (["small", "nowhere"], "there is no folder nowhere"),

@@ -11,7 +11,8 @@ import torch
 import papr_fx
 from papr_fx import peers
 from papr_fx.cli.main import main
-from papr_fx.evaluation import bench
+from papr_fx.evaluation.bench import Comparison, TimingSettings, benchmark, candidates
+from papr_fx.evaluation.bench_rows import Row, break_even
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, images, toy_proposal
@@ -51,7 +52,7 @@ def test_reducers_at_given_macs():
     assert peers.reduction_named("papr+tome") == papr_fx.Merge(blocks="second-half")
 
 
-ROW = bench.Row("m", "papr z=0.5", "eager", 1, 224, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 2.0)
+ROW = Row("m", "papr z=0.5", "eager", 1, 224, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ ROW = bench.Row("m", "papr z=0.5", "eager", 1, 224, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
 def test_break_even(speeds, expected):
     rows = [replace(ROW, infer_batch_size=size, speed_up=speed) for size, speed in speeds.items()]
     rows.append(replace(ROW, variant="dense"))
-    assert bench.break_even(rows) == {("m", "papr z=0.5", "eager"): expected}
+    assert break_even(rows) == {("m", "papr z=0.5", "eager"): expected}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
@@ -103,7 +104,7 @@ def test_refusals(capsys):
     assert "keep a spatial layout" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "--reducers", "papr,nothing"])
-    assert "'nothing' is none of papr, tome" in capsys.readouterr().err
+    assert "'nothing' is not one of papr, tome" in capsys.readouterr().err
     assert main(["bench", "--model", "vit_tiny_patch16_224", "--results-file", "out/bench.txt"]) == 2
     assert ".csv or .json" in capsys.readouterr().err
 
@@ -111,8 +112,9 @@ def test_refusals(capsys):
 @torch.no_grad()
 def test_compiled_and_autocast():
     x = torch.zeros(1, 3, *Shape().image)
-    chosen = bench.variants(ToyViT(Shape()).eval(), toy_proposal(), [0.5], images=x)
-    rows = bench.benchmark("toy", chosen, x, batch_sizes=[2], compiled=True, autocast=torch.bfloat16, rounds=2, warmup=1)
+    chosen = candidates(ToyViT(Shape()).eval(), toy_proposal(), x, Comparison([0.5]))
+    settings = TimingSettings([2], compiled=True, autocast=torch.bfloat16, rounds=2, warmup=1)
+    rows = benchmark("toy", chosen, x, settings)
     assert [row.run for row in rows] == ["compiled"] * 3
     assert max(row.speed_up for row in rows[:2]) == 1.0
     assert all(row.infer_step_time_low <= row.infer_step_time <= row.infer_step_time_high for row in rows)

@@ -1,0 +1,69 @@
+"""The networks that `--model`, `--proposal` and the options beside them name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from ..evaluation import variants
+from ..evaluation.decoders import Views
+from ..evaluation.subject import ModelSpec, Subject, named_subject
+from ..evaluation.variants import ProposalSpec
+from ..proposals.named import LITE0, image_model, proposal_for
+from ..proposals.network import InputStats
+
+
+def model_of(arguments: argparse.Namespace) -> nn.Module:
+    """The timm model of a command that reads no data set."""
+    return image_model(arguments.model, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
+
+
+def proposal_beside(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, InputStats]:
+    """The proposal for a timm model, and how the images of both are normalised."""
+    config = resolve_model_data_config(model)
+    return proposal_for((config["mean"], config["std"]), arguments.proposal, pretrained=arguments.pretrained)
+
+
+def subject_of(arguments: argparse.Namespace, device: torch.device) -> Subject:
+    """The model of `eval` and `tune`."""
+    spec = ModelSpec(
+        arguments.model,
+        device,
+        pretrained=arguments.pretrained,
+        checkpoint=arguments.checkpoint,
+        preprocessing={name: vars(arguments)[name] for name in ("img_size", "crop_pct", "interpolation")},
+        channels_last=arguments.channels_last,
+        options={"num_classes": arguments.num_classes} if arguments.num_classes else {},
+        views=views_of(arguments),
+    )
+    return named_subject(spec)
+
+
+def proposal_of(arguments: argparse.Namespace, subject: Subject) -> tuple[nn.Module, dict[str, Any]]:
+    """The proposal of `eval` and `tune`, and the options of `transform` that go with it."""
+    spec = ProposalSpec(
+        arguments.proposal,
+        pretrained=arguments.pretrained,
+        checkpoint=arguments.proposal_checkpoint,
+        size=arguments.proposal_size,
+        shared=arguments.shared_stats,
+        saliency=arguments.saliency,
+    )
+    return variants.proposal_of(subject, spec)
+
+
+def views_of(arguments: argparse.Namespace) -> Views:
+    """The views of a video."""
+    return Views(arguments.temporal_views, arguments.spatial_views, arguments.frame_step)
+
+
+def described(arguments: argparse.Namespace, subject: Subject, model: str, proposal: str) -> str:
+    """The names of both networks, and which of them have random weights."""
+    words = [model + ("" if subject.loaded else " (random weights; --pretrained loads real ones)")]
+    loaded = arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0
+    words.append(f"proposal {proposal}" + ("" if loaded else " (random weights)"))
+    return ", ".join(words)

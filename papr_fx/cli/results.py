@@ -1,0 +1,55 @@
+"""What an evaluation prints and writes: a row per variant, the samples that could not be read, the results file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..evaluation.counts import Progress
+from ..evaluation.results import part_of, write_rows
+from ..evaluation.subject import Subject
+from ..evaluation.variants import Variant
+
+
+def row_of(subject: Subject, variant: Variant, found: Progress) -> dict[str, Any]:
+    """The results of one variant: percentages, GMACs, samples per second of one process, millions of parameters."""
+    counts = found.counts[variant.name]
+    row: dict[str, Any] = {"z": variant.z, "r": variant.r}
+    if counts.labelled:
+        row |= {word: round(100 * getattr(counts, word) / counts.labelled, 3) for word in ("top1", "top5")}
+    if counts.real_total:
+        row["top1_real"] = round(100 * counts.real / counts.real_total, 3)
+    return row | {
+        "agreement": round(100 * counts.agree / found.total, 3),
+        "gmacs": variant.macs / 1e9,
+        speed_key(subject): found.total / counts.seconds,
+        "param_count": round(sum(p.numel() for p in variant.module.parameters()) / 1e6, 2),
+        "count": found.total,
+        "unreadable": len(found.failed),
+    }
+
+
+def speed_key(subject: Subject) -> str:
+    """Name of the column of speeds."""
+    return "videos_per_sec" if subject.views else "img_per_sec"
+
+
+def finish(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], failed: Sequence[tuple[int, str]]) -> None:
+    """Lists what could not be read, and writes the results and the plot."""
+    print_failed([reason for _, reason in failed])
+    if arguments.results_file:
+        settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "results_file", "plot")}
+        write_rows(arguments.results_file, rows, {**settings, "failed": failed})
+        part_of(arguments.results_file).unlink(missing_ok=True)
+    if arguments.plot:
+        from .plot import plot_accuracy  # imports matplotlib
+
+        plot_accuracy(arguments.plot, rows)
+
+
+def print_failed(reasons: Sequence[str]) -> None:
+    """Lists what could not be read."""
+    if reasons:
+        print(f"{len(reasons)} could not be read and were left out:", *reasons, sep="\n  ", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""What an evaluation counts, and how far it has come; counts of several processes or runs add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counts:
+    """What was counted for one variant of a model.
+
+    Attributes:
+        labelled: Samples that have a class.
+        top1: Labelled samples whose class ranks first.
+        top5: Labelled samples whose class is among the first five.
+        agree: Samples on which the variant's first class is the dense model's.
+        real: Samples whose first class is among ImageNet's reassessed labels.
+        real_total: Samples that have such labels.
+        seconds: Time that the variant took, without reading data.
+    """
+
+    labelled: int = 0
+    top1: int = 0
+    top5: int = 0
+    agree: int = 0
+    real: int = 0
+    real_total: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        """Adds the counts of another run."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Progress:
+    """How far an evaluation has come.
+
+    Attributes:
+        done: Samples taken so far, from the start of the data.
+        total: Those of them that could be read.
+        counts: The counts of each variant, by name.
+        failed: Index and reason of each sample that could not be read.
+    """
+
+    done: int = 0
+    total: int = 0
+    counts: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    failed: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+
+    def add(self, other: Progress) -> None:
+        """Adds what another process counted of the same chunk; `done` stays."""
+        self.total += other.total
+        for name, counts in other.counts.items():
+            self.counts.setdefault(name, Counts()).add(counts)
+        self.failed = sorted({*self.failed, *other.failed})

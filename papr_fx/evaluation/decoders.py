@@ -1,0 +1,71 @@
+"""From an open file to pixels: an image, or the normalised views of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..proposals.network import Statistics
+from ..video import read_video, sample_views
+
+VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of a video are evaluated (PaPr, Sec. 4: 5 clips x 3 crops).
+
+    Attributes:
+        temporal: Clips per video.
+        spatial: Crops per clip.
+        step: Use every `step`-th frame.
+    """
+
+    temporal: int = 5
+    spatial: int = 3
+    step: int = 4
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Decodes an image file to pixels (3, H, W), with a transform of PIL images."""
+
+    transform: Callable[[Any], Tensor]
+
+    def __call__(self, source: IO[bytes]) -> Tensor:
+        with Image.open(source) as opened:
+            return self.transform(opened.convert("RGB"))
+
+
+@dataclass(frozen=True)
+class ClipDecoder:
+    """Decodes a video file to normalised views (V, T, C, H, W).
+
+    A video that is shorter than one view is padded with its last frame.
+
+    Attributes:
+        frames: Frames per view.
+        size: Side of a view in pixels.
+        statistics: Mean and standard deviation of pixels in [0, 1].
+        views: Which views are cut from the video.
+    """
+
+    frames: int
+    size: int
+    statistics: Statistics
+    views: Views = Views()
+
+    def __call__(self, source: IO[bytes]) -> Tensor:
+        video = read_video(source)  # (T, 3, H, W)
+        step, temporal, spatial = self.views.step, self.views.temporal, self.views.spatial
+        missing = (self.frames - 1) * step + 1 - len(video)
+        if missing > 0:
+            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
+        views = sample_views(video, self.frames, step=step, size=self.size, temporal=temporal, spatial=spatial)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
+        return (views - mean) / std

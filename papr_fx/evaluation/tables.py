@@ -1,0 +1,68 @@
+"""Files that a table lists, each with its class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from timm.data.readers.class_map import load_class_map
+from timm.utils.misc import natural_key
+
+from ..errors import ArgumentError
+
+
+class TableReader:
+    """Files listed in a table, by index: a line holds a path and a class, separated by a comma or a space.
+
+    Args:
+        table: The table, without a header.
+        root: The folder that relative paths start from.
+        class_map: A file that lists classes in the model's order. Without it, class names are numbered in natural order, and
+            numbers are used as they are.
+
+    Raises:
+        ArgumentError: A line is not a path and a class, or `class_map` does not list its class.
+    """
+
+    def __init__(self, table: Path, root: Path, class_map: str = "") -> None:
+        lines = _lines(table)
+        names = sorted({label for _, label in lines}, key=natural_key)
+        numbers = [name for name in names if re.fullmatch(r"-?\d+", name)]
+        if 0 < len(numbers) < len(names) and not class_map:
+            other = next(name for name in names if name not in numbers)
+            raise ArgumentError(f"{table}: classes are numbers or names, not both: {numbers[0]} and {other!r} (a header?)")
+        if class_map:
+            classes: dict[str, int] = load_class_map(class_map)
+        else:
+            classes = {name: int(name) if numbers else place for place, name in enumerate(names)}
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            raise ArgumentError(f"{table}: {class_map} does not list the class {unknown[0]!r}")
+        self._files = [(root / path, classes[label]) for path, label in lines]
+        if not self._files[0][0].exists():
+            raise ArgumentError(f"{table}, line 1: there is no file {self._files[0][0]} (a header? a table has none)")
+        self.class_to_idx = {} if numbers else classes
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        path, label = self._files[index]
+        return path.open("rb"), label
+
+    def filename(self, index: int) -> str:
+        """The path of a file."""
+        return str(self._files[index][0])
+
+
+def _lines(table: Path) -> Sequence[tuple[str, str]]:
+    """Path and class of each line."""
+    with table.open(newline="") as file:
+        split = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
+    wrong = next((number for number, line in enumerate(split, 1) if len(line) != 2), 0)
+    if wrong or not split:
+        where = f", line {wrong}" if wrong else ""
+        raise ArgumentError(f"{table}{where}: a line is a path and a class, such as `clips/a.mp4,3`")
+    return [(path.strip(), label.strip()) for path, label in split]
