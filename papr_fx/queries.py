@@ -118,8 +118,8 @@ def _chosen(module: PrunedModule, images: Tensor) -> list[_Chosen]:
 def _checked_images(gm: PrunedModule, images: object) -> Tensor:
     shape, layout = gm.plan.shape, gm.plan.target.layout
     axis = layout.index("C")
-    same_rank = isinstance(images, Tensor) and images.ndim == len(layout)
-    free = gm.plan.target.dynamic and same_rank and images.shape[axis] == shape[axis]
+    free = isinstance(images, Tensor) and gm.plan.target.dynamic and images.ndim == len(layout)
+    free = free and cast(Tensor, images).shape[axis] == shape[axis]
     if not isinstance(images, Tensor) or not (free or images.shape[1:] == shape[1:]):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         axes = ", ".join(layout.replace("C", str(shape[axis])))

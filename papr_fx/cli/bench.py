@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ..evaluation import bench, bench_rows
 from ..evaluation.bench import METHODS, Comparison, TimingSettings
 from ..evaluation.bench_rows import Row
+from ..evaluation.models import image_model
 from ..planning import inputs
-from ..proposals.named import LITE0, image_model
+from ..proposals.named import LITE0
 from .distributed import check_cuda
 from .networks import proposal_beside
 from .options import PRECISIONS, add_ratios, positive_int

@@ -10,10 +10,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..evaluation.models import VIDEO_MODELS, proposal_for, video_model
 from ..ops.positions import resize_map
 from ..planning import inputs
-from ..planning.module import PrunedModule, keep_masks, set_keep_ratio, significance
-from ..proposals.named import VIDEO_MODELS, proposal_for, video_model
+from ..planning.module import PrunedModule, set_keep_ratio
+from ..queries import keep_masks, significance
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform

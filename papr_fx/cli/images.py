@@ -10,7 +10,8 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from ..planning.module import PrunedModule, keep_masks, set_keep_ratio, significance
+from ..planning.module import PrunedModule, set_keep_ratio
+from ..queries import keep_masks, significance
 from ..transform import transform
 from .networks import model_of, proposal_beside
 

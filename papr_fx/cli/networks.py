@@ -11,10 +11,11 @@ from torch import nn
 
 from ..evaluation import variants
 from ..evaluation.decoders import Views
+from ..evaluation.models import image_model, proposal_for
 from ..evaluation.subject import ModelSpec, Subject, named_subject
 from ..evaluation.variants import ProposalSpec
-from ..proposals.named import LITE0, image_model, proposal_for
-from ..proposals.network import InputStats
+from ..proposals.build import InputStats
+from ..proposals.named import LITE0
 
 
 def model_of(arguments: argparse.Namespace) -> nn.Module:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..evaluation.models import VIDEO_MODELS
 from ..planning.module import checked_z
-from ..proposals.named import LITE0, VIDEO_MODELS
+from ..proposals.named import LITE0
 from ..proposals.saliency import NAMES
 
 DEFAULT_MODEL = "vit_small_patch16_224"

@@ -79,7 +79,7 @@ class Counts:
         """Puts the kept number in the place of `counts`, and computes again the sizes between them and `node`."""
         run = self._run
         changed = {count.size: run.lengths[count.first][1] for count in counts}
-        nodes = list(run.graph.nodes)
+        nodes = list(node.graph.nodes)
         for n in nodes[: nodes.index(node)]:
             if n.name in changed:
                 run.env[n] = changed[n.name]

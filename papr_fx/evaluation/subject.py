@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
 from ..planning import inputs
-from ..proposals.named import VIDEO_MODELS, image_model, video_model
-from ..proposals.network import Statistics
+from ..proposals.build import Statistics
 from ..tracing.fakes import MODEL_ERRORS
 from ..video import pyav
 from .decoders import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder, Views
+from .models import VIDEO_MODELS, image_model, video_model
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..errors import PaprError
-from ..ops.positions import keep_count
-from ..planning.plan import Pixels
+from ..planning.plan import PixelPlan
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.trace import trace
 from ..transform import transform
@@ -153,14 +151,13 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", out
     except (*MODEL_ERRORS, LookupError, ArithmeticError, ImportError) as error:  # our own bug: shown, and the survey continues
         return Row(architecture, reason=f"failed: {type(error).__name__}: {error}".splitlines()[0])
     plan = gm.plan
-    choice = plan.choices(False)[0]
-    patches = prod(choice.grid)
+    rows = plan.choices(False)[0].rows
     return Row(
         architecture,
-        plan.operator.mode,
+        plan.kind,
         output,
-        len(plan.operator.sites[False]) if isinstance(plan.operator, Pixels) else 1,
-        f"{choice.prefix + patches} -> {choice.prefix + keep_count(patches, z, choice.prefix)}",
+        len(plan.eval.sites) if isinstance(plan.eval, PixelPlan) else 1,
+        f"{rows.count} -> {rows.kept(z)}",
         "proved" if weights else "",
     )
 

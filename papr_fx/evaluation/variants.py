@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError, first_line
-from ..passes.reduce_tokens import Reduction
+from ..passes.reduction import Reduction
 from ..planning.module import sibling
-from ..proposals.named import LITE0, proposal_for
+from ..proposals.named import LITE0
 from ..review.report import report
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs
 from ..transform import transform
+from .models import proposal_for
 from .subject import Subject
 
 

@@ -49,13 +49,11 @@ def check(case: Case) -> None:
 
 def _movement(case: Case, graph: fx.Graph, stream: Stream, cells: Sequence[int]) -> Tensor:
     """How far each position of a stream moves when one patch of the image is changed, (cells, positions)."""
-    image = case.images[:1]
+    image, grid = case.images[:1], stream.rows.grid
     probes = image.repeat(len(cells) + 1, *[1] * (image.ndim - 1))  # the first stays as it is
     for probe, cell in enumerate(cells, start=1):
         patch = probes[probe : probe + 1]
-        for letter, place, count in zip(
-            "THW"[-len(stream.rows.grid) :], _place(cell, stream.rows.grid), stream.rows.grid, strict=True
-        ):
+        for letter, place, count in zip("THW"[-len(grid) :], _place(cell, grid), grid, strict=True):
             axis = case.rewrite.image_layout.index(letter)
             first, end = (image.shape[axis] * edge // count for edge in (place, place + 1))
             patch = patch.narrow(axis, first, end - first)
