@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ArgumentError, NoSiteError, SiteError, VerifyError, first_line
+from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
 from .passes.reduction import Reduction
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
@@ -129,7 +129,7 @@ class _Pipeline:
             if self.options.mode == "tokens":
                 raise
             gm = self._instead(error)
-            reason = first_line(error)
+            reason = str(error).splitlines()[0]
         return self._finished(gm, fallback=reason)
 
     def _by_pixels(self) -> PrunedModule:

@@ -35,7 +35,8 @@ from torch import Tensor, fx, nn
 
 from ..dataflow.lengths import view_sizes
 from ..dataflow.repairs import Count, Numbering, Repairs, TableSite, View
-from ..dataflow.shorter_run import TokenStream, find_repairs
+from ..dataflow.shorter_run import find_repairs
+from ..dataflow.token_run import TokenStream
 from ..ops import gather_positions, kept_patches
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import Kind, tag

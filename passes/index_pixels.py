@@ -17,17 +17,34 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
-from ..dataflow.moves import copy_moves
-from ..ops import moved_cells, number_cells, pixel_rows, with_prefix
+from ..dataflow.grids import Origin
+from ..dataflow.moves import Moves, copy_moves
+from ..ops import TokenRows, moved_cells, number_cells, pixel_rows, with_prefix
 from . import splice_proposal
 from .splice_proposal import ImageSite, Selection, Sizes
 
-if TYPE_CHECKING:
-    from .prune_pixels import PixelSite
+
+@dataclass(frozen=True)
+class Placing:
+    """Where the positions of a pixel operator come from. Nodes are stored by name, so that it holds for copies of the graph.
+
+    Attributes:
+        source: The value whose copy or scaled form is the residual.
+        first: The first node of the operator.
+        rows: The grid, and the tokens before it where positions have one axis.
+        origin: Where the sizes of the grid can be read at run time.
+        moves: How the positions left the order of the image, if they did: into windows.
+    """
+
+    source: str
+    first: str
+    rows: TokenRows
+    origin: Origin
+    moves: Moves | None = None
 
 
 class Index(NamedTuple):
@@ -67,10 +84,10 @@ class PixelIndexer:
     z: float
     dynamic: bool
 
-    def indices(self, sites: Sequence[PixelSite]) -> list[Index]:
+    def indices(self, sites: Sequence[Placing]) -> list[Index]:
         """The index of each site. Sites share what is equal."""
         first = self.images.images.next
-        in_order = sorted(sites, key=lambda site: self.nodes[site.region[0]], reverse=True)
+        in_order = sorted(sites, key=lambda site: self.nodes[site.first], reverse=True)
         leads = {site.rows.grid: site for site in in_order}  # the first to run; their additions may come in another order
         chosen: dict[tuple[int, ...], _Chosen] = {}
         indices: dict[tuple[object, ...], Index] = {}
@@ -91,7 +108,7 @@ class PixelIndexer:
             found.append(indices[key])
         return found
 
-    def _choose(self, site: PixelSite, before: fx.Node, number: int) -> _Chosen:
+    def _choose(self, site: Placing, before: fx.Node, number: int) -> _Chosen:
         """Chooses the positions of the site's grid, before node `before`."""
         grid: Sizes = site.rows.grid
         suffix = f"_{grid_name(site.rows.grid)}"
@@ -101,7 +118,7 @@ class PixelIndexer:
         selection = Selection(grid, self.z, number=number, suffix=suffix)
         return _Chosen(splice_proposal.rewrite(self.graph, self.images, before, selection), grid)
 
-    def _index(self, site: PixelSite, chosen: _Chosen, name: str) -> Index:
+    def _index(self, site: Placing, chosen: _Chosen, name: str) -> Index:
         """The flat rows of kept positions, in the order of the site's values."""
         keep, grid = chosen
         create = self.graph.create_node

@@ -38,14 +38,14 @@ import torch
 from torch import fx, nn
 
 from ..dataflow.branches import Branch, BranchReader, Laid
-from ..dataflow.grids import Origin, grid_of, image_rank
-from ..dataflow.moves import Moves, find_moves, operands
+from ..dataflow.grids import grid_of, image_rank
+from ..dataflow.moves import find_moves, operands
 from ..dataflow.positionwise import Layout, PositionwiseProbe
 from ..ops import TokenRows, gather_pixels, write_pixels
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
 from ..tracing.roles import Kind, tag
 from . import splice_proposal
-from .index_pixels import Index, PixelIndexer
+from .index_pixels import Index, PixelIndexer, Placing
 
 
 @dataclass(frozen=True)
@@ -56,36 +56,36 @@ class PixelSite:
         name: What the operator's last pointwise layer calls.
         addition: The residual addition.
         residual: Its operand that bypasses the operator.
-        source: The value that the residual is a copy or a scaled form of.
         branch: Its other operand, the last node of the operator.
         region: The operator's nodes, in order.
         entries: The values that enter it, and their layouts.
         layout: Layout of residual, branch and addition.
-        rows: The grid of its positions, and the tokens before it where positions have one axis.
-        origin: Where the sizes of the grid can be read at run time.
+        placing: Where its positions come from.
         masked: Nodes of the region that treat dropped positions as zeros, and their layouts.
         convolution: Whether a depthwise convolution feeds the operator.
-        moves: How its positions left the order of the image, if they did: into windows.
     """
 
     name: str
     addition: str
     residual: str
-    source: str
     branch: str
     region: tuple[str, ...]
     entries: tuple[tuple[str, Layout], ...]
     layout: Layout
-    rows: TokenRows
-    origin: Origin
+    placing: Placing
     masked: tuple[tuple[str, Layout], ...]
     convolution: bool
-    moves: Moves | None = None
+
+    @property
+    def rows(self) -> TokenRows:
+        """The grid of its positions, and the tokens before it."""
+        return self.placing.rows
 
     @property
     def ordered(self) -> tuple[str, Layout]:
         """A value whose positions are in the order of the image, after the prefix, and its axes."""
-        return (self.moves.origin, self.moves.layout) if self.moves else (self.residual, self.layout)
+        moves = self.placing.moves
+        return (moves.origin, moves.layout) if moves else (self.residual, self.layout)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[PixelSite], choice: PixelChoice) ->
     nodes = nodes_by_name(graph)
     images = splice_proposal.find_site(graph)
     indexer = PixelIndexer(graph, nodes, images, choice.z, dynamic=choice.dynamic)
-    indices = indexer.indices(sites)
+    indices = indexer.indices([site.placing for site in sites])
     for number, (site, index) in enumerate(zip(sites, indices, strict=True)):
         _rewrite_site(nodes, site, number, index, background_of(site, choice.background, choice.training))
     packed = {"BCHW": torch.channels_last, "BCTHW": torch.channels_last_3d}
@@ -190,24 +190,22 @@ def _match(reader: BranchReader, branch: Branch) -> PixelSite | str | None:
         return f"{layer}: its positions have {len(rows.grid)} axes, those of the input {rank}"
     if any(_count(node, axes) != rows.count for node, axes in laid.layouts.items() if shape_of(node)):
         return f"{layer}: its positions are not those of grid {rows.grid}"
-    return _site(branch, laid, str(layers[-1].target), (rows, origin), moves)
+    placing = Placing(source.name, branch.region[0].name, rows, origin, moves)
+    return _site(branch, laid, str(layers[-1].target), placing)
 
 
-def _site(branch: Branch, laid: Laid, name: str, grid: tuple[TokenRows, Origin], moves: Moves | None) -> PixelSite:
+def _site(branch: Branch, laid: Laid, name: str, placing: Placing) -> PixelSite:
     return PixelSite(
         name=name,
         addition=branch.addition.name,
         residual=branch.residual.name,
-        source=branch.sources[-1].name,
         branch=branch.end.name,
         region=tuple(node.name for node in branch.region),
         entries=tuple((entry.name, laid.layouts[entry]) for entry in branch.entries),
         layout=laid.layouts[branch.end],
-        rows=grid[0],
-        origin=grid[1],
+        placing=placing,
         masked=tuple((node.name, laid.layouts[node]) for node in branch.region if node in laid.masked),
         convolution=bool(branch.convolutions),
-        moves=moves,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -11,9 +11,8 @@ from torch import Tensor, fx
 from ..tracing.blocks import block_of
 from ..tracing.graphs import ancestors, called, shape_of
 from .repairs import Count, Numbering, View
-
-if TYPE_CHECKING:
-    from .shorter_run import ShorterRun
+from .tables import Tables
+from .token_run import TokenRun
 
 # Calls that number positions, given how many there are.
 NUMBERING_CALLS = (torch.arange, torch.linspace)
@@ -40,8 +39,9 @@ class Counts:
         found: Those that must be the kept number.
     """
 
-    def __init__(self, run: ShorterRun) -> None:
+    def __init__(self, run: TokenRun, tables: Tables) -> None:
         self._run = run
+        self._tables = tables
         self.found: list[Count] = []
 
     def repair(self, node: fx.Node) -> Any:
@@ -52,7 +52,7 @@ class Counts:
             return None
         before = dict(run.env)
         self._recompute(node, counts)
-        out = run.tables.repair(node)
+        out = self._tables.repair(node)
         if out is None:
             run.env = before
         else:
@@ -96,8 +96,9 @@ class Numberings:
         found: Calls that must get the dense number of tokens.
     """
 
-    def __init__(self, run: ShorterRun, renumbered: Collection[str]) -> None:
+    def __init__(self, run: TokenRun, tables: Tables, renumbered: Collection[str]) -> None:
         self._run = run
+        self._tables = tables
         self._renumbered = renumbered
         self.found: list[Numbering] = []
 
@@ -119,7 +120,7 @@ class Numberings:
             run.env = before
         for n, value in known.items():
             self.found.append(Numbering(node.name, n.name, dense[value]))
-            run.tables.identify(n, ("dense", value))  # the same number in whichever block
+            self._tables.identify(n, ("dense", value))  # the same number in whichever block
         return out
 
     def check_index(self, node: fx.Node) -> None:
@@ -142,7 +143,7 @@ class Views:
         found: The reshapes.
     """
 
-    def __init__(self, run: ShorterRun) -> None:
+    def __init__(self, run: TokenRun) -> None:
         self._run = run
         self.found: list[View] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -11,28 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
 from ..ops import TokenRows
-from ..tracing.blocks import block_of
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import shape_of
 from ..tracing.trace import OpenError
 from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
 from .repairs import Repairs
 from .tables import Tables
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """The tokens that become fewer.
-
-    Attributes:
-        node: The node whose value is (B, N, C).
-        rows: What the N tokens stand for.
-        blocks: Qualified names of the blocks that they run through.
-    """
-
-    node: fx.Node
-    rows: TokenRows
-    blocks: tuple[str, ...]
+from .token_run import TokenRun, TokenStream
 
 
 def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repairs:
@@ -65,29 +49,22 @@ def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repair
             )
 
 
-class ShorterRun(fx.Interpreter):
-    """Runs a graph with fewer tokens. Where an operation fails, its inputs are repaired, and it runs again.
+class ShorterRun(TokenRun):
+    """Runs a graph on fewer tokens. Where an operation fails, its inputs are repaired, and it runs again.
 
     Args:
         root: The modules that the graph calls.
         stream: The tokens.
         kept: How many patches are left.
         renumbered: Calls that must number the kept tokens, not all of them.
-
-    Attributes:
-        lengths: Token counts, all and kept, by the token from which on they count.
     """
 
     def __init__(self, root: nn.Module, stream: TokenStream, kept: int, renumbered: Collection[str]) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=stream.node.graph)
-        self.extra_traceback = False  # errors are results here, and name the node themselves
-        self.stream = stream
-        rows = stream.rows
-        self.lengths = {first: (rows.count - first, rows.prefix + kept - first) for first in (0, rows.prefix)}
+        super().__init__(root, stream, kept)
         self.tables = Tables(self)
-        self.counts = Counts(self)
+        self.counts = Counts(self, self.tables)
         self.views = Views(self)
-        self.numberings = Numberings(self, renumbered)
+        self.numberings = Numberings(self, self.tables, renumbered)
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node on the values so far, and repairs it if it fails."""
@@ -106,27 +83,6 @@ class ShorterRun(fx.Interpreter):
         if suspect and self._follows_length(n, recorder.counts):
             raise OpenError({str(n.target)}, f"`{n.target}` numbers the tokens that it is given", alike=True)
         return out[:, : self.lengths[0][1]] if n is self.stream.node else out
-
-    def plain(self, node: fx.Node) -> Any:
-        """Runs a node without repairs."""
-        return super().run_node(node)
-
-    def in_block(self, node: fx.Node) -> bool:
-        """Whether a node runs in a block. Code elsewhere, such as a head, may compute with the number of tokens too."""
-        return block_of(node, self.stream.blocks) is not None or node.target in self.stream.blocks
-
-    def is_dense(self, node: fx.Node) -> bool:
-        """Whether a value, a tensor or a number, is as in the dense graph."""
-        value = self.env[node]
-        return tuple(value.shape) == shape_of(node) if isinstance(value, Tensor) else value == node.meta.get("value")
-
-    def is_shorter(self, node: fx.Node, out: Any) -> bool:
-        """Whether a result has its dense shape except for the number of positions."""
-        dense = shape_of(node)
-        if dense is None or not isinstance(out, Tensor) or len(dense) != out.ndim:
-            return dense is None
-        lengths = set(self.lengths.values())
-        return all(size == before or (before, size) in lengths for before, size in zip(dense, out.shape, strict=True))
 
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
         """The result of a node that failed, with what it reads repaired."""

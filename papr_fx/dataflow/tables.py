@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -13,9 +13,7 @@ from ..ops import gather_positions
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
 from ..tracing.graphs import called
 from .repairs import Pick, TableSite
-
-if TYPE_CHECKING:
-    from .shorter_run import ShorterRun
+from .token_run import TokenRun
 
 
 class Expression(NamedTuple):
@@ -31,7 +29,7 @@ class Tables:
         sites: What was found, one site per table and pick. Tables that are computed alike share one.
     """
 
-    def __init__(self, run: ShorterRun) -> None:
+    def __init__(self, run: TokenRun) -> None:
         self._run = run
         self._numbers: dict[object, Expression] = {}
         self._expressions: dict[fx.Node, Expression] = {}

@@ -58,7 +58,7 @@ def prune_by_pixels(
     train_plan = _training_plan(eval_plan, in_training, _find(model, in_training, cache, training=True))
     root = traced.root(model, in_training)
     whole = cut(scratch_copy(root), traced.graph, *traced.graph.output_node().all_input_nodes)
-    dynamic = grids_follow(whole, images, layout, [(site.rows, site.origin) for site in found.sites])
+    dynamic = grids_follow(whole, images, layout, [(site.rows, site.placing.origin) for site in found.sites])
     target = Target(z, layout, dynamic)
     plan = Plan(type(model).__name__, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
@@ -106,8 +106,15 @@ def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tup
         masked = {name for name, _ in site.masked}
         inside = Counter(owner for name in site.region if name not in masked for owner in owners[name])
         whole = {owner for owner, count in inside.items() if count == total[owner]}  # modules inside the operator
-        visible = [site.addition, site.residual, site.branch, site.origin.node, *site.region, *(n for n, _ in site.entries)]
-        visible += site.moves.path if site.moves else ()
+        visible = [
+            site.addition,
+            site.residual,
+            site.branch,
+            site.placing.origin.node,
+            *site.region,
+            *(n for n, _ in site.entries),
+        ]
+        visible += site.placing.moves.path if site.placing.moves else ()
         opened.update(owner for name in visible for owner in owners[name] if owner not in whole)
     return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, found.skipped
 

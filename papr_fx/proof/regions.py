@@ -79,12 +79,12 @@ def mask_branches(case: Case) -> fx.Graph:
 def _mask_of(graph: fx.Graph, nodes: dict[str, fx.Node], site: PixelSite, mask: fx.Node) -> tuple[fx.Node, Any]:
     """The mask of a grid in the order of a site's values, and the sizes that these have."""
     sizes = site.rows.grid
-    if site.moves:
-        path = [nodes[step] for step in site.moves.path]
-        shape = (1, *sizes) if site.moves.layout == "BCHW" else (*sizes, 1)
+    if site.placing.moves:
+        path = [nodes[step] for step in site.placing.moves.path]
+        shape = (1, *sizes) if site.placing.moves.layout == "BCHW" else (*sizes, 1)
         with graph.inserting_before(path[-1].next):
             cells = graph.call_method("view", (mask, -1, *shape))
-            moved = copy_moves(graph, nodes[site.moves.origin], path, cells)[-1]
+            moved = copy_moves(graph, nodes[site.placing.moves.origin], path, cells)[-1]
             mask = graph.call_method("flatten", (moved, 1))
         windows = cast("tuple[int, ...]", shape_of(path[-1]))
         sizes = tuple(windows[site.layout.index(axis)] for axis in "HW")
