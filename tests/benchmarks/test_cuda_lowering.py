@@ -22,7 +22,7 @@ from torch import nn
 import papr_fx
 from benchmarks.cuda_lowering import LIBRARY_CALLS, faults, kernel_limit
 from benchmarks.fake_cuda import GPUS
-from benchmarks.lowering import lower
+from benchmarks.lowering import Target, lower
 
 from ..models import toy_proposal
 
@@ -105,7 +105,7 @@ def lower_all(path: Path) -> None:
     found = {}
 
     def lowered(module, *, compile_kernels=False):
-        return lower(module, SHAPE, dtype=torch.bfloat16, gpu=GPUS[90], compile_kernels=compile_kernels)
+        return lower(module, SHAPE, Target(GPUS[90], torch.bfloat16, compile_kernels=compile_kernels))
 
     for name, build in MODELS.items():
         model = build().eval()
