@@ -47,15 +47,14 @@ def count(name: str, proposal: str) -> list[dict[str, Any]]:
 
 
 def measure(name: str, proposal: str, size: tuple[int, ...] | None, run: Run) -> list[dict[str, Any]]:
-    """One row for each keep ratio; all variants take turns in one run. `size` is that of the proposal's clips."""
+    """One row for each keep ratio; all variants take turns in one run. `size` is the size of the proposal's clips."""
     model = video_model(name, pretrained=False).model.to(run.device)
     network = create_network(proposal, pretrained=False)
     pruned = {z: papr_fx.transform(model, network, z, proposal_size=size, verify=False) for z in PAPER[name]}
     clips = torch.randn((run.batch, *next(iter(pruned.values())).plan.shape[1:]), device=run.device)
-    variants: dict[Any, Any] = {
-        key: torch.compile(module, fullgraph=True) if run.compiled else module
-        for key, module in {"dense": model, **pruned}.items()
-    }
+    variants: dict[Any, Any] = {"dense": model, **pruned}
+    if run.compiled:
+        variants = {key: torch.compile(module, fullgraph=True) for key, module in variants.items()}
     times = median_times({str(key): lambda module=module: module(clips) for key, module in variants.items()}, rounds=run.rounds)
     rows: list[dict[str, Any]] = []
     for z, gm in pruned.items():

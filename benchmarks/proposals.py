@@ -1,7 +1,8 @@
 """What proposal networks cost, on this CPU and, estimated, on an H100. `python -m benchmarks.proposals`.
 
-Every network is cut, merged and folded as in `papr_fx.transform`. CPU: float32, all take turns. H100: bfloat16, lowered by inductor
-without a GPU (see `benchmarks.lowering`). Weights are random. `benchmarks.photographs` measures how well a network chooses.
+Every network is cut, merged and folded as in `papr_fx.transform`. CPU: float32, all take turns. H100: bfloat16, lowered by
+inductor without a GPU (see `benchmarks.lowering`). Weights are random. `benchmarks.photographs` measures how well a network
+chooses.
 """
 
 from __future__ import annotations
