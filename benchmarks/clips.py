@@ -2,20 +2,18 @@
 
 import argparse
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 import papr_fx
 from papr_fx.evaluation.models import video_model
 from papr_fx.evaluation.timing import median_times
 from papr_fx.proposals.named import create_network
 
-from .record import environment, write
+from .record import Run, environment, write
 
 # Keep ratios and GMACs of one view of 16 frames at 224 px with PaPr (Tab. 9 of the paper: dense 180 and 598).
 PAPER = {"videomae_base": {0.45: 76, 0.35: 59}, "videomae_large": {0.5: 275, 0.3: 160}}
@@ -48,22 +46,16 @@ def count(name: str, proposal: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(
-    name: str,
-    proposal: str,
-    size: tuple[int, ...] | None,
-    batch: int,
-    rounds: int,
-    device: torch.device,
-    compiled: Callable[[nn.Module], Any],
-) -> list[dict[str, Any]]:
-    """One row for each keep ratio; all variants take turns in one run. `size` is that of the proposal's clips."""
-    model = video_model(name, pretrained=False).model.to(device)
+def measure(name: str, proposal: str, size: tuple[int, ...] | None, run: Run) -> list[dict[str, Any]]:
+    """One row for each keep ratio; all variants take turns in one run. `size` is the size of the proposal's clips."""
+    model = video_model(name, pretrained=False).model.to(run.device)
     network = create_network(proposal, pretrained=False)
     pruned = {z: papr_fx.transform(model, network, z, proposal_size=size, verify=False) for z in PAPER[name]}
-    clips = torch.randn((batch, *next(iter(pruned.values())).plan.shape[1:]), device=device)
-    variants = {key: compiled(module) for key, module in {"dense": model, **pruned}.items()}
-    times = median_times({str(key): lambda module=module: module(clips) for key, module in variants.items()}, rounds=rounds)
+    clips = torch.randn((run.batch, *next(iter(pruned.values())).plan.shape[1:]), device=run.device)
+    variants: dict[Any, Any] = {"dense": model, **pruned}
+    if run.compiled:
+        variants = {key: torch.compile(module, fullgraph=True) for key, module in variants.items()}
+    times = median_times({str(key): lambda module=module: module(clips) for key, module in variants.items()}, rounds=run.rounds)
     rows: list[dict[str, Any]] = []
     for z, gm in pruned.items():
         found = papr_fx.report(gm)
@@ -72,7 +64,7 @@ def measure(
             {
                 "model": name,
                 "proposal": proposal,
-                "batch": batch,
+                "batch": run.batch,
                 "z": z,
                 "ms dense": times["dense"],
                 "ms pruned": times[str(z)],
@@ -105,14 +97,11 @@ def main() -> None:
 
     size = tuple(arguments.proposal_size) if arguments.proposal_size else PROPOSALS[arguments.proposal]
 
-    def compiled(module: nn.Module) -> Any:
-        return torch.compile(module, fullgraph=True) if arguments.compile else module
-
     rows = [
         row
         for name in arguments.models
         for batch in arguments.batch
-        for row in measure(name, arguments.proposal, size, batch, arguments.rounds, device, compiled)
+        for row in measure(name, arguments.proposal, size, Run(batch, arguments.rounds, device, arguments.compile))
     ]
     kind = "compiled" if arguments.compile else "eager"
     print(f"\n{kind}, proposal included in pruned times; {environment(0)}\n")

@@ -1,7 +1,7 @@
 """Accuracy against keep ratio on objects in clutter: PSM, other maps, merging. `python -m benchmarks.clutter`.
 
-The ViT and the ConvNet that proposes are trained first (`examples.clutter`), in minutes, the ViT without pruning. What is then
-pruned was never trained for it. Merging runs at the MACs of the pruned model, its proposal included.
+The ViT and the proposal are trained first (`examples.clutter`), in minutes. The ViT is trained without pruning and pruned
+afterwards. Merging runs at the MACs of the pruned model, its proposal included.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from .record import environment, write
 
 
 def inverse(features: Tensor) -> Tensor:
-    """The least significant first."""
+    """A map that ranks the least significant positions first."""
     return -features.mean(1)
 
 
 def centre(features: Tensor) -> Tensor:
-    """Near the middle of the image."""
+    """A map that ranks positions near the middle of the image first."""
     rows, columns = (torch.linspace(-1, 1, size) for size in features.shape[2:])
     near = -(rows.unsqueeze(1) ** 2 + columns**2)
     return near.to(features).expand(len(features), -1, -1)
@@ -48,7 +48,7 @@ REDUCERS = ("tome", "papr+tome", "tofu", "gtp", "ats")
 def measure(
     model: nn.Module, proposal: nn.Module, images: Images, ratios: list[float], done: Callable[[], object]
 ) -> list[Any]:
-    """One row a method: percent of images right at each keep ratio."""
+    """One row per method: top-1 in percent at each keep ratio."""
     rows: list[dict[str, Any]] = []
     totals: dict[float, int] = {}
     for name, saliency in MAPS.items():

@@ -1,8 +1,8 @@
 """Models for a CUDA GPU, dense and pruned: kernels, memory traffic, time. `python -m benchmarks.cuda_lowering`.
 
 With a CUDA device the models are compiled with CUDA graphs and timed on it. Without one they are lowered for an H100 (or an
-A100, `--arch 80`) all the same, see `benchmarks.lowering`: the kernels are checked and counted, and times are estimates by
-inductor's roofline. Weights are random.
+A100, `--arch 80`; see `benchmarks.lowering`): the kernels are checked and counted, and times are estimates by inductor's
+roofline. Weights are random.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from papr_fx.evaluation.timing import median_times
 from papr_fx.planning.inputs import example_images
 from papr_fx.planning.module import PrunedModule
 
-from .fake_cuda import GPUS, Gpu
-from .lowering import Lowering, lower
-from .record import environment, write
+from .fake_cuda import GPUS
+from .lowered import Lowering
+from .lowering import Target, lower
+from .record import Run, environment, write
 
 # Library calls that dense vision models make, and the choice of positions. All of them can be captured in a CUDA graph.
 LIBRARY_CALLS = frozenset(
@@ -116,31 +117,28 @@ def estimate(
     return rows
 
 
-def measure(
-    name: str, z: float, choices: Sequence[tuple[str, int]], batch: int, rounds: int, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """The same rows of measured times: compiled with CUDA graphs, all variants of a model take turns."""
-    device = torch.device("cuda")
-    model = timm.create_model(name).eval().to(device, dtype)
+def measure(name: str, z: float, choices: Sequence[tuple[str, int]], run: Run, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The same rows with measured times: compiled with CUDA graphs, all variants of a model take turns."""
+    model = timm.create_model(name).eval().to(run.device, dtype)
     pruned = {(proposal, size): prune(model, proposal, z, size) for proposal, size in choices}
     variants: dict[str, nn.Module] = {"dense": model}
     for (proposal, size), gm in pruned.items():
         variants[f"{proposal} {size}"] = gm
         variants[f"{proposal} {size} alone"] = gm.papr_proposal
-    images = torch.randn(batch, *next(iter(pruned.values())).example().shape[1:], device=device, dtype=dtype)
+    images = torch.randn(run.batch, *next(iter(pruned.values())).example().shape[1:], device=run.device, dtype=dtype)
     torch.compiler.reset()
 
     def call(module: nn.Module) -> Callable[[], Any]:
         compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-        def run() -> Any:
+        def step() -> Any:
             torch.compiler.cudagraph_mark_step_begin()
             return compiled(images)
 
-        return run
+        return step
 
     calls = {key: call(module) for key, module in variants.items()}
-    times = median_times(calls, rounds=rounds, warmup=4)  # compiled, warmed up, recorded, and replayed once
+    times = median_times(calls, rounds=run.rounds, warmup=4)  # compiled, warmed up, recorded, and replayed once
     return [
         {
             "model": name,
@@ -187,18 +185,19 @@ def main() -> None:
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     choices = [(proposal, size) for proposal in arguments.proposal for size in arguments.proposal_size]
     here = torch.cuda.is_available()
-    gpu: Gpu = GPUS[arguments.arch]
+    target = Target(GPUS[arguments.arch], dtype, flash=arguments.flash, compile_kernels=arguments.compile_kernels)
+    run = Run(arguments.batch, arguments.rounds, torch.device("cuda"), compiled=True)
 
     def lowered(module: nn.Module, shape: tuple[int, ...]) -> Lowering:
-        return lower(module, shape, dtype=dtype, gpu=gpu, flash=arguments.flash, compile_kernels=arguments.compile_kernels)
+        return lower(module, shape, target)
 
     rows: list[dict[str, Any]] = []
     for name, z in zip(arguments.models, ratios, strict=True):
         if here:
-            rows += measure(name, z, choices, arguments.batch, arguments.rounds, dtype)
+            rows += measure(name, z, choices, run, dtype)
         else:
             rows += estimate(name, z, choices, arguments.batch, lowered)
-    title = "measured, CUDA graphs" if here else f"lowered for {gpu.name}, estimated times, nothing was run"
+    title = "measured, CUDA graphs" if here else f"lowered for {target.gpu.name}, estimated times, nothing was run"
     print(f"batch {arguments.batch}, {arguments.dtype}, {title}; {environment(0)}\n")
     print(tabulate(rows, headers="keys", floatfmt=".2f", tablefmt="github"))
     write(arguments.out, rows, seed=0)

@@ -1,7 +1,7 @@
-"""Lets PyTorch, inductor and Triton believe that an NVIDIA GPU is there, for compiling alone: nothing can be run on it.
+"""Lets PyTorch, inductor and Triton believe that an NVIDIA GPU is there, only to compile: nothing can run on it.
 
-PyTorch offers no public way to do this. Its internals are patched while `present` is active and restored after it, all but
-the device guard of the CUDA backend, which can be set once in a process.
+PyTorch offers no public way to do this. `present` patches its internals and restores them, except the device guard of the
+CUDA backend, which can be set only once per process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GPUS = {
 
 
 def _always(value: Any) -> Callable[..., Any]:
-    """A function that returns `value` whatever it is asked."""
+    """A function that returns `value` for any arguments."""
 
     def answer(*_: object, **__: object) -> Any:
         return value
@@ -125,7 +125,7 @@ def _properties(gpu: Gpu) -> SimpleNamespace:
 
 
 def _convolution_format(images: Tensor, kernel: Tensor, _backend: object) -> torch.memory_format:
-    """How cuDNN lays its result out; without a device the slow fallback is asked, whose results are contiguous."""
+    """The layout of cuDNN's results; without a device PyTorch takes that of the slow fallback, which is contiguous."""
     for tensor in (images, kernel):
         if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
             return torch.channels_last

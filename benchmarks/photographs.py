@@ -1,9 +1,9 @@
 """What a second network recognises in the patches that a proposal keeps. `python -m benchmarks.photographs FOLDER`.
 
-EfficientNet-Lite0 chooses patches with its ImageNet weights; Lite2 judges the photograph with all others blanked. A folder
-holds labelled photographs, `val/<wnid>/*`, and `class_map.txt`, which lists all wnids in the order of ImageNet's classes.
-Images are resized to 256 pixels, bicubic, cropped to 224 and normalised as both networks expect; patches have 16 pixels, and
-a blanked one is zero behind the normalisation.
+EfficientNet-Lite0 chooses patches with its ImageNet weights; Lite2 classifies the photograph with all others blanked. A
+folder holds labelled photographs, `val/<wnid>/*`, and `class_map.txt`, which lists all wnids in the order of ImageNet's
+classes. Images are resized to 256 pixels, bicubic, cropped to 224 and normalised as both networks expect. Patches have 16
+pixels; a blanked one is zero after the normalisation.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def judge() -> nn.Module:
 
 
 def measure(folder: Path, sizes: list[int], ratios: list[float], maps: list[str]) -> list[dict[str, Any]]:
-    """One row a map and proposal size: percent of photographs whose class is found, at each keep ratio."""
+    """One row per map and proposal size: top-1 in percent at each keep ratio."""
     judging = judge()
     networks = {(name, size): significance_net(lite0(), size, name) for size in sizes for name in maps}
     classes = (folder / "class_map.txt").read_text().split()
@@ -69,7 +69,7 @@ def measure(folder: Path, sizes: list[int], ratios: list[float], maps: list[str]
 
 @torch.inference_mode()
 def recognised(judging: nn.Module, network: SignificanceNet, image: Tensor, ratios: list[float]) -> Tensor:
-    """The class (one a ratio) that is found in the kept patches of an image (1, 3, 224, 224)."""
+    """The predicted class, one per ratio, from the kept patches of an image (1, 3, 224, 224)."""
     psm = resize_map(network(image), GRID)
     masks = [torch.zeros(1, psm[0].numel()).scatter_(1, top_positions(psm, z), 1).view(1, 1, *GRID) for z in ratios]
     return torch.cat([judging(image * F.interpolate(mask, scale_factor=PATCH, mode="nearest")) for mask in masks]).argmax(1)

@@ -30,7 +30,7 @@ PROPOSAL = "mobileone_s0"
 
 
 def create(name: str) -> nn.Module:
-    """A timm model, or a torchvision one behind "torchvision/", with random weights."""
+    """A timm model, or a torchvision model if the name starts with "torchvision/", with random weights."""
     library, _, short = name.rpartition("/")
     return (torchvision.models.get_model(short) if library else timm.create_model(name)).eval()
 

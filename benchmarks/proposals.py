@@ -1,7 +1,8 @@
 """What proposal networks cost, on this CPU and, estimated, on an H100. `python -m benchmarks.proposals`.
 
-Every network is cut, merged and folded as `papr_fx.transform` does it. CPU: float32, all take turns; H100: bfloat16, lowered
-by inductor without a GPU (see `benchmarks.lowering`). Weights are random. `benchmarks.photographs` says how well one chooses.
+Every network is cut, merged and folded as in `papr_fx.transform`. CPU: float32, all take turns. H100: bfloat16, lowered by
+inductor without a GPU (see `benchmarks.lowering`). Weights are random. `benchmarks.photographs` measures how well a network
+chooses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from papr_fx.evaluation.timing import median_times
 from papr_fx.tracing.macs import count_module_macs
 
 from .fake_cuda import GPUS
-from .lowering import lower
+from .lowering import Target, lower
 from .photographs import significance_net
 from .record import environment, write
 
@@ -44,9 +45,10 @@ def costs(names: list[str], sizes: list[int], rounds: int) -> list[dict[str, Any
         {f"{name} {size}": lambda network=network: network(images) for (name, size), network in networks.items()},
         rounds=rounds,
     )
+    target = Target(GPUS[90], torch.bfloat16, compile_kernels=False)
     rows: list[dict[str, Any]] = []
     for (name, size), network in networks.items():
-        lowering = lower(network, (128, 3, 224, 224), dtype=torch.bfloat16, gpu=GPUS[90], compile_kernels=False)
+        lowering = lower(network, (128, 3, 224, 224), target)
         rows.append(
             {
                 "proposal": name,

@@ -1,9 +1,10 @@
-"""Where and with what a measurement was taken, and the file that keeps it."""
+"""How a measurement runs, the environment it was taken in, and the file that keeps it."""
 
 import json
 import platform
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ import timm
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Run:
+    """How variants are timed: images or clips in a batch, rounds in which they take turns, device, and whether compiled."""
+
+    batch: int
+    rounds: int
+    device: torch.device
+    compiled: bool = False
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], *, seed: int) -> None:
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows the bytes of living tensors as operations make them."""
+    """Tracks the bytes of live tensors as operations create them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Whether a keep ratio of its own for each stage pays, on objects in clutter. `python -m benchmarks.stages`.
+"""Whether a separate keep ratio per stage pays, on objects in clutter. `python -m benchmarks.stages`.
 
-A small ConvNeXt and the ConvNet that proposes are trained first (`examples.clutter`), without pruning. Then one ratio for all
-stages is compared with ratios a stage at equal multiply-accumulates: those that do best on one half of the held-out images are
-measured on the other.
+A small ConvNeXt and the proposal are trained first (`examples.clutter`), without pruning. Then one ratio for all stages is
+compared with a ratio per stage at equal multiply-accumulates: those that do best on one half of the held-out images are
+measured on the other half.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class SmallConvNeXt(nn.Module):
-    """Three stages of 28, 14 and 7 rows, whose blocks take as many multiply-accumulates."""
+    """Three stages of 28, 14 and 7 rows, with about equal multiply-accumulates per block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SmallConvNeXt(nn.Module):
 
 
 def with_ratios(gm: PrunedModule, ratios: tuple[float, ...]) -> int:
-    """Sets a keep ratio for each grid, from the finest on; returns multiply-accumulates of an image."""
+    """Sets a keep ratio for each grid, finest first; returns multiply-accumulates of an image."""
     chosen = [node for node in gm.graph.nodes if node.target is top_positions]
     for node, z in zip(chosen, ratios, strict=True):
         node.args = (node.args[0], z, *node.args[2:])
@@ -65,7 +65,7 @@ def with_ratios(gm: PrunedModule, ratios: tuple[float, ...]) -> int:
 
 
 def measure(gm: PrunedModule, halves: tuple[Images, Images], uniform: float, choices: list[float]) -> dict[str, Any]:
-    """One row: percent right with one ratio, and with the best ratios a stage that take no more than 2 % off its MACs."""
+    """One row: top-1 in percent with one ratio, and with the best ratios per stage whose MACs are within 2 % of its MACs."""
     stages = len(papr_fx.keep_masks(gm, halves[0].pixels[:1].float()))
     macs = with_ratios(gm, (uniform,) * stages)
     row: dict[str, Any] = {"z": uniform, "MMACs": macs / 1e6, "one ratio": accuracy(gm, halves[1])}

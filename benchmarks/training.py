@@ -1,6 +1,6 @@
 """Training steps dense and pruned: time, and MACs of a step. `python -m benchmarks.training`.
 
-A step is forward, backward and an AdamW update. Backward costs twice the MACs of forward; the proposal runs forward alone.
+A step is forward, backward and an AdamW update. Backward costs twice the MACs of forward; the proposal runs forward only.
 The paper trains DeiT-S (`deit_small_patch16_224`); its accuracy needs ImageNet: see docs/training.md.
 """
 
@@ -20,7 +20,7 @@ from papr_fx.evaluation.models import VIDEO_MODELS, video_model
 from papr_fx.evaluation.timing import median_times
 from papr_fx.tracing.numerics import tensors_of
 
-from .record import environment, write
+from .record import Run, environment, write
 
 MODELS = {
     "deit_small_patch16_224": 0.5,
@@ -44,22 +44,22 @@ def step_of(module: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, co
     return step
 
 
-def measure(name: str, z: float, batch: int, rounds: int, *, compiled: bool, device: torch.device) -> dict[str, Any]:
-    """Dense and pruned steps of one model in turns."""
+def measure(name: str, z: float, run: Run) -> dict[str, Any]:
+    """Times dense and pruned steps of one model, in turns."""
     clips = name in VIDEO_MODELS
-    model = (video_model(name, pretrained=False).model if clips else timm.create_model(name)).train().to(device)
-    images = torch.randn((batch, 16, 3, 224, 224) if clips else (batch, 3, 224, 224), device=device)
-    labels = torch.randint(400, (batch,), device=device)
+    model = (video_model(name, pretrained=False).model if clips else timm.create_model(name)).train().to(run.device)
+    images = torch.randn((run.batch, 16, 3, 224, 224) if clips else (run.batch, 3, 224, 224), device=run.device)
+    labels = torch.randint(400, (run.batch,), device=run.device)
     gm = papr_fx.transform(model, timm.create_model(PROPOSAL), z, example_input=images[:1], verify=False)
     torch.compiler.reset()
-    steps = {"pruned": step_of(gm, images, labels, compiled=compiled)}
-    steps["dense"] = step_of(model, images, labels, compiled=compiled)
+    steps = {"pruned": step_of(gm, images, labels, compiled=run.compiled)}
+    steps["dense"] = step_of(model, images, labels, compiled=run.compiled)
     if not clips:
-        last: Any = timm.create_model(name).train().to(device)
+        last: Any = timm.create_model(name).train().to(run.device)
         last.to(memory_format=torch.channels_last)
         packed = images.to(memory_format=torch.channels_last)
-        steps["dense channels-last"] = step_of(last, packed, labels, compiled=compiled)
-    times = median_times(steps, rounds=rounds, warmup=2, gradients=True)
+        steps["dense channels-last"] = step_of(last, packed, labels, compiled=run.compiled)
+    times = median_times(steps, rounds=run.rounds, warmup=2, gradients=True)
     dense = min(times[key] for key in steps if key.startswith("dense"))
     found = papr_fx.report(gm)
     macs = 3 * found.dense_macs / (3 * found.pruned_macs + found.proposal_macs)
@@ -67,7 +67,7 @@ def measure(name: str, z: float, batch: int, rounds: int, *, compiled: bool, dev
     return {
         "model": name,
         "z": z,
-        "run": "compiled" if compiled else "eager",
+        "run": "compiled" if run.compiled else "eager",
         "GMACs of a step, dense": 3 * found.dense_macs / 1e9,
         "pruned": (3 * found.pruned_macs + found.proposal_macs) / 1e9,
         "ms dense": dense,
@@ -92,17 +92,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [
-        measure(
-            name,
-            arguments.z or MODELS.get(name, 0.5),
-            arguments.batch,
-            arguments.rounds,
-            compiled=arguments.compile,
-            device=device,
-        )
-        for name in arguments.models
-    ]
+    run = Run(arguments.batch, arguments.rounds, device, arguments.compile)
+    rows = [measure(name, arguments.z or MODELS.get(name, 0.5), run) for name in arguments.models]
     print(f"batch {arguments.batch}, proposal {PROPOSAL} included; {environment(0)}\n")
     print(
         tabulate(

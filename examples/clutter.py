@@ -1,8 +1,9 @@
 """Trains a small ViT from scratch with and without pruning, on objects in clutter. `python -m examples.clutter`.
 
-An image is a crop of a photograph (scikit-image ships them) with a handwritten digit (scikit-learn's) on a tile of two
-colours, and beside it a tile of the same kind whose strokes are scrambled. The class is the digit's. A small ConvNet is trained
-first: it proposes. Then two ViTs start from the same weights; one is transformed before its first step. Minutes on a laptop.
+An image is a crop of a photograph (from scikit-image) with a handwritten digit (from scikit-learn) on a tile of two colours.
+Beside it is a tile of the same kind whose strokes are scrambled. The class is the digit. A small ConvNet is trained first,
+as the proposal. Then two ViTs start from the same weights; one is transformed before its first step. This takes minutes on
+a laptop.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tqdm import trange
 import papr_fx
 
 SIDE, PATCH, TILE = 56, 8, 16
+BATCH = 64
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 
 
@@ -31,18 +33,18 @@ class Images(NamedTuple):
     labels: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, normalised, and their classes."""
+        """Yields all images once, normalised, with their classes."""
         for pixels, labels in zip(self.pixels.split(size), self.labels.split(size), strict=True):
             yield normalised(pixels), labels
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255 as a network takes them."""
+    """Maps whole numbers from 0 to 255 to the range that the networks take."""
     return (pixels.float() - 127.5) / 64
 
 
 def cluttered(count: int, *, test: bool) -> Images:
-    """Draws images; those for training and for the test share no digit."""
+    """Draws images; training and test images share no digit."""
     from skimage import data
     from skimage.util import img_as_ubyte
     from sklearn.datasets import load_digits
@@ -74,7 +76,7 @@ def _place(image: Any, strokes: Any, random: np.random.Generator) -> None:
 
 
 class ConvNet(nn.Module):
-    """The network that proposes: five convolutions, average pooling and a linear layer."""
+    """The proposal: five convolutions, average pooling and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +100,8 @@ def small_vit() -> nn.Module:
     )
 
 
-def train(model: nn.Module, images: Images, steps: int, *, rate: float, batch: int = 64, name: str = "") -> float:
-    """Trains in place; returns seconds a step."""
+def train(model: nn.Module, images: Images, steps: int, *, rate: float, name: str = "") -> float:
+    """Trains in place; returns seconds per step."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
@@ -107,7 +109,7 @@ def train(model: nn.Module, images: Images, steps: int, *, rate: float, batch: i
     model.train()
     start = time.perf_counter()
     for _ in trange(steps, desc=name, leave=False):
-        picked = torch.randint(len(images.labels), (batch,), generator=random)
+        picked = torch.randint(len(images.labels), (BATCH,), generator=random)
         optimiser.zero_grad()
         F.cross_entropy(model(normalised(images.pixels[picked])), images.labels[picked]).backward()
         optimiser.step()
@@ -117,7 +119,7 @@ def train(model: nn.Module, images: Images, steps: int, *, rate: float, batch: i
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of images whose class a model finds, in percent."""
+    """Top-1 accuracy in percent."""
     model.eval()
     right = sum(int((model(pixels).argmax(1) == labels).sum()) for pixels, labels in images.batches(250))
     return 100 * right / len(images.labels)
@@ -132,7 +134,7 @@ def proposal_for(images: Images, steps: int) -> nn.Module:
 
 
 def main() -> None:
-    """Prints what both ViTs reach, and in what time."""
+    """Prints the accuracy and the step time of both ViTs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--z", type=float, default=0.5, help="keep ratio")
     parser.add_argument("--steps", type=int, default=1000)
@@ -148,7 +150,7 @@ def main() -> None:
         trained = papr_fx.transform(model, proposal, z) if z < 1 else model
         seconds = train(trained, images, arguments.steps, rate=2.5e-3, name=f"ViT, z={z:g}")
         rows.append((z, 1e3 * seconds, rows[0][1] / 1e3 / seconds if rows else 1.0, accuracy(trained, held_out)))
-    headers = ["z in training and test", "ms a step", "speed-up", "top-1, %"]
+    headers = ["z in training and test", "ms per step", "speed-up", "top-1, %"]
     print(tabulate(rows, headers=headers, floatfmt=("g", ".0f", ".2f", ".1f"), tablefmt="github"))
 
 

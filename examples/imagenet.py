@@ -1,8 +1,8 @@
-"""Trains a timm model on a folder of images, dense or pruned, by timm's pipeline: DeiT's recipe by default.
+"""Trains a timm model on a folder of images, dense or pruned, with timm's pipeline and DeiT's recipe by default.
 
     torchrun --nproc-per-node 8 -m examples.imagenet /data/imagenet --model deit_small_patch16_224 --z 0.5
 
-The folder holds `train/` and `validation/` (or `val/`), each with a folder a class. Global batch 1024, AdamW at 1e-3 for 300
+The folder holds `train/` and `validation/` (or `val/`), each with a folder per class. Global batch 1024, AdamW at 1e-3 for 300
 epochs with cosine decay, RandAugment, Mixup and CutMix, label smoothing, an average of weights. With `--finetune` the model
 starts from its pretrained weights, for 30 epochs at 1e-5. One process trains on one device; on a CPU too.
 """
@@ -26,16 +26,16 @@ from torch.nn.parallel import DistributedDataParallel
 import papr_fx
 
 
-def loader(folder: Path, split: str, config: dict[str, Any], batch: int, workers: int, device: torch.device) -> Iterable[Any]:
-    """Batches of images (B, 3, H, W) and classes (B,); in training augmented, and shared out between processes."""
+def loader(given: argparse.Namespace, split: str, config: dict[str, Any], device: torch.device) -> Iterable[Any]:
+    """Batches of images (B, 3, H, W) and classes (B,); for training augmented, and divided between processes."""
     training = split == "train"
-    dataset: Any = create_dataset("", root=str(folder), split=split, is_training=training)
+    dataset: Any = create_dataset("", root=str(given.data), split=split, is_training=training)
     return cast(
         "Iterable[Any]",
         create_loader(
             dataset,
             input_size=config["input_size"],
-            batch_size=batch,
+            batch_size=given.batch_size,
             is_training=training,
             use_prefetcher=False,
             mean=config["mean"],
@@ -44,7 +44,7 @@ def loader(folder: Path, split: str, config: dict[str, Any], batch: int, workers
             crop_pct=config["crop_pct"],
             auto_augment="rand-m9-inc1" if training else None,  # a random magnitude may ask Pillow for images of 0 bits
             re_prob=0.25 if training else 0.0,
-            num_workers=workers,
+            num_workers=given.workers,
             distributed=training and torch.distributed.is_initialized(),
             device=device,
         ),
@@ -53,7 +53,7 @@ def loader(folder: Path, split: str, config: dict[str, Any], batch: int, workers
 
 @torch.no_grad()
 def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Share of images whose class the model finds, in percent."""
+    """Top-1 accuracy in percent."""
     model.eval()
     right = total = 0
     for images, labels in batches:
@@ -63,7 +63,7 @@ def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: tor
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options are named as in timm's train.py."""
+    """The options, named as in timm's train.py."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("data", type=Path)
     options.add_argument("--model", default="deit_small_patch16_224")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--z", type=float, default=0.5, help="keep ratio; 1 trains the dense model")
     options.add_argument("--finetune", action="store_true")
     options.add_argument("--epochs", type=int)
-    options.add_argument("--batch-size", "-b", type=int, default=128, help="images a process")
+    options.add_argument("--batch-size", "-b", type=int, default=128, help="images per process")
     options.add_argument("--lr", type=float, help="at a global batch of 1024")
     options.add_argument("--workers", type=int, default=8)
     options.add_argument("--num-classes", type=int, default=1000)
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, and writes checkpoints of the dense model's layout and the average of its weights, and summary.json."""
+    """Trains, and writes the model's weights, their moving average (both as the dense model names them), and summary.json."""
     given = parser().parse_args(argv)
     device: torch.device = init_distributed_device(argparse.Namespace(device="cuda" if torch.cuda.is_available() else "cpu"))
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     schedule, epochs = create_scheduler_v2(optimiser, num_epochs=epochs, warmup_epochs=0 if given.finetune else 5, min_lr=1e-6)
     mixup: Any = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=given.num_classes)
     loss_of = SoftTargetCrossEntropy()
-    batches = loader(given.data, "train", config, given.batch_size, given.workers, device)
-    held_out = loader(given.data, "validation", config, given.batch_size, given.workers, device)
+    batches = loader(given, "train", config, device)
+    held_out = loader(given, "validation", config, device)
     given.output.mkdir(parents=True, exist_ok=True)
     summary: list[dict[str, float]] = []
     step = 0

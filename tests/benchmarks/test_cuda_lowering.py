@@ -22,9 +22,9 @@ from torch import nn
 import papr_fx
 from benchmarks.cuda_lowering import LIBRARY_CALLS, faults, kernel_limit
 from benchmarks.fake_cuda import GPUS
-from benchmarks.lowering import lower
+from benchmarks.lowering import Target, lower
 
-from .models import toy_proposal
+from ..models import toy_proposal
 
 
 def separable_proposal():
@@ -105,7 +105,7 @@ def lower_all(path: Path) -> None:
     found = {}
 
     def lowered(module, *, compile_kernels=False):
-        return lower(module, SHAPE, dtype=torch.bfloat16, gpu=GPUS[90], compile_kernels=compile_kernels)
+        return lower(module, SHAPE, Target(GPUS[90], torch.bfloat16, compile_kernels=compile_kernels))
 
     for name, build in MODELS.items():
         model = build().eval()
@@ -137,10 +137,10 @@ def found(tmp_path_factory):
     path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda_lowering.json"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            command = [sys.executable, "-W", "error", "-m", "tests.test_cuda_lowering", str(path)]
+            command = [sys.executable, "-W", "error", "-m", "tests.benchmarks.test_cuda_lowering", str(path)]
             environment = os.environ | {"TMPDIR": str(path.parent), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+                command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())
@@ -187,7 +187,7 @@ def test_merging_is_one_cuda_graph_and_its_attention_one_call(found):
     merged = found["merged"]
     assert merged["faults"] == []
     assert merged["graphs"] == 1
-    assert merged["calls"]["_scaled_dot_product_flash_attention"] == 1  # in front of the first merge, where all sizes are 1
+    assert merged["calls"]["_scaled_dot_product_flash_attention"] == 1  # before the first merge, where all sizes are 1
     assert merged["calls"]["_scaled_dot_product_efficient_attention"] == 1
     assert merged["calls"].get("bmm", 0) == 4  # of keys, and of what is merged
 
