@@ -11,8 +11,8 @@ from papr_fx.tracing.graphs import cut
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, enliven, images, toy_proposal
-from .passes.test_pixels import FAMILIES
-from .passes.test_positions import positioned
+from .models.hierarchical import FAMILIES
+from .models.positioned import positioned
 
 MODELS = {
     "ViT": lambda: (ToyViT(Shape()), (3, *Shape().image)),
@@ -119,6 +119,18 @@ def test_inductor_keeps_the_same_positions(name, channels_last):
     for found, wanted in zip(kept, expected, strict=True):
         assert torch.equal(found.sort(1).values, wanted.sort(1).values)
     assert relative_error(out, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt", "torchvision Swin"])
+@torch.no_grad()
+def test_compiles_as_one_graph_in_inductor(name):
+    family = FAMILIES[name]
+    model = family.model().float()
+    x = torch.randn(2, 3, *family.size)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1])
+    torch.compiler.reset()
+    compiled = torch.compile(gm, fullgraph=True)
+    assert relative_error(compiled(x), gm(x)) < 1e-4
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

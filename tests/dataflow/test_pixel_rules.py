@@ -13,7 +13,7 @@ from papr_fx.passes import prune_pixels
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import enliven, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 
 
 class Residual(nn.Module):

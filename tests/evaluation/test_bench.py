@@ -15,7 +15,7 @@ from papr_fx.evaluation import bench
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, images, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 
 
 @pytest.mark.parametrize("background", ["keep", "zero"])

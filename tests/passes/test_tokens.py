@@ -204,16 +204,3 @@ class NamedBlocksViT(nn.Module):
 @pytest.mark.parametrize("build", [EncoderViT, NamedBlocksViT])
 def test_users_own_vits(build):
     assert check(enliven(build()), toy_proposal(), 0.5).hidden_keys < 1e-9
-
-
-def test_dynamic_image_size_prunes_each_size_by_its_own_grid():
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True).eval().double()
-    enliven(model)
-    gm = papr_fx.transform(model, toy_proposal().double(), 0.5)
-    for size in ((64, 64), (96, 48)):
-        grid = size[0] // 16, size[1] // 16
-        x = torch.randn(2, 3, *size, dtype=torch.float64)
-        masks = papr_fx.keep_masks(gm, x)
-        assert list(masks) == [grid]
-        assert masks[grid].flatten(1).sum(1).tolist() == [int((grid[0] * grid[1] + 1) * 0.5)] * 2
-        assert gm(x).shape == (2, 1000)

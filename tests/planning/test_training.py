@@ -14,7 +14,7 @@ from papr_fx.proof.hidden_keys import HiddenKeys
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 from ..reducers import eager, merging
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 
 import papr_fx
 
@@ -36,6 +37,17 @@ def test_figures_of_the_paper(name, z, dense, pruned):
     assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "pruned"), [("convnext_base", 15.38, 10.42), ("swin_base_patch4_window7_224", 15.47, 12.25)]
+)
+def test_figures_of_the_paper_for_pixel_operators(name, dense, pruned):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    found = papr_fx.report(papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, verify=False))
+    assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
+    assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.01)
+
+
 def test_site_and_table():
     gm = papr_fx.transform(ToyViT(Shape(prefix=2)), toy_proposal(), 0.5)
     found = papr_fx.report(gm)
@@ -57,3 +69,18 @@ def test_report_leaves_the_module_as_it_was():
     papr_fx.report(gm)
     assert [(n.name, n.meta.get("shape")) for n in gm.graph.nodes] == before
     assert gm.training
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "cait_xxs24_224"])
+def test_reports_of_models_with_expanded_parameters(name):
+    model = timm.create_model(name, depth=2).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+    found = papr_fx.report(gm)
+    assert 0 < found.pruned_macs < found.dense_macs
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_report_of_a_meta_model():
+    gm = papr_fx.transform(ToyViT(Shape()).to("meta"), toy_proposal(), 0.5, verify=False)
+    real = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5)
+    assert papr_fx.report(gm) == papr_fx.report(real)

@@ -1,0 +1,26 @@
+"""Reference results that share no code with the passes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_first_block(model: nn.Module, name: str, keep: Tensor, x: Tensor) -> Tensor:
+    """The model itself, with the tokens `keep` alone handed to the first call of its first block."""
+
+    def pick(_module, args):
+        handle.remove()
+        return tuple(a.gather(1, keep[..., None].expand(-1, -1, a.shape[-1])) if isinstance(a, Tensor) else a for a in args)
+
+    handle = model.get_submodule(name).register_forward_pre_hook(pick)
+    return model(x)
+
+
+def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    return F.interpolate(maps.unsqueeze(1), grid, mode="trilinear", align_corners=True).squeeze(1)
+
+
+def kept_by_hand(psm: Tensor, z: float, prefix: int) -> Tensor:
+    count = max(1, min(psm[0].numel(), int((psm[0].numel() + prefix) * z)))
+    order = psm.flatten(1).argsort(dim=1, descending=True)[:, :count]
+    return torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(psm)
