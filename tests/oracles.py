@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def at_first_block(model: nn.Module, name: str, keep: Tensor, x: Tensor) -> Tensor:
-    """The model itself, with the tokens `keep` alone handed to the first call of its first block."""
+    """The model run on the tokens `keep` (B, K): the first call of block `name` receives only these."""
 
     def pick(_module, args):
         handle.remove()
@@ -17,10 +17,12 @@ def at_first_block(model: nn.Module, name: str, keep: Tensor, x: Tensor) -> Tens
 
 
 def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Maps (B, t, h, w) resized to a grid."""
     return F.interpolate(maps.unsqueeze(1), grid, mode="trilinear", align_corners=True).squeeze(1)
 
 
 def kept_by_hand(psm: Tensor, z: float, prefix: int) -> Tensor:
+    """Mask of the kept positions of maps (B, t, h, w), by a full sort."""
     count = max(1, min(psm[0].numel(), int((psm[0].numel() + prefix) * z)))
     order = psm.flatten(1).argsort(dim=1, descending=True)[:, :count]
     return torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(psm)

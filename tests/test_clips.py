@@ -1,4 +1,4 @@
-"""Clip models and clip proposals: against the unpruned models, and against the maps written out by hand."""
+"""Token models of clips: against the unpruned models, and against maps computed by hand."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_kept_tokens_are_those_that_the_map_scores_and_equal_the_unpruned_models
         maps = network(x.transpose(1, 2)).mean(1)  # (B, 6, 48, 48)
     else:
         maps = torch.stack([network(x[:, frame]).mean(1) for frame in range(6)], dim=1)
-    assert relative_error(papr_fx.significance(gm, x), maps) < 1e-6  # its batch norm was folded in float32
+    assert relative_error(papr_fx.significance(gm, x), maps) < 1e-6  # the proposal folds its batch norm in float32
     ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
     assert grid == (3, 3, 3)
     assert torch.equal(mask, kept_by_hand(resized_by_hand(maps, grid), 0.4, prefix))
@@ -117,11 +117,11 @@ def test_frames_that_are_embedded_as_images(prefix, at_once):
     assert check(model, clip_proposal(), 0.5, example_input=example).hidden_keys < 1e-12
     gm = papr_fx.transform(model.eval(), clip_proposal(), 0.5, example_input=example)
     assert papr_fx.report(gm).sites[0].grid == (4, 3, 2)
-    assert list(papr_fx.keep_masks(gm, torch.zeros(2, 3, 2, 12, 12))) == [(2, 3, 4)]  # of as many tokens
+    assert list(papr_fx.keep_masks(gm, torch.zeros(2, 3, 2, 12, 12))) == [(2, 3, 4)]  # as many tokens on another grid
 
 
 def vjepa() -> nn.Module:
-    """Its predictor, which does not run, has the larger blocks; each attention numbers the tokens for its rotary angles."""
+    """Its predictor does not run but has the larger blocks; each attention numbers the tokens for its rotary angles."""
     small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "crop_size": 48, "frames_per_clip": 6}
     predictor = {"pred_hidden_size": 96, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 3}
     config = transformers.VJEPA2Config(**small, **predictor, mlp_ratio=2, num_pooler_layers=1)
@@ -144,9 +144,8 @@ def test_multiply_accumulates_of_the_paper(model):
     ours = {("videomae_base", 0.45): 75.6, ("videomae_base", 0.35): 58.6}
     ours |= {("videomae_large", 0.5): 274.1, ("videomae_large", 0.3): 159.9}
     for row in count(model, "x3d_m"):
-        assert row["with proposal"] == pytest.approx(
-            ours[model, row["z"]], rel=0.002
-        )  # of 4.73 GMACs the proposal spends 0.06 behind its last stage
+        # the proposal has 4.73 GMACs, 0.06 of them after its last stage
+        assert row["with proposal"] == pytest.approx(ours[model, row["z"]], rel=0.002)
         assert row["with proposal"] == pytest.approx(row["paper"], rel=0.02)
 
 

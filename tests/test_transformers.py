@@ -1,4 +1,4 @@
-"""Token models of transformers, called as its users call them: against the unpruned models with hidden keys."""
+"""Token models of `transformers`, called as users call them: against the unpruned models with hidden keys."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_arguments_that_a_graph_does_not_take(argument):
 
 
 class Given(nn.Module):
-    """A model called with further arguments, as a user would fix them."""
+    """Calls a model with further fixed arguments."""
 
     def __init__(self, model: nn.Module, **given: object) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_hidden_states_of_every_layer_are_refused():
         papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
 
 
-def test_inputs_beside_the_images():
+def test_inputs_besides_the_images():
     with pytest.raises(papr_fx.TraceError, match="needs more than the images: pixel_attention_mask, spatial_shapes"):
         papr_fx.transform(
             transformers.Siglip2VisionModel._from_config(transformers.Siglip2VisionConfig()),

@@ -1,4 +1,4 @@
-"""Clip models, a clip proposal, and the choice of positions written out by hand."""
+"""Small clip models and a clip proposal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 def clip_proposal() -> nn.Sequential:
-    """A headless 3-D ConvNet whose map has the clips' own resolution, so that no two scores tie."""
+    """A 3-D ConvNet without a head. Its map has the resolution of the clips, so no two scores tie."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Tanh(), nn.Conv3d(4, 5, 3, padding=1))
 
@@ -23,7 +23,7 @@ def huggingface(name: str, **options: object) -> nn.Module:
 
 
 class ClipViT(nn.Module):
-    """A user's own: tubelets of clips (B, C, T, H, W), a class token, positions, two blocks."""
+    """A clip ViT as users write them: tubelets of (B, C, T, H, W), prefix tokens, position table, two blocks."""
 
     def __init__(self, grid: tuple[int, int, int], prefix: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ClipViT(nn.Module):
 
 
 class JointViT(ClipViT):
-    """Embeds every frame as an image, and joins their tokens: at once, or in two steps."""
+    """Embeds every frame as an image and joins the tokens of all frames: at once, or in two steps."""
 
     def __init__(self, prefix: int, *, at_once: bool) -> None:
         super().__init__((4, 3, 2), prefix)
@@ -62,7 +62,7 @@ class JointViT(ClipViT):
 
 
 class PatchMajor(JointViT):
-    """The same with the frames of each patch side by side."""
+    """Orders tokens by patch first, then by frame."""
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, t, _, _ = x.shape

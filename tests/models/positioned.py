@@ -10,7 +10,7 @@ from .vits import Attention, Shape, ToyViT
 
 
 class Rotary(Attention):
-    """Queries and keys are turned by a table (n, D) made for the patches, behind the prefix tokens."""
+    """Rotates queries and keys of the patches, which come after the prefix tokens, by a table (n, D)."""
 
     def __init__(self, shape: Shape, *, late: bool) -> None:
         super().__init__(8, 2, True)
@@ -33,7 +33,7 @@ class Rotary(Attention):
 
 
 class Biased(Attention):
-    """A bias for each pair of tokens, one table for each head."""
+    """Adds a bias for each pair of tokens, from one table per head."""
 
     def __init__(self, shape: Shape, *, fused: bool) -> None:
         super().__init__(8, 2, fused)
@@ -55,7 +55,7 @@ class Biased(Attention):
 
 
 class Numbered(Attention):
-    """Rotary angles made in forward, of the number of tokens that come in: of all of them, or of the patches."""
+    """Computes rotary angles in forward from the number of tokens: all of them, or the patches only."""
 
     def __init__(self, prefix: int) -> None:
         super().__init__(8, 2, True)

@@ -51,7 +51,7 @@ def test_pixel_operators_equal_the_masked_model(background):
 
 
 def mvit() -> nn.Module:
-    """A class token, attention that pools, a stage of half the rows and columns; the head reads the class token alone."""
+    """A class token, pooling attention and a stage with half the rows and columns; the head reads only the class token."""
 
     def block(heads: int, width: int, out: int, stride: list[int]) -> MSBlockConfig:
         return MSBlockConfig(heads, width, out, [3, 3, 3], [3, 3, 3], stride, [1, 1, 1])
@@ -71,7 +71,7 @@ def mvit() -> nn.Module:
 
 
 @torch.no_grad()
-def test_pixel_operators_behind_a_class_token():
+def test_pixel_operators_with_a_class_token():
     model = mvit()
     gm = papr_fx.transform(model, clip_proposal(), 0.4, example_input=torch.zeros(1, 3, 8, 32, 48))
     x = torch.randn(2, 3, 8, 32, 48, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_pixel_operators_behind_a_class_token():
 @torch.no_grad()
 def test_operators_whose_positions_do_not_matter_stay_dense():
     model = mvit()
-    model.blocks = model.blocks[:3]  # the last grid is that of one block, behind which only the class token is read
+    model.blocks = model.blocks[:3]  # the last grid has one block, and after it only the class token is read
     gm = papr_fx.transform(model, clip_proposal(), 0.4, example_input=torch.zeros(1, 3, 8, 32, 48))
     assert [site.name for site in papr_fx.report(gm).sites] == ["blocks.0.mlp"]
     assert "`blocks.2.mlp`: negative control" in str(papr_fx.report(gm))

@@ -1,4 +1,4 @@
-"""Pixel operators against the original models with masked branches: hooks on their own modules, no code of the rewrite."""
+"""Pixel operators against the original models, run with masked branches by hooks on their own modules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_masked_branch(name, background):
 def test_any_tiny_convnext(data):
     depths = data.draw(st.lists(st.integers(1, 2), min_size=4, max_size=4))
     dims = data.draw(st.lists(st.sampled_from([5, 7, 11]), min_size=4, max_size=4))
-    # no width is a side of a grid: the oracle would take channels for positions
+    # no width equals a side of a grid, or the oracle would take channels for positions
     rows, columns = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     options = {"conv_mlp": data.draw(st.booleans()), "use_grn": data.draw(st.booleans())}
     z, background = data.draw(st.floats(0.05, 0.99)), data.draw(st.sampled_from(["keep", "zero"]))
@@ -98,7 +98,7 @@ def test_other_image_sizes_are_pruned_by_their_own_grids():
 
 
 def in_windows(mask, side, *, across):
-    """A mask (B, h, w) as MaxViT orders positions, (B, windows, places, 1); `across` takes every so-manieth position."""
+    """A mask (B, h, w) in MaxViT's order, (B, windows, places, 1). With `across`, a window holds one position of each block."""
     rows, columns = mask.shape[1:]
     windows, places = (rows // side) * (columns // side), side * side
     out = mask.new_zeros(len(mask), windows, places, 1)
@@ -112,7 +112,7 @@ def in_windows(mask, side, *, across):
 @pytest.mark.parametrize("background", ["keep", "zero"])
 @torch.no_grad()
 def test_positions_that_were_moved_into_windows(background):
-    """Torchvision's MaxViT leaves positions in windows from attention to MLP, and takes the next windows across them."""
+    """In torchvision's MaxViT positions stay in windows from the attention to the MLP; every second layer has windows across."""
     torch.manual_seed(0)
     options = {"stem_channels": 8, "partition_size": 4, "head_dim": 4, "stochastic_depth_prob": 0.0, "num_classes": 5}
     model = MaxVit(input_size=(64, 64), block_channels=[8, 16], block_layers=[2, 1], **options)

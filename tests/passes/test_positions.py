@@ -1,4 +1,4 @@
-"""Position-indexed values that meet the tokens: against the unpruned model with hidden keys, in float64, at unit scale."""
+"""Tables and biases indexed by position are gathered: against the unpruned model with hidden keys, in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_timm_models_with_positions_in_their_blocks(name):
     st.floats(0.3, 0.95),
 )
 def test_any_toy_with_positions_in_its_blocks(kind, grid, prefix, z):
-    """Grids of 2x2 to 5x5: axes of 4, 8 and 16 occur both as positions and as channels."""
+    """Grids of 2x2 to 5x5, so that axes of 4, 8 and 16 occur both as positions and as channels."""
     shape = Shape(image=(2 * grid[0], 3 * grid[1]), prefix=prefix)
     found = check(positioned(shape, kind), toy_proposal(), max(z, 2 / (grid[0] * grid[1])))
     assert found.hidden_keys < 1e-9
@@ -79,7 +79,7 @@ def test_all_tokens_and_patches_numbered_in_one_model():
 
 
 class RotaryModule(nn.Module):
-    """Without children: the usual module of rotary angles."""
+    """The usual module of rotary angles: it has no children."""
 
     def forward(self, x: Tensor) -> Tensor:
         angles = (torch.arange(x.shape[2], device=x.device) * 0.4).unsqueeze(1) * torch.arange(1, 5, device=x.device)
@@ -95,7 +95,7 @@ class RotaryInAModule(Attention):
 
 
 class SizeGiven(nn.Module):
-    """Numbers by a size that it is handed."""
+    """Numbers its tokens by a size that it receives."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_ways_to_number_tokens(make):
 
 
 class NumbersInItsHead(ToyViT):
-    """Weighs tokens by their number, and divides by how many there are."""
+    """Weights each token by its number."""
 
     def classify(self, x: Tensor) -> Tensor:
         n = x.shape[1]
@@ -206,7 +206,7 @@ def test_a_wrong_gather_is_caught(kind, monkeypatch):
 
 
 class FromTheCount(Attention):
-    """ConViT's way: positions made of the number of tokens, a Python number."""
+    """Computes positions from the number of tokens as a Python integer, as ConViT does."""
 
     def forward(self, x: Tensor) -> Tensor:
         side = int(x.shape[1])
@@ -229,7 +229,7 @@ def test_positions_made_of_the_count_are_refused():
 
 
 class GridHead(ToyViT):
-    """Lays its tokens out as the grid before it pools them; with `mix`, a convolution runs over that."""
+    """Reshapes its tokens to their grid before it pools them; with `mix`, a convolution runs over the grid."""
 
     def __init__(self, shape: Shape, *, mix: bool) -> None:
         super().__init__(shape)

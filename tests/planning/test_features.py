@@ -1,4 +1,4 @@
-"""`output="features"` and `restore_grid`: the features of kept tokens, back in their places."""
+"""`output="features"` and `restore_grid`: features of the kept tokens, put back into their grid."""
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ from ..models import Shape, ToyViT, toy_proposal
 @pytest.mark.parametrize("how", ["output", "headless"])
 @torch.no_grad()
 def test_features_of_the_kept_tokens(name, prefix, how):
-    """The features of kept tokens are those of the unpruned model with the others hidden; each is put back in its place."""
+    """Features of kept tokens equal those of the unpruned model with all other tokens hidden, each in its place."""
     options = {"img_size": 56} if "14" in name else {"img_size": 64, "embed_dim": 64, "num_heads": 2}
     headless = {"num_classes": 0, "global_pool": ""} if how == "headless" else {}
     model = timm.create_model(name, **{**options, "depth": 2, **headless}).double().eval()

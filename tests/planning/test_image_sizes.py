@@ -23,7 +23,7 @@ class DeepEmbedding(nn.Module):
 
 
 class AnySize(nn.Module):
-    """No position table, so any image size; the grid is flattened two modules deep."""
+    """Takes any image size, as it has no position table; the grid is flattened two modules deep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class AnySize(nn.Module):
 
 
 class ChannelsLast(AnySize):
-    """(B, h, w, C) with h = w = C = 8 when traced: sizes alone do not tell the axes."""
+    """Traced as (B, h, w, C) with h = w = C = 8, so sizes do not tell the axes apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class AnySizeUnfold(AnySize):
 
 
 class CountOnly(AnySize):
-    """Any image of 16 patches, whatever its aspect."""
+    """Takes any image of 16 patches, whatever its aspect ratio."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CountOnly(AnySize):
         return x.mean(1)
 
 
-def test_grids_follow_the_aspect():
+def test_grids_follow_the_aspect_ratio():
     gm = papr_fx.transform(enliven(CountOnly()), toy_proposal(), 0.5)
     for height, width in ((16, 16), (8, 32)):
         assert list(papr_fx.keep_masks(gm, torch.randn(2, 3, height, width))) == [(height // 4, width // 4)]
@@ -100,7 +100,7 @@ def test_grids_follow_the_image(build):
 
 
 class Flattened(AnySize):
-    """Flattens by a function that hides the grid."""
+    """Flattens in a function that the trace does not enter."""
 
     def __init__(self) -> None:
         super().__init__()

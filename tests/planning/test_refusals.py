@@ -1,4 +1,4 @@
-"""Bad input: a clear error that says what was sought, found, and the fix; and the model stays as it was."""
+"""Bad input: an error says what was expected, what was found and how to fix it, and the model stays as it was."""
 
 import threading
 

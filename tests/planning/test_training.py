@@ -1,4 +1,4 @@
-"""A transformed model trains: gradients, modes, averages of weights, compiled steps, and checkpoints."""
+"""Training a transformed model: gradients, modes, weight averages, compiled steps and checkpoints."""
 
 import copy
 
@@ -45,7 +45,7 @@ TOKENS = {
 
 
 def quiet(model: nn.Module) -> nn.Module:
-    """In training mode, but with no randomness left."""
+    """The model in training mode without dropout, so that its outputs are repeatable."""
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -59,7 +59,7 @@ def kept_tokens(gm, x):
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_gradients_are_those_of_hidden_keys(name):
-    """Through kept tokens behind the last block, in the unpruned model with all others hidden from every attention."""
+    """Gradients through the kept tokens after the last block equal those of the unpruned model with all others hidden."""
     make, shape, blocks = TOKENS[name]
     model = quiet(make())
     x = torch.randn(shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Vision transformers as people write them: what must work, and equal the model run on the kept tokens."""
+"""Vision transformers as users write them: pruned, each equals the model run on the kept tokens."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ..oracles import at_first_block
 
 
 class InPlace(ToyViT):
-    """Position embedding and scale added in place, by statements."""
+    """Adds its position table and scales its tokens in place."""
 
     def __init__(self) -> None:
         super().__init__(Shape())
@@ -27,7 +27,7 @@ class InPlace(ToyViT):
 
 
 class Pairs(ToyViT):
-    """Attention and MLP of each layer in a list of two."""
+    """Each layer is a list of an attention and an MLP."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=0))
@@ -44,7 +44,7 @@ class Pairs(ToyViT):
 
 
 class TwoLists(ToyViT):
-    """Attentions and MLPs in lists of their own; the MLPs are the larger ones."""
+    """Attentions and MLPs are in separate lists; the MLPs are larger."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=0))
@@ -60,7 +60,7 @@ class TwoLists(ToyViT):
 
 
 class Tied(ToyViT):
-    """One block, three times."""
+    """One block, used three times."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=0))
@@ -68,7 +68,7 @@ class Tied(ToyViT):
 
 
 class Looped(ToyViT):
-    """One block that is no list."""
+    """One block, called in a loop, and no list."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=0))
@@ -87,7 +87,7 @@ class TupleBlock(Block):
 
 
 class TupleBlocks(ToyViT):
-    """Blocks that return their tokens and something beside."""
+    """Blocks return a tuple of tokens and None."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=0))
@@ -101,7 +101,7 @@ class TupleBlocks(ToyViT):
 
 
 class OtherFirstBlock(ToyViT):
-    """A first block of another width, as models have that widen with depth."""
+    """The MLP of the first block has another width."""
 
     def __init__(self) -> None:
         super().__init__(Shape(depth=3, prefix=0))
@@ -109,7 +109,7 @@ class OtherFirstBlock(ToyViT):
 
 
 class FirstBlock(Block):
-    """A block of a class of its own."""
+    """A block of another class."""
 
 
 class OtherClassFirst(ToyViT):
@@ -125,7 +125,7 @@ class Normalised(ToyViT):
 
 
 class Pyramid(nn.Conv2d):
-    """Returns a list of maps, as backbones of features do."""
+    """Returns a list of maps, as feature backbones do."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x, super().forward(x)]
@@ -144,7 +144,7 @@ class HybridEmbedding(nn.Module):
 
 
 class Hybrid(ToyViT):
-    """An embedding that asks whether its backbone returns one map or several; no position table."""
+    """No position table, and an embedding that checks whether its backbone returns one map or several."""
 
     def __init__(self) -> None:
         super().__init__(Shape(prefix=0))
@@ -201,7 +201,7 @@ class Labels(ToyViT):
         return {"logits": logits, "label": logits.argmax(1), "sure": logits.amax(1) > 0}
 
 
-def test_outputs_that_are_no_floating_point_numbers():
+def test_outputs_that_are_not_floating_point():
     gm = papr_fx.transform(Labels(Shape()).eval(), toy_proposal(), 0.5)
     out = gm(images(Shape(), 2, dtype=torch.float32))
     assert torch.equal(out["label"], out["logits"].argmax(1))

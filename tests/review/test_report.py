@@ -1,4 +1,4 @@
-"""Counts: against arithmetic done by hand, and against the figures of the paper."""
+"""MAC counts and tables of `report`: against arithmetic by hand, and against the figures of the paper."""
 
 import pytest
 import timm
@@ -10,7 +10,7 @@ from ..models import Shape, ToyViT, toy_proposal
 
 
 def vit_macs(tokens: int, patches: int, width: int, depth: int, patch: int, classes: int) -> int:
-    """A ViT's multiply-accumulates by arithmetic: embedding, then 12 C^2 N + 2 N^2 C a block, then the head."""
+    """MACs of a ViT: the embedding, 12 C^2 N + 2 N^2 C per block, and the head."""
     block = 12 * width * width * tokens + 2 * tokens * tokens * width
     return patches * width * 3 * patch * patch + depth * block + width * classes
 
@@ -30,7 +30,7 @@ def test_counts_of_a_timm_vit(fused):
     ("name", "z", "dense", "pruned"), [("vit_small_patch16_224", 0.45, 4.61, 2.29), ("vit_base_patch16_224", 0.5, 17.59, 8.98)]
 )
 def test_figures_of_the_paper(name, z, dense, pruned):
-    """GMACs with MobileOne-S0 as proposal; Tab. 2 counts a few operations that are no multiply-accumulates."""
+    """GMACs with MobileOne-S0 as proposal; Tab. 2 also counts a few operations that are not multiply-accumulates."""
     gm = papr_fx.transform(timm.create_model(name).eval(), timm.create_model("mobileone_s0"), z, verify=False)
     found = papr_fx.report(gm)
     assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)

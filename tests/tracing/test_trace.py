@@ -1,4 +1,4 @@
-"""Tracing runs the model, but leaves its buffers, hooks and caches, and torch.fx, as they were."""
+"""Tracing runs the model, but leaves its buffers, hooks and caches unchanged, and torch.fx too."""
 
 import functools
 
@@ -39,7 +39,7 @@ def test_hooks_on_blocks_see_no_fake_tensors():
 
 
 class TablePatches(nn.Conv2d):
-    """A patch embedding whose position table is kept by functools, outside of any module."""
+    """A patch embedding whose position table is cached by functools, outside any module."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -58,7 +58,7 @@ def table(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_caches_outside_of_modules_hold_real_tensors(verify):
+def test_caches_outside_modules_hold_real_tensors(verify):
     table.cache_clear()
     model = CachedTable().eval()
     gm = papr_fx.transform(model, toy_proposal(), 1.0, verify=verify)
@@ -67,7 +67,7 @@ def test_caches_outside_of_modules_hold_real_tensors(verify):
     assert torch.equal(gm(x), model(x))
 
 
-def test_tensors_computed_and_kept_by_a_module():
+def test_tensors_that_a_module_computed_and_stored():
     model = ToyViT(Shape())
     nn.utils.parametrizations.weight_norm(model.head)
     model.last = model(torch.randn(1, 3, 8, 12))
@@ -75,7 +75,7 @@ def test_tensors_computed_and_kept_by_a_module():
 
 
 class Doubled(ToyViT):
-    """Scales its tokens by a constant that differs in training; with `more`, has one in training alone."""
+    """Scales its tokens by a constant that differs in training; with `more`, it has a constant only in training."""
 
     def __init__(self, *, more: bool) -> None:
         super().__init__(Shape())
