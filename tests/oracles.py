@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from papr_fx.testing import HiddenKeys
+
+from .models import ToyViT
+
 
 def at_first_block(model: nn.Module, name: str, keep: Tensor, x: Tensor) -> Tensor:
     """The model run on the tokens `keep` (B, K): the first call of block `name` receives only these."""
@@ -14,6 +18,23 @@ def at_first_block(model: nn.Module, name: str, keep: Tensor, x: Tensor) -> Tens
 
     handle = model.get_submodule(name).register_forward_pre_hook(pick)
     return model(x)
+
+
+def kept_tokens(mask: Tensor, prefix: int) -> Tensor:
+    """Indices (B, prefix + k) of the prefix tokens and of the kept positions of a mask (B, *grid), in order."""
+    kept = torch.stack([sample.flatten().nonzero()[:, 0] for sample in mask]) + prefix
+    return torch.cat([torch.arange(prefix).expand(len(mask), prefix), kept], dim=1)
+
+
+def with_hidden_keys(model: ToyViT, mask: Tensor, x: Tensor) -> Tensor:
+    """The model's output from the kept tokens after its last block, all others hidden from every attention."""
+    hidden = torch.cat([torch.zeros(len(mask), model.shape.prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
+    seen: list[Tensor] = []
+    handle = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with HiddenKeys(hidden):
+        model(x)
+    handle.remove()
+    return model.classify(seen[0][~hidden].view(len(mask), -1, seen[0].shape[-1]))
 
 
 def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from ..models import Attention, Block, Shape, ToyViT, enliven, images, toy_proposal
 from ..models.vits import BatchNormStem, SinCos
-from ..oracles import at_first_block
+from ..oracles import at_first_block, kept_tokens
 
 
 class InPlace(ToyViT):
@@ -185,9 +185,7 @@ def test_equals_the_model_on_the_kept_tokens(build):
     x = torch.randn(3, 3, 8, 12, dtype=torch.float64)
     with torch.no_grad():
         (mask,) = papr_fx.keep_masks(gm, x).values()
-        kept = torch.stack([m.flatten().nonzero()[:, 0] for m in mask]) + prefix
-        keep = torch.cat([torch.arange(prefix).expand(3, prefix), kept], dim=1)
-        assert relative_error(gm(x), at_first_block(model, MODELS[build], keep, x)) < 1e-12
+        assert relative_error(gm(x), at_first_block(model, MODELS[build], kept_tokens(mask, prefix), x)) < 1e-12
 
 
 @pytest.mark.parametrize("build", [SinCos, InPlace, Pairs, TwoLists, Tied], ids=lambda build: build.__name__)
