@@ -47,10 +47,10 @@ def test_masked_branch(name, background):
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(gm(x)), tensors_of(model(x)), strict=True))
 
 
-several_ratios = st.lists(st.floats(0.05, 0.99), min_size=3, max_size=3)
+several_ratios = st.lists(st.floats(0.05, 0.99), min_size=2, max_size=2)
 
 
-@settings(max_examples=8)
+@settings(max_examples=7)
 @given(st.data())
 @torch.no_grad()
 def test_any_tiny_convnext(data):
@@ -72,7 +72,7 @@ def test_any_tiny_convnext(data):
         assert relative_error(pruned(x), masked_run(family, model, x, masks, background)) < 1e-9
 
 
-@settings(max_examples=8)
+@settings(max_examples=7)
 @given(st.data())
 @torch.no_grad()
 def test_any_tiny_swin(data):
@@ -118,14 +118,23 @@ def in_windows(mask, side, *, across):
     return out.transpose(1, 2) if across else out
 
 
-@pytest.mark.parametrize("background", ["keep", "zero"])
-@torch.no_grad()
-def test_positions_that_were_moved_into_windows(background):
-    """In torchvision's MaxViT, positions stay in windows from attention to MLP; every second layer has strided windows."""
+def maxvit():
+    """Its positions stay in windows from attention to MLP; every second layer has strided windows."""
     torch.manual_seed(0)
     options = {"stem_channels": 8, "partition_size": 4, "head_dim": 4, "stochastic_depth_prob": 0.0, "num_classes": 5}
     model = MaxVit(input_size=(64, 64), block_channels=[8, 16], block_layers=[2, 1], **options)
-    model = enliven(model).double().eval()
+    return enliven(model).double().eval()
+
+
+def test_public_check_of_positions_in_windows():
+    found = papr_fx.testing.check(maxvit(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
+    assert found.masked_branch < 1e-9 < 1e-6 < found.corrupted
+
+
+@pytest.mark.parametrize("background", ["keep", "zero"])
+@torch.no_grad()
+def test_positions_that_were_moved_into_windows(background):
+    model = maxvit()
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     gm = papr_fx.transform(model, toy_proposal(), 0.6, example_input=x[:1], background=background)
     assert [site.grid for site in papr_fx.report(gm).sites] == [(16, 16)] * 4 + [(8, 8)] * 2
@@ -144,8 +153,6 @@ def test_positions_that_were_moved_into_windows(background):
         handle.remove()
     assert relative_error(gm(x), expected) < 1e-9
     assert relative_error(model(x), expected) > 1e-6
-    found = papr_fx.testing.check(model, toy_proposal(), 0.5, example_input=x[:1])
-    assert found.masked_branch < 1e-9 < 1e-6 < found.corrupted
 
 
 def test_the_proof_sees_windows_taken_for_rows(monkeypatch):
@@ -163,7 +170,7 @@ def test_copies_and_check(name, tmp_path):
     x = torch.randn(2, 3, *family.size, dtype=torch.float64)
     found = papr_fx.testing.check(model, toy_proposal(), 0.5, example_input=x[:1])
     assert found.masked_branch < 1e-9 < 1e-6 < found.corrupted
-    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1])
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1], verify=False)
     torch.save(gm, tmp_path / "gm.pt")
     for other in (copy.deepcopy(gm), torch.load(tmp_path / "gm.pt", weights_only=False)):
         assert torch.equal(other(x), gm(x))

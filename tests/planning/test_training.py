@@ -113,9 +113,9 @@ MAKERS = {
 }
 
 
-def transformed(name):
+def transformed(name, *, verify=False):
     model, x, options = MAKERS[name]()
-    gm = papr_fx.transform(quiet(model), toy_proposal(), 0.5, example_input=x[:1], **options)
+    gm = papr_fx.transform(quiet(model), toy_proposal(), 0.5, example_input=x[:1], verify=verify, **options)
     return model, gm, x
 
 
@@ -125,7 +125,7 @@ def logits(output):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_step_changes_the_model_and_an_average_follows(name):
-    model, gm, x = transformed(name)
+    model, gm, x = transformed(name, verify=True)
     average = ModelEmaV3(gm, decay=0.9)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in gm.parameters() if p.requires_grad], lr=1e-3)
