@@ -1,4 +1,4 @@
-"""torch.compile: one graph, no more compilations than the dense model, the same positions kept as in eager mode."""
+"""torch.compile: one graph, no more compilations than the dense model, and the same kept positions as in eager mode."""
 
 import pytest
 import timm
@@ -11,8 +11,8 @@ from papr_fx.tracing.graphs import cut
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, enliven, images, toy_proposal
-from .passes.test_pixels import FAMILIES
-from .passes.test_positions import positioned
+from .models.hierarchical import FAMILIES
+from .models.positioned import positioned
 
 MODELS = {
     "ViT": lambda: (ToyViT(Shape()), (3, *Shape().image)),
@@ -29,7 +29,7 @@ MODELS = {
 
 
 class Both(nn.Module):
-    """Model and proposal side by side, neither pruned: what a pruned model consists of."""
+    """The model, unpruned, beside the proposal: the parts of a pruned model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Counting:
 
 
 def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
-    """How often a module is compiled while it is called with each batch."""
+    """The number of compilations while a module is called with each batch."""
     backend = Counting()
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     for batch in batches:
@@ -70,7 +70,7 @@ def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
     ("name", "training"), [*((name, False) for name in MODELS), *((name, True) for name in ("ViT", "ConvNeXt"))]
 )
 def test_no_more_compilations_than_model_and_proposal(name, training):
-    """One for a batch of 1, one for the others, and one more from 16 on, as a convolution's stride of 1 asks for on a CPU."""
+    """One for a batch of 1, one for larger ones, and on a CPU one more from 16 on, for a convolution with stride 1."""
     model, gm, shape = pair(name)
     batches = [torch.randn(size, *shape) for size in (1, 2, 3, 16, 64)]
     count = compilations(gm.train(training), batches)
@@ -121,6 +121,18 @@ def test_inductor_keeps_the_same_positions(name, channels_last):
     assert relative_error(out, reference) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["ConvNeXt", "torchvision Swin"])
+@torch.no_grad()
+def test_compiles_as_one_graph_in_inductor(name):
+    family = FAMILIES[name]
+    model = family.model().float()
+    x = torch.randn(2, 3, *family.size)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1])
+    torch.compiler.reset()
+    compiled = torch.compile(gm, fullgraph=True)
+    assert relative_error(compiled(x), gm(x)) < 1e-4
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @torch.no_grad()
 def test_modes(mode):
@@ -134,7 +146,7 @@ def test_modes(mode):
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt"])
 @torch.no_grad()
 def test_scores_are_float32_under_autocast(name, dtype):
-    """Half precision has few values: many scores would tie, and the choice would be left to chance."""
+    """In half precision many scores would tie, and the choice between them would be arbitrary."""
     _, gm, shape = pair(name)
     batch = torch.randn(2, *shape)
     psm = next(node for node in gm.graph.nodes if node.name.startswith("papr_psm"))

@@ -14,7 +14,7 @@ import papr_fx
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, images, toy_proposal
-from .passes.test_pixels import FAMILIES
+from .models.hierarchical import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
 MODELS = {

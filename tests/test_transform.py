@@ -1,4 +1,4 @@
-"""What `transform` leaves alone, shares, keeps in step, and hands to torch.compile."""
+"""`transform` leaves the model unchanged, shares its tensors, follows its mode, and returns a module that compiles."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ def pruned(z: float = 0.5, **options):
 
 
 def structure(model: nn.Module) -> list[tuple[str, int, bool, dict[str, object]]]:
-    """Every module object with its flag and plain attributes."""
+    """Every module with its training flag and plain attributes."""
     plain = {"training", "heads", "fused", "image_size", "shape"}
     return [(n, id(m), m.training, {k: v for k, v in vars(m).items() if k in plain}) for n, m in model.named_modules()]
 
@@ -153,7 +153,7 @@ def test_a_meta_model_is_traced_without_proof():
 
 
 class ModeViT(ToyViT):
-    """A forward that does another thing in training."""
+    """A forward that computes something else in training."""
 
     def classify(self, x: Tensor) -> Tensor:
         return (super().classify(x) * 3) if self.training else super().classify(x)
@@ -199,7 +199,7 @@ def compilations(module: nn.Module, shape: Shape) -> int:
     return counter.frame_count
 
 
-def test_compiles_whole_and_no_oftener_than_the_model():
+def test_compiles_as_one_graph_and_no_more_often_than_the_model():
     model, gm = pruned()
     assert compilations(gm, model.shape) <= compilations(model, model.shape)
 

@@ -1,4 +1,4 @@
-"""Token models of transformers, called as its users call them: against the unpruned models with hidden keys."""
+"""Token models of `transformers`, called as users call them: against the unpruned models with hidden keys."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_features_of_kept_tokens(name):
 def test_classifiers(name):
     model = build(name, num_labels=7)
     assert check(model, toy_proposal(), 0.5).hidden_keys < 1e-12
-    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     out = gm(pixel_values=x)
     assert type(out) is type(model(x))
@@ -99,13 +99,13 @@ def test_options_that_a_graph_cannot_follow(option):
 
 @pytest.mark.parametrize("argument", ["labels", "head_mask", "interpolate_pos_encoding", "output_hidden_states"])
 def test_arguments_that_a_graph_does_not_take(argument):
-    gm = papr_fx.transform(build("ViTForImageClassification"), toy_proposal(), 0.5)
+    gm = papr_fx.transform(build("ViTForImageClassification"), toy_proposal(), 0.5, verify=False)
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
         gm(pixel_values=torch.randn(1, 3, 64, 64, dtype=torch.float64), **{argument: None})
 
 
 class Given(nn.Module):
-    """A model called with further arguments, as a user would fix them."""
+    """Calls a model with further fixed arguments."""
 
     def __init__(self, model: nn.Module, **given: object) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_hidden_states_of_every_layer_are_refused():
         papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
 
 
-def test_inputs_beside_the_images():
+def test_inputs_besides_the_images():
     with pytest.raises(papr_fx.TraceError, match="needs more than the images: pixel_attention_mask, spatial_shapes"):
         papr_fx.transform(
             transformers.Siglip2VisionModel._from_config(transformers.Siglip2VisionConfig()),

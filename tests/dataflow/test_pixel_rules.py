@@ -1,4 +1,4 @@
-"""What counts as a pixel operator: near misses are refused, what is sound is pruned, and the proof sees faults."""
+"""What counts as a pixel operator: near misses are refused, sound ones are pruned, and the proof finds faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from papr_fx.passes import prune_pixels
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import enliven, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 
 
 class Residual(nn.Module):
@@ -78,7 +78,7 @@ def test_what_is_sound_is_pruned_and_the_rest_is_listed():
 
 
 def test_batch_norm_is_pruned_in_eval_mode_only():
-    """There it is an affine map of each channel; in training it is a mean over positions."""
+    """In eval mode it is an affine map of each channel; in training it uses the mean over positions."""
     model = user_model(Residual(*mlp()), Residual(nn.BatchNorm2d(8), *mlp()))
     gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE)
     assert len(papr_fx.report(gm).sites) == 2
@@ -86,7 +86,7 @@ def test_batch_norm_is_pruned_in_eval_mode_only():
 
 
 class Grown(nn.Module):
-    """A branch whose code goes on with a number of positions."""
+    """A branch that reads a number of positions as a Python integer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_windowed_models_are_refused_as_tokens():
 
 
 def test_the_operators_of_a_token_model():
-    """Behind its class token, which is kept."""
+    """Its class token is kept."""
     model = enliven(timm.create_model("vit_tiny_patch16_224", depth=3, img_size=64)).double().eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.5, mode="pixels")
     assert [(site.name, site.prefix, site.kept) for site in papr_fx.report(gm).sites] == [
@@ -146,7 +146,7 @@ def test_the_proof_sees_wrong_indices(monkeypatch, name, wrong):
 
 
 def test_the_proof_sees_a_region_that_mixes_positions(monkeypatch):
-    """A norm over space passes every permutation: it must be refused by the comparison with masked branches."""
+    """A norm over space passes every permutation, so the comparison with masked branches must refuse it."""
     model = user_model(Residual(nn.GroupNorm(1, 8), *mlp())).double()
 
     def trusting(_self, node, layouts):
@@ -174,7 +174,7 @@ def test_the_proof_sees_transposed_grids():
 
 
 class Rolled(nn.Module):
-    """Rolls its grid, mixes it, treats positions alone, and rolls it back."""
+    """Rolls its grid, applies a convolution and an MLP, and rolls it back."""
 
     def __init__(self, shift: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Rolled(nn.Module):
 
 
 def test_positions_out_of_order_are_left_alone():
-    """All share a grid: that its first operator is in order says nothing of the others."""
+    """All operators share a grid, but that the first one is in order says nothing about the others."""
     model = enliven(user_model(Rolled(0), Rolled(2), Rolled(0)))
     found = papr_fx.report(papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE))
     assert [site.name for site in found.sites] == ["1.mlp", "3.mlp"]
@@ -200,7 +200,7 @@ def test_positions_out_of_order_are_left_alone():
 
 
 class Crossed(nn.Module):
-    """Its first branch is added last."""
+    """Its first branch is computed first but added last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_branches_that_run_before_they_are_added():
 
 
 class Padded(nn.Module):
-    """Pads its grid to a multiple of four and stays there."""
+    """Pads its grid to a multiple of four before its operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,14 +239,14 @@ class Padded(nn.Module):
 
 
 @torch.no_grad()
-def test_a_grid_that_holds_padding_at_other_sizes_keeps_to_the_traced_one():
+def test_a_grid_that_other_sizes_would_pad_takes_only_the_traced_size():
     gm = papr_fx.transform(enliven(user_model(Padded())), toy_proposal(), 0.5, example_input=EXAMPLE)
     assert gm(torch.randn(1, *EXAMPLE.shape[1:])).shape == (1, 5)
     with pytest.raises(ValueError, match="chosen for a grid"):
         gm(torch.randn(1, 3, 40, 56))
 
 
-def test_norms_with_a_square_root_are_position_wise():
+def test_norms_with_a_square_root_are_positionwise():
     class Root(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -16,7 +16,7 @@ from papr_fx.evaluation.bench_rows import Row, break_even
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, images, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 
 
 @pytest.mark.parametrize("background", ["keep", "zero"])

@@ -1,4 +1,4 @@
-"""A transformed model trains: gradients, modes, averages of weights, compiled steps, and checkpoints."""
+"""Training a transformed model: gradients, modes, weight averages, compiled steps and checkpoints."""
 
 import copy
 
@@ -14,7 +14,7 @@ from papr_fx.proof.hidden_keys import HiddenKeys
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
-from ..passes.test_pixels import FAMILIES
+from ..models.hierarchical import FAMILIES
 from ..reducers import eager, merging
 
 
@@ -45,7 +45,7 @@ TOKENS = {
 
 
 def quiet(model: nn.Module) -> nn.Module:
-    """In training mode, but with no randomness left."""
+    """The model in training mode without dropout, so that its outputs are repeatable."""
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -59,7 +59,7 @@ def kept_tokens(gm, x):
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_gradients_are_those_of_hidden_keys(name):
-    """Through kept tokens behind the last block, in the unpruned model with all others hidden from every attention."""
+    """Gradients through the kept tokens after the last block equal those of the unpruned model with all others hidden."""
     make, shape, blocks = TOKENS[name]
     model = quiet(make())
     x = torch.randn(shape, dtype=torch.float64)
@@ -113,9 +113,9 @@ MAKERS = {
 }
 
 
-def transformed(name):
+def transformed(name, *, verify=False):
     model, x, options = MAKERS[name]()
-    gm = papr_fx.transform(quiet(model), toy_proposal(), 0.5, example_input=x[:1], **options)
+    gm = papr_fx.transform(quiet(model), toy_proposal(), 0.5, example_input=x[:1], verify=verify, **options)
     return model, gm, x
 
 
@@ -125,7 +125,7 @@ def logits(output):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_step_changes_the_model_and_an_average_follows(name):
-    model, gm, x = transformed(name)
+    model, gm, x = transformed(name, verify=True)
     average = ModelEmaV3(gm, decay=0.9)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in gm.parameters() if p.requires_grad], lr=1e-3)

@@ -15,7 +15,7 @@ from papr_fx.proposals.named import create_network
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT
-from ..test_clips import ClipViT, clip_proposal, huggingface
+from ..models.clips import ClipViT, clip_proposal, huggingface
 
 
 @pytest.mark.parametrize("network", [r3d_18, mc3_18, r2plus1d_18, s3d], ids=lambda build: build.__name__)

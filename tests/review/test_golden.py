@@ -1,4 +1,4 @@
-"""Graph diffs of real models, kept for review in golden/: `pytest --accept` rewrites them."""
+"""Graph diffs of real models, stored for review in golden/; `pytest --accept` rewrites them."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_no_golden_is_orphaned():
     assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in [*MODELS, *MERGED]}
 
 
-def test_diff_is_stable_and_traces_the_model_afresh():
+def test_diff_is_stable_and_retraces_the_model():
     model = ToyViT(Shape()).eval()
     texts = {papr_fx.graph_diff(model, papr_fx.transform(model, toy_proposal(), 0.5, verify=False)) for _ in range(3)}
     assert len(texts) == 1

@@ -1,7 +1,8 @@
-"""Counts: against arithmetic done by hand, and against the figures of the paper."""
+"""MAC counts and tables of `report`: against arithmetic by hand, and against the figures of the paper."""
 
 import pytest
 import timm
+import torch
 
 import papr_fx
 
@@ -9,7 +10,7 @@ from ..models import Shape, ToyViT, toy_proposal
 
 
 def vit_macs(tokens: int, patches: int, width: int, depth: int, patch: int, classes: int) -> int:
-    """A ViT's multiply-accumulates by arithmetic: embedding, then 12 C^2 N + 2 N^2 C a block, then the head."""
+    """MACs of a ViT: the embedding, 12 C^2 N + 2 N^2 C per block, and the head."""
     block = 12 * width * width * tokens + 2 * tokens * tokens * width
     return patches * width * 3 * patch * patch + depth * block + width * classes
 
@@ -29,11 +30,22 @@ def test_counts_of_a_timm_vit(fused):
     ("name", "z", "dense", "pruned"), [("vit_small_patch16_224", 0.45, 4.61, 2.29), ("vit_base_patch16_224", 0.5, 17.59, 8.98)]
 )
 def test_figures_of_the_paper(name, z, dense, pruned):
-    """GMACs with MobileOne-S0 as proposal; Tab. 2 counts a few operations that are no multiply-accumulates."""
+    """GMACs with MobileOne-S0 as proposal; Tab. 2 also counts a few operations that are not multiply-accumulates."""
     gm = papr_fx.transform(timm.create_model(name).eval(), timm.create_model("mobileone_s0"), z, verify=False)
     found = papr_fx.report(gm)
     assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
     assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "pruned"), [("convnext_base", 15.38, 10.42), ("swin_base_patch4_window7_224", 15.47, 12.25)]
+)
+def test_figures_of_the_paper_for_pixel_operators(name, dense, pruned):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    found = papr_fx.report(papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, verify=False))
+    assert found.dense_macs / 1e9 == pytest.approx(dense, rel=0.01)
+    assert found.total_macs / 1e9 == pytest.approx(pruned, rel=0.01)
 
 
 def test_site_and_table():
@@ -57,3 +69,18 @@ def test_report_leaves_the_module_as_it_was():
     papr_fx.report(gm)
     assert [(n.name, n.meta.get("shape")) for n in gm.graph.nodes] == before
     assert gm.training
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "cait_xxs24_224"])
+def test_reports_of_models_with_expanded_parameters(name):
+    model = timm.create_model(name, depth=2).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+    found = papr_fx.report(gm)
+    assert 0 < found.pruned_macs < found.dense_macs
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_report_of_a_meta_model():
+    gm = papr_fx.transform(ToyViT(Shape()).to("meta"), toy_proposal(), 0.5, verify=False)
+    real = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5)
+    assert papr_fx.report(gm) == papr_fx.report(real)

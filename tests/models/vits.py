@@ -1,4 +1,4 @@
-"""Small models for the tests: a vision transformer of one's own in many shapes, near misses, and a proposal."""
+"""A user's own vision transformer in many shapes, and a proposal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What a toy ViT looks like. `embed`: conv, linear or unfold; `pool`: cls, avg, patches (average without prefix) or map."""
+    """Sizes of a toy ViT. `embed`: conv, linear or unfold; `pool`: cls, avg, patches (average without prefix) or map."""
 
     image: tuple[int, int] = (8, 12)
     patch: tuple[int, int] = (2, 3)
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class ToyViT(nn.Module):
-    """A user's own ViT: (B, 3, H, W) to (B, 7)."""
+    """A ViT as users write them: (B, 3, H, W) to (B, 7)."""
 
     def __init__(self, shape: Shape, width: int = 8) -> None:
         super().__init__()
@@ -107,8 +107,33 @@ class ToyViT(nn.Module):
         return self.classify(x)
 
 
+class SinCos(ToyViT):
+    """Positions computed in forward."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def tokens(self, x: Tensor) -> Tensor:
+        patches = self.patches(x)
+        place = torch.arange(patches.shape[1], device=x.device, dtype=x.dtype)
+        waves = torch.outer(place, 0.3 ** torch.arange(4, device=x.device, dtype=x.dtype))
+        patches = patches + torch.cat([waves.sin(), waves.cos()], dim=1)
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), patches], dim=1)
+
+
+class BatchNormStem(ToyViT):
+    """Normalises its images, so it has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.stem = nn.BatchNorm2d(3)
+
+    def patches(self, x: Tensor) -> Tensor:
+        return super().patches(self.stem(x))
+
+
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraws every parameter at a scale at which faults show: default initialisations are nearly linear."""
+    """Redraws every parameter at a scale at which faults show: with default initialisations a model is nearly linear."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,7 +143,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def toy_proposal(seed: int = 1) -> nn.Sequential:
-    """A headless ConvNet whose map has the images' own resolution, so that no two scores tie."""
+    """A ConvNet without a head. Its map has the resolution of the images, so no two scores tie."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 5, 3, padding=1))
 

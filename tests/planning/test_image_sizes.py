@@ -1,0 +1,135 @@
+"""Models that take several image sizes: the grid follows the image."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import papr_fx
+from papr_fx.tracing.numerics import relative_error
+
+from ..models import Attention, Block, enliven, toy_proposal
+from ..oracles import at_first_block, kept_tokens
+
+
+class DeepEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2))
+        self.scale = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.patches(x).transpose(1, 2))
+
+
+class AnySize(nn.Module):
+    """Takes any image size, as it has no position table; the grid is flattened two modules deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 16
+        self.embed = DeepEmbedding()
+        self.blocks = nn.ModuleList(Block(8, Attention(8, 2, True)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class ChannelsLast(AnySize):
+    """Traced as (B, h, w, C) with h = w = C = 8, so sizes do not tell the axes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 32
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class AnySizeUnfold(AnySize):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(nn.functional.unfold(x, 4, stride=4).transpose(1, 2))
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class CountOnly(AnySize):
+    """Takes any image of 16 patches, whatever its aspect ratio."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.pos = nn.Parameter(torch.zeros(1, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+def test_grids_follow_the_aspect_ratio():
+    gm = papr_fx.transform(enliven(CountOnly()), toy_proposal(), 0.5)
+    for height, width in ((16, 16), (8, 32)):
+        assert list(papr_fx.keep_masks(gm, torch.randn(2, 3, height, width))) == [(height // 4, width // 4)]
+
+
+@pytest.mark.parametrize("build", [AnySize, ChannelsLast, AnySizeUnfold])
+def test_grids_follow_the_image(build):
+    model = enliven(build()).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    for height, width in ((16, 16), (48, 16), (8, 24)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
+        assert grid == (height // 4, width // 4)
+        with torch.no_grad():
+            assert relative_error(gm(x), at_first_block(model, "blocks.0", kept_tokens(mask, 0), x)) < 1e-12
+
+
+class Flattened(AnySize):
+    """Flattens in a function that the trace does not enter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = hidden_flatten(x, self.embed.weight, self.embed.bias)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+@torch.fx.wrap
+def hidden_flatten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.conv2d(x, weight, bias, stride=4).flatten(2).transpose(1, 2)
+
+
+def test_a_grid_that_cannot_follow_the_image_is_refused():
+    with pytest.raises(papr_fx.NoSiteError, match="takes several image sizes, but the sizes of its grid"):
+        papr_fx.transform(Flattened(), toy_proposal(), 0.5)
+
+
+def test_dynamic_image_size_prunes_each_size_by_its_own_grid():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True).eval().double()
+    enliven(model)
+    gm = papr_fx.transform(model, toy_proposal().double(), 0.5)
+    for size in ((64, 64), (96, 48)):
+        grid = size[0] // 16, size[1] // 16
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        masks = papr_fx.keep_masks(gm, x)
+        assert list(masks) == [grid]
+        assert masks[grid].flatten(1).sum(1).tolist() == [int((grid[0] * grid[1] + 1) * 0.5)] * 2
+        assert gm(x).shape == (2, 1000)
