@@ -20,7 +20,6 @@ from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduction import Reduction
 from .planning.module import PrunedModule, shell, sibling
-from .planning.plan import TokenPlan
 from .tracing.macs import count_macs_by_node
 from .tracing.roles import Kind, has_role
 
@@ -95,7 +94,7 @@ def kept_before(z: float) -> float:
 
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
     """The same module with as many tokens fewer behind each block as brings it nearest to `macs`, the proposal included."""
-    given = cast(Reduction, cast(TokenPlan, gm.plan.eval).reduction)
+    given = cast(Reduction, gm.plan.reduction)
     found: dict[int, tuple[int, PrunedModule]] = {}
 
     def fewer(r: int) -> int:

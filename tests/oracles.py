@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from papr_fx.testing import HiddenKeys
+from papr_fx.proof.hidden_keys import HiddenKeys
 
 from .models import ToyViT
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import papr_fx
 from benchmarks.clips import PAPER, count
 from papr_fx.planning.module import sibling
-from papr_fx.testing import HiddenKeys, check
+from papr_fx.proof.hidden_keys import HiddenKeys
+from papr_fx.testing import check
 from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal

@@ -6,7 +6,8 @@ import transformers
 from torch import nn
 
 import papr_fx
-from papr_fx.testing import HiddenKeys, check
+from papr_fx.proof.hidden_keys import HiddenKeys
+from papr_fx.testing import check
 from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal

@@ -19,7 +19,6 @@ from ..passes.merge_tokens import Merge
 from ..passes.reduction import Reduction
 from ..peers import at_macs
 from ..planning.module import PrunedModule
-from ..planning.plan import TokenPlan
 from ..review.report import report
 from .counting import counted
 from .data import kind_of
@@ -127,7 +126,7 @@ def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], opti
 def _merged(variant: Variant, line: Line) -> Variant:
     """The variant with as many tokens merged as comes nearest to the line's GMACs."""
     module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
-    return Variant(module, report(module).total_macs, line.z, cast(Reduction, cast(TokenPlan, module.plan.eval).reduction).r)
+    return Variant(module, report(module).total_macs, line.z, cast(Reduction, module.plan.reduction).r)
 
 
 def _named(variant: Variant) -> str:

@@ -201,6 +201,11 @@ class Plan:
         return self.eval.kind
 
     @property
+    def reduction(self) -> Reduction | None:
+        """How tokens become fewer from block to block, if they do."""
+        return self.eval.reduction if isinstance(self.eval, TokenPlan) else None
+
+    @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
         if self.train is self.eval:

@@ -9,6 +9,7 @@ from torch import nn
 
 import papr_fx
 from papr_fx import ops
+from papr_fx.dataflow.positionwise import PositionwiseProbe, Verdict
 from papr_fx.passes import prune_pixels
 from papr_fx.tracing.numerics import relative_error
 
@@ -151,9 +152,9 @@ def test_the_proof_sees_a_region_that_mixes_positions(monkeypatch):
 
     def trusting(_self, node, layouts):
         layout = layouts[node.all_input_nodes[0]]
-        return prune_pixels.Verdict(layout if layout == "BCHW" else "")
+        return Verdict(layout if layout == "BCHW" else "")
 
-    monkeypatch.setattr(prune_pixels.Positions, "verdict", trusting)
+    monkeypatch.setattr(PositionwiseProbe, "verdict", trusting)
     with pytest.raises(papr_fx.VerifyError, match="regions"):
         papr_fx.transform(model, toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
 

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torchvision.models.maxvit import MaxVit, PartitionAttentionLayer
 
 import papr_fx
-from papr_fx.passes import prune_pixels
+from papr_fx.passes import index_pixels
 from papr_fx.planning.module import sibling
 from papr_fx.tracing.numerics import relative_error, tensors_of
 
@@ -156,7 +156,7 @@ def test_positions_that_were_moved_into_windows(background):
 
 
 def test_the_proof_sees_windows_taken_for_rows(monkeypatch):
-    monkeypatch.setattr(prune_pixels, "moved_cells", lambda keep, cells: keep)
+    monkeypatch.setattr(index_pixels, "moved_cells", lambda keep, cells: keep)
     model = MaxVit((32, 32), 8, 4, [8], [1], head_dim=4, stochastic_depth_prob=0.0, num_classes=5)
     with pytest.raises(papr_fx.VerifyError, match="regions"):
         papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 32))

@@ -169,7 +169,7 @@ def test_the_proof_sees_a_fault(monkeypatch, fault):
     if fault == "plain mean":
         monkeypatch.setattr(reduce_tokens, "mean_by_size", lambda x, axis, sizes, **options: x.mean(axis))
     else:
-        weigh = reduce_tokens._weigh
+        weigh = reduce_tokens._weight
         seen = []
 
         def faulty(graph, attention, sizes, number):
@@ -177,7 +177,7 @@ def test_the_proof_sees_a_fault(monkeypatch, fault):
             if fault == "bias of older sizes" and number == 1:
                 weigh(graph, attention, sizes, number)
 
-        monkeypatch.setattr(reduce_tokens, "_weigh", faulty)
+        monkeypatch.setattr(reduce_tokens, "_weight", faulty)
     with pytest.raises(papr_fx.VerifyError, match="merging: the output is off"):
         papr_fx.transform(ToyViT(Shape(depth=DEPTH)), toy_proposal(), 0.5, merge=papr_fx.Merge(2, "all"))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.ops import TokenRows
 from papr_fx.passes import prune_tokens
 
 from ..models import Shape, ToyViT, enliven, toy_proposal
@@ -57,7 +58,9 @@ def test_a_wrong_grid_is_caught(monkeypatch):
 
     def transposed(graph, blocks):
         site = find_site(graph, blocks)
-        return replace(site, grid=site.grid[::-1], axes=site.axes[::-1])
+        join = site.flattening.join
+        join = join._replace(grid=join.grid[::-1], axes=join.axes[::-1])
+        return replace(site, rows=TokenRows(join.grid, site.rows.prefix), flattening=site.flattening._replace(join=join))
 
     monkeypatch.setattr(prune_tokens, "find_site", transposed)
     with pytest.raises(papr_fx.VerifyError, match="geometry"):

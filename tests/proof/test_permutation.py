@@ -95,7 +95,7 @@ def test_a_wrong_prefix_is_caught(shift, message, monkeypatch):
 
     def shifted(graph, blocks):
         site = find_site(graph, blocks)
-        return replace(site, prefix=site.prefix + shift)
+        return replace(site, rows=replace(site.rows, prefix=site.rows.prefix + shift))
 
     monkeypatch.setattr(prune_tokens, "find_site", shifted)
     with pytest.raises(papr_fx.VerifyError, match=message):

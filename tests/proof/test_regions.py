@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import papr_fx
-from papr_fx.dataflow.positions import Positions, Verdict
+from papr_fx.dataflow.positionwise import PositionwiseProbe, Verdict
 
 from ..models import enliven, toy_proposal
 from .parts import case_of, failures
@@ -35,7 +35,7 @@ def _trusting(monkeypatch):
         layout = layouts[node.all_input_nodes[0]]
         return Verdict(layout if layout == "BCHW" else "")
 
-    monkeypatch.setattr(Positions, "verdict", verdict)
+    monkeypatch.setattr(PositionwiseProbe, "verdict", verdict)
 
 
 @pytest.mark.usefixtures("_trusting")
