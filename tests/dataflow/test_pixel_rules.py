@@ -10,7 +10,7 @@ from torch import nn
 import papr_fx
 from papr_fx import ops
 from papr_fx.dataflow.positionwise import PositionwiseProbe, Verdict
-from papr_fx.passes import prune_pixels
+from papr_fx.passes import index_pixels, prune_pixels
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import enliven, toy_proposal
@@ -137,11 +137,15 @@ def shifted_write(residual, branch, rows, layout, background):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("gather_pixels", corrupted_gather), ("write_pixels", shifted_write), ("pixel_rows", None)]
+    ("module", "name", "wrong"),
+    [
+        (prune_pixels, "gather_pixels", corrupted_gather),
+        (prune_pixels, "write_pixels", shifted_write),
+        (index_pixels, "pixel_rows", lambda keep, grid: keep.reshape(-1)),
+    ],
 )
-def test_the_proof_sees_wrong_indices(monkeypatch, name, wrong):
-    wrong = wrong or (lambda keep, grid: keep.reshape(-1))
-    monkeypatch.setattr(prune_pixels, name, wrong)
+def test_the_proof_sees_wrong_indices(monkeypatch, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
     with pytest.raises(papr_fx.VerifyError, match="permutation"):
         papr_fx.transform(FAMILIES["ConvNeXt"].model(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
 
