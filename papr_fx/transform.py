@@ -18,8 +18,10 @@ from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import prune_by_tokens
 from .planning.module import PrunedModule, checked_z
 from .proof.prove import prove
-from .proposals.build import InputStats, SignificanceNet, build_proposal
+from .proposals.build import ImageSpec, ProposalOptions, build_proposal
+from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
+from .proposals.statistics import InputStats
 from .review.diff import graph_text
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 
@@ -108,9 +110,8 @@ def transform(
 
     @cache
     def network() -> SignificanceNet:
-        return build_proposal(
-            proposal, model, images, layout=layout, size=size, input_stats=input_stats, saliency=saliency, verify=verify
-        )
+        options = ProposalOptions(size, input_stats, saliency, verify)
+        return build_proposal(proposal, model, ImageSpec.of(images, layout), options)
 
     some = min(keep_ratio, 0.9)
     if mode == "pixels":

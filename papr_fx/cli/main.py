@@ -22,8 +22,8 @@ from ..evaluation.models import VIDEO_MODELS, image_model, proposal_for
 from ..evaluation.timing import median_times
 from ..planning import inputs
 from ..planning.module import PrunedModule, checked_z, keep_masks, set_keep_ratio, significance
-from ..proposals.build import InputStats
 from ..proposals.named import LITE0
+from ..proposals.statistics import InputStats
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform

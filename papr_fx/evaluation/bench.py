@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 from ..peers import REDUCERS, at_macs, kept_before, reduction_named, transcribed
 from ..planning.module import PrunedModule, sibling
 from ..planning.plan import Tokens
-from ..proposals.build import InputStats
+from ..proposals.statistics import InputStats
 from ..review.report import report
 from ..tracing.macs import count_module_macs
 from ..transform import transform

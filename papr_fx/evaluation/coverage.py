@@ -27,7 +27,7 @@ from ..errors import ArgumentError, PaprError
 from ..ops.positions import keep_count
 from ..planning.inputs import example_images
 from ..planning.plan import Pixels
-from ..proposals.build import takes_clips
+from ..proposals.network import takes_clips
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.trace import trace
 from ..transform import transform

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError
-from ..proposals.build import Statistics
+from ..proposals.statistics import Statistics
 from ..video import read_video, sample_views
 
 _USUAL = "validation"  # as timm names it: it also looks for `val` and the like, and takes a folder without splits whole

@@ -15,8 +15,8 @@ from ..errors import ArgumentError, first_line
 from ..passes.reduce_tokens import Reduction
 from ..planning import inputs
 from ..planning.module import sibling
-from ..proposals.build import Statistics
 from ..proposals.named import LITE0
+from ..proposals.statistics import Statistics
 from ..review.report import report
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs

@@ -13,7 +13,7 @@ from ..dataflow.positions import Positions, Verdict
 from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels, prune_tokens
 from ..passes.prune_pixels import Left, Site
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..tracing.blocks import find_blocks
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, propagate, shape_of

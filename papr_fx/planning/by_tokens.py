@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ..dataflow.attentions import MustOpenError
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import gather_positions, prune_tokens, reduce_tokens
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..review.diff import graph_text
 from ..tracing.blocks import ancestors_of, find_blocks
 from ..tracing.fakes import MODEL_ERRORS, scratch_copy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ArgumentError
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, propagate, remove_dead_code
 from .plan import Choice, Pixels, Plan
