@@ -83,7 +83,7 @@ def test_a_parallel_block_merges_behind_both_branches():
 
 
 def test_a_class_token_is_needed_where_its_attention_is():
-    with pytest.raises(papr_fx.NoSiteError, match="goes by the attention of a class token"):
+    with pytest.raises(papr_fx.NoSiteError, match="needs the attention of a class token"):
         papr_fx.transform(ToyViT(Shape(prefix=0)), toy_proposal(), 0.5, merge=peers.AttentionPruning(2))
 
 
