@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from papr_fx.ops import keep_count, resize_map, top_positions
-from papr_fx.proposals.build import SignificanceNet, build_proposal
+from papr_fx.proposals.build import ImageSpec, ProposalOptions, build_proposal
 from papr_fx.proposals.named import LITE0_STATISTICS, lite0
+from papr_fx.proposals.network import SignificanceNet
 from papr_fx.proposals.saliency import NAMES
 
 from .record import environment, write
@@ -30,9 +31,9 @@ PATCH, GRID = 16, (14, 14)
 
 def significance_net(network: nn.Module, size: int, saliency: Any = "psm") -> SignificanceNet:
     """A significance network for images of 224 pixels, resized to `size` where that differs."""
-    images = torch.zeros(1, 3, 224, 224)
-    resized = None if size == 224 else size
-    return build_proposal(network, nn.Identity(), images, size=resized, input_stats="shared", saliency=saliency, verify=False)
+    images = ImageSpec.of(torch.zeros(1, 3, 224, 224))
+    options = ProposalOptions(None if size == 224 else size, "shared", saliency, verify=False)
+    return build_proposal(network, nn.Identity(), images, options)
 
 
 def judge() -> nn.Module:

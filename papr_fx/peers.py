@@ -1,4 +1,4 @@
-"""What pruned models are measured against: PaPr transcribed plainly, token merging, and its peers.
+"""What pruned models are compared with: a plain transcription of PaPr, token merging, and its peers.
 
 `TokenFusion`, `TokenPropagation` and `AttentionPruning` are values of `transform(..., merge=...)`, as `Merge` is.
 """
@@ -25,7 +25,7 @@ from .tracing.roles import Kind, has_role
 
 __all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 
-# Reductions by the name that a benchmark gives them, each in every block but for merging behind pruning.
+# Reductions by their names in benchmarks. Each acts in every block; after pruning, in the second half of the blocks.
 _REDUCTIONS: dict[str, Reduction] = {
     "tome": Merge(blocks="all"),
     "tofu": TokenFusion(),
@@ -36,9 +36,9 @@ REDUCERS = ("papr", *_REDUCTIONS, *(f"papr+{name}" for name in _REDUCTIONS))
 
 
 def transcribed(gm: PrunedModule) -> fx.GraphModule:
-    """The same model with PaPr as one would write it down: a `gather` with the index expanded; zeros, a scatter and a sum.
+    """The same model with PaPr as a paper's code would write it: `gather` with an expanded index; zeros, a scatter and a sum.
 
-    The proposal is fused all the same, and nothing is laid out in channels-last memory.
+    The proposal is still fused, but images are not put into channels-last memory.
     """
     graph = copy.deepcopy(gm.graph)
     plain = {ops.gather_tokens: _gather_tokens, ops.gather_pixels: _gather_pixels, ops.write_pixels: _write_pixels}
@@ -54,27 +54,27 @@ def _gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def _positions(x: Tensor, channels: int) -> Tensor:
-    """(B, n, C)."""
+def _channels_last(x: Tensor, channels: int) -> Tensor:
+    """Values whose channels are in axis `channels`, as (B, n, C)."""
     return x.movedim(channels, -1).flatten(1, -2)
 
 
 def _index(rows: Tensor, like: Tensor) -> Tensor:
-    """Flat rows of the batch as indices (B, k, C) into the positions of each sample."""
+    """Rows (B * k,) of the batch as indices (B, k, C) into the positions of each sample of `like` (B, n, C)."""
     keep = rows.view(like.shape[0], -1) % like.shape[1]
     return keep.unsqueeze(-1).expand(-1, -1, like.shape[2])
 
 
 def _gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> Tensor:
     channels = layout.index("C")
-    positions = _positions(x, channels)
+    positions = _channels_last(x, channels)
     kept = positions.gather(1, _index(rows, positions))  # (B, k, C)
     return (kept.unsqueeze(2) if x.ndim == 4 else kept).movedim(-1, channels)
 
 
 def _write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:
     channels = layout.index("C")
-    dense, kept = _positions(residual, channels), _positions(branch, channels)
+    dense, kept = _channels_last(residual, channels), _channels_last(branch, channels)
     index = _index(rows, dense)
     padded = torch.zeros_like(dense).scatter(1, index, kept.to(dense.dtype))
     passed = dense if background == "keep" else torch.zeros_like(dense).scatter(1, index, dense.gather(1, index))
@@ -82,32 +82,32 @@ def _write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, b
 
 
 def reduction_named(name: str) -> Reduction:
-    """The reduction that a name of `REDUCERS` such as "tome" or "papr+tome" stands for; behind PaPr, in the second half."""
+    """The reduction of a name of `REDUCERS`, such as "tome" or "papr+tome"; after PaPr, in the second half of the blocks."""
     pruning, _, peer = name.rpartition("+")
     return replace(_REDUCTIONS[peer], blocks="second-half") if pruning else _REDUCTIONS[peer]
 
 
 def kept_before(z: float) -> float:
-    """The keep ratio in front of merging that is to cost what pruning at z costs: the paper takes 0.55 for 0.5."""
+    """The keep ratio to combine with merging, for about the cost of pruning alone at z: the paper takes 0.55 for 0.5."""
     return min(1.0, z + 0.05)
 
 
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
-    """The same module with as many tokens fewer behind each block as brings it nearest to `macs`, the proposal included."""
+    """The same module with the reduction's r chosen so that its MACs, the proposal included, are nearest to `macs`."""
     given = cast(Reduction, gm.plan.reduction)
-    found: dict[int, tuple[int, PrunedModule]] = {}
+    tried: dict[int, tuple[int, PrunedModule]] = {}  # by r
 
-    def fewer(r: int) -> int:
+    def macs_with(r: int) -> int:
         changed = sibling(gm, reduction=replace(given, r=r))
         count = sum(count_macs_by_node(changed.for_shapes(), changed.graph, changed.example()).values())
-        found[r] = count, changed
+        tried[r] = count, changed
         return count
 
     low, high = 0, 1
-    while fewer(high) > macs and high < 1 << 10:
+    while macs_with(high) > macs and high < 1 << 10:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fewer(middle) > macs else (low, middle)
-    fewer(low)
-    return min(found.values(), key=lambda pair: abs(pair[0] - macs))[1]
+        low, high = (middle, high) if macs_with(middle) > macs else (low, middle)
+    macs_with(low)
+    return min(tried.values(), key=lambda pair: abs(pair[0] - macs))[1]

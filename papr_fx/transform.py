@@ -19,8 +19,10 @@ from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import prune_by_tokens
 from .planning.module import PrunedModule, checked_z
 from .proof.prove import prove
-from .proposals.build import InputStats, SignificanceNet, build_proposal
+from .proposals.build import ImageSpec, ProposalOptions, build_proposal
+from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
+from .proposals.statistics import InputStats
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 from .tracing.text import graph_text
 
@@ -77,17 +79,13 @@ def transform(
     """
     options = _Options(checked_z(z), mode, background, merge, output, verify).checked()
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
-    how = {
-        "size": inputs.checked_size(proposal_size, request.images),
-        "input_stats": input_stats,
-        "saliency": checked_saliency(saliency),
-        "verify": verify,
-    }
+    size = inputs.checked_size(proposal_size, request.images)
+    sight = ProposalOptions(size, input_stats, checked_saliency(saliency), verify)
     _run_once(request)
 
     @cache
     def network() -> SignificanceNet:
-        return build_proposal(proposal, request.model, request.images, layout=request.layout, **how)
+        return build_proposal(proposal, request.model, ImageSpec.of(request.images, request.layout), sight)
 
     return _Pipeline(request, network, options).run()
 

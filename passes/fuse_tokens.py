@@ -1,21 +1,27 @@
 """Drops tokens in early blocks and merges them in later ones, after Token Fusion (Kim et al., WACV 2024, arXiv 2312.01026).
 
+Before, at each site of `reduce_tokens`:
+    mixed  = scaled_dot_product_attention(queries, keys, values)
+    tokens = stream + project(mixed)                                   # (B, N, C)
+
 Becomes, in early blocks:
     papr_match_1  = match_tokens(keys, r, prefix)
     papr_stay_1   = papr_match_1[0]
     papr_tokens_1 = gather_tokens(tokens, papr_stay_1)                 # (B, N - r, C)
 
-And in later ones:
+Becomes, in later blocks:
     papr_match_7  = match_tokens(keys, r, prefix)
-    papr_fuse_7   = fuse_tokens(tokens, papr_sizes_6, papr_match_7)    # merged tokens keep the norm of the longest member
+    papr_fuse_7   = fuse_tokens(tokens, papr_sizes_6, papr_match_7)    # merged tokens get the norm of their longest member
+    papr_tokens_7 = papr_fuse_7[0]                                     # (B, N - r, C)
+    papr_sizes_7  = papr_fuse_7[1]                                     # (B, N - r)
 
-Because: early blocks answer an average of tokens by something else than the average of their answers, so there one of two
-like tokens stays as it is; later ones are closer to linear, but an average is shorter than what it averages.
+Because: early blocks are far from linear in their tokens, so an average of two tokens is a poor stand-in, and one of the two is
+kept unchanged. Later blocks are closer to linear, but an average has a smaller norm than the tokens it averages.
 
 Left alone: what `reduce_tokens` leaves alone.
 
-Tokens are matched as `merge_tokens` matches them. The paper finds by measurement from which block on a model is close to
-linear; here `linear_from` says so.
+Tokens are matched as in `merge_tokens`. The paper measures from which block on a model is close to linear; here the user says
+so, by `linear_from`.
 """
 
 from __future__ import annotations
@@ -36,10 +42,10 @@ class TokenFusion(Reduction):
     """Token fusion, a peer of `Merge`, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Tokens fewer behind each block; at most half of the patches there are.
-        blocks: In which blocks: "second-half", "all", or their numbers.
-        proportional: Whether attention weighs merged tokens by their size.
-        linear_from: In how many of these blocks, from the first, tokens are dropped; in the rest they are merged.
+        r: Number of tokens dropped or merged in each block, capped at half of its patches.
+        blocks: Which blocks: "second-half", "all", or their numbers.
+        proportional: Whether attention weighs each token by the number of patches it stands for.
+        linear_from: Number of these blocks, from the first, that drop tokens; the others merge them.
     """
 
     blocks: Blocks = "all"
@@ -49,7 +55,7 @@ class TokenFusion(Reduction):
         super().__post_init__()
         if not isinstance(cast(Any, self.linear_from), int):
             raise ArgumentError(
-                f"merge: linear_from (blocks in which tokens are dropped) must be a number, not {self.linear_from!r}"
+                f"merge: linear_from (number of blocks that drop tokens) must be a whole number, not {self.linear_from!r}"
             )
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:

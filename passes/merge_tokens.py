@@ -1,4 +1,4 @@
-"""Merges the tokens that are most alike, a few in every block (Bolya et al., ICLR 2023): bipartite soft matching.
+"""Merges the r most similar tokens of each block, by bipartite soft matching (Bolya et al., ICLR 2023).
 
 Before, at each site of `reduce_tokens`:
     mixed  = scaled_dot_product_attention(queries, keys, values)
@@ -11,8 +11,8 @@ Becomes:
     papr_tokens_1 = papr_merge_1[0]                               # (B, N - r, C)
     papr_sizes_1  = papr_merge_1[1]                               # (B, N - r)
 
-Because: keys say what a token holds, so tokens of like keys hold nearly the same, and one that weighs as much stands for both
-(PaPr, Sec. 4.1, merges in the second half of the blocks, behind its own pruning). r is fixed, so shapes are.
+Because: keys summarise what a token holds, so tokens with like keys hold nearly the same, and their average, weighted by size,
+stands for both. r is fixed, so shapes are static. PaPr, Sec. 4.1, merges in the second half of the blocks, after pruning.
 
 Left alone: what `reduce_tokens` leaves alone.
 """
@@ -33,10 +33,10 @@ class Merge(Reduction):
     """Token merging, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Tokens merged in each block; at most half of the patches there are.
-        blocks: In which blocks: "second-half", "all", or their numbers.
-        proportional: Whether attention weighs tokens by the patches that they stand for: yes for models trained with labels,
-            no for MAE (PaPr, Sec. 4.1). Averages over tokens are weighted in any case.
+        r: Number of tokens merged in each block, capped at half of its patches.
+        blocks: Which blocks: "second-half", "all", or their numbers.
+        proportional: Whether attention weighs each token by the number of patches it stands for: True for models trained with
+            labels, False for MAE (PaPr, Sec. 4.1). Averages over tokens are always weighted.
 
     Raises:
         ArgumentError: A value is out of range.

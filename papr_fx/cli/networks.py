@@ -14,8 +14,8 @@ from ..evaluation.decoders import Views
 from ..evaluation.models import image_model, proposal_for
 from ..evaluation.subject import ModelSpec, Subject, named_subject
 from ..evaluation.variants import ProposalSpec
-from ..proposals.build import InputStats
 from ..proposals.named import LITE0
+from ..proposals.statistics import InputStats
 
 
 def model_of(arguments: argparse.Namespace) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..proposals.build import Statistics
+from ..proposals.statistics import Statistics
 from ..video import read_video, sample_views
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")

@@ -13,8 +13,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..errors import ArgumentError, ProposalError
-from ..proposals.build import InputStats, Statistics, statistics_of
 from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, lite0
+from ..proposals.statistics import InputStats, Statistics, statistics_of
 
 VIDEO_MODELS = {
     "videomae_base": {},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
 from ..planning import inputs
-from ..proposals.build import Statistics
+from ..proposals.statistics import Statistics
 from ..tracing.fakes import MODEL_ERRORS
 from ..video import pyav
 from .decoders import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder, Views

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..planning.inputs import example_images
-from ..proposals.build import takes_clips
+from ..proposals.network import takes_clips
 
 # The families that are tried by default: transformers, and networks with the same block structure.
 FAMILIES = {

@@ -13,7 +13,7 @@ from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..tracing.blocks import block_calls, find_blocks
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of

@@ -14,7 +14,7 @@ from ..passes import gather_positions, prune_tokens, reduce_tokens
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..tracing.blocks import ancestors_of, find_blocks, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of

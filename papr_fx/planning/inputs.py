@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import ArgumentError
 from ..passes import splice_proposal
-from ..proposals.build import takes_clips
+from ..proposals.network import takes_clips
 from .module import PrunedModule
 
 MODES = ("auto", "tokens", "pixels")

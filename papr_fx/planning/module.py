@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ArgumentError
 from ..passes.reduction import Reduction
-from ..proposals.build import SignificanceNet
+from ..proposals.network import SignificanceNet
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import propagate, remove_dead_code
 from .plan import PixelPlan, Plan

@@ -1,7 +1,7 @@
-"""Makes a significance network of any ConvNet: cut before its pooling, frozen, fused; and the sources of the map.
+"""Turns any ConvNet into a significance network: cut before its pooling, frozen, fused; and the sources of the map.
 
-Networks can be loaded by name: `create_network`, `lite0`.
-It must not know how the map is used: no token, grid or keep ratio.
+`create_network` and `lite0` load networks by name.
+It must not know how the map is used: no tokens, token grids or keep ratios.
 """
 
 from .named import LITE0_STATISTICS, create_network, lite0

@@ -1,208 +1,121 @@
-"""Any ConvNet classifier as a significance network: cut before its global pooling, frozen, fused, channels-last.
+"""Builds a significance network from any ConvNet: cut before its global pooling, frozen, fused, in channels-last memory.
 
-Where to cut is read from the dataflow, not from a model's name: the features are the last value that still has the
-images' two spatial axes (PaPr, Sec. 3.1: the last convolutional layer, after its activation), or the three of clips. The
-classifier behind the pooling is dropped, which is the paper's replacement of its class weights by uniform ones. A network
-of images serves clips too, on each frame alone.
+The dataflow says where to cut, not the model's name: the features are the last value that keeps the two spatial axes of
+images (PaPr, Sec. 3.1: the last convolutional layer, after its activation), or the three axes of clips. The classifier after
+the pooling is dropped: the paper's map has uniform class weights. A network of images serves clips too, frame by frame.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
-from math import prod
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ..errors import ArgumentError, ProposalError, TraceError, VerifyError
-from ..tracing.fakes import TRACED_BATCH, fake_like, faking, scratch_copy
-from ..tracing.graphs import cut, descendants
-from ..tracing.numerics import exact_float32, relative_error
-from ..tracing.trace import Traced, trace
+from ..errors import ProposalError
 from .depthwise import replace_depthwise
-from .features import find_cut
-from .fold import fold_batch_norms, kernel_size
 from .named import create_network
+from .network import Preparation, SignificanceNet, resized, takes_clips
 from .planar import replace_planar
-from .saliency import Saliency, build_map, classifier_behind
+from .saliency import Saliency, build_map
+from .split import split_network
+from .statistics import InputStats, renormalisation
 
-Statistics = tuple[Sequence[float], Sequence[float]]
-InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
 
+@dataclass(frozen=True)
+class ImageSpec:
+    """The images that a model takes.
 
-class SignificanceNet(nn.Module):
-    """Images (B, C, H, W) to significance maps (B, h, w): of a ConvNet's last feature maps, the mean (PaPr, Eq. 2) or another.
-
-    Clips (B, C, T, H, W) or (B, T, C, H, W) become maps (B, t, h, w), or (B, T, h, w) by a network of images.
-
-    Frozen: its parameters take no gradient and it stays in eval mode whatever `train` is asked for.
+    Attributes:
+        layout: Axes of a batch: BCHW, BCTHW or BTCHW.
+        shape: Shape of a batch.
+        dtype: Their dtype, which the significance network takes on.
+        device: Their device, which the significance network moves to, unless it is meta.
     """
 
-    scale: Tensor | None
-    shift: Tensor | None
+    layout: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
-    def __init__(
-        self,
-        trunk: nn.Module,
-        saliency: nn.Module,
-        *,
-        layout: str = "BCHW",
-        per_frame: bool = False,
-        size: int | tuple[int, ...] | None = None,
-        renormalise: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Wraps a trunk.
+    @classmethod
+    def of(cls, images: Tensor, layout: str = "BCHW") -> ImageSpec:
+        """The specification of images like these."""
+        return cls(layout, tuple(images.shape), images.dtype, images.device)
 
-        Args:
-            trunk: Images to features.
-            saliency: Features and images to maps; see `saliency`.
-            layout: Axes of the images or clips: BCHW, BCTHW or BTCHW.
-            per_frame: Whether the trunk takes the frames of clips as images; one of clips takes (B, C, T, H, W).
-            size: Shorter side, or (rows, columns), to which images are resized first, in pixels; of clips also
-                (frames, rows, columns).
-            renormalise: Scale and shift per channel, (C, 1, 1), from the target's normalisation to the proposal's.
-        """
-        super().__init__()
-        self.trunk = trunk
-        self.saliency = saliency
-        self.layout = layout
-        self.per_frame = per_frame
-        self.size = size
-        scale, shift = renormalise or (None, None)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-        self.requires_grad_(False)
-        self.eval()
-        self.register_load_state_dict_post_hook(_nothing_missing)
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return self.shape[self.layout.index("C")]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing: a transformed model's checkpoints are those of the model, and `transform` is given the proposal."""
-        return kwargs.get("destination", {})
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Sizes (H, W), or (T, H, W) of clips."""
+        return tuple(size for size, letter in zip(self.shape, self.layout, strict=True) if letter in "THW")
 
-    def train(self, mode: bool = True) -> SignificanceNet:
-        """Stays in eval mode: the proposal is frozen (`mode` is ignored)."""
-        return cast(SignificanceNet, super().train(False))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        if self.layout == "BCTHW":
-            images = images.transpose(1, 2)  # as all else is (..., C, H, W)
-        if self.scale is not None and self.shift is not None:
-            images = images * self.scale + self.shift
-        if "T" in self.layout:
-            images = images.transpose(1, 2)  # (B, C, T, H, W)
-        if self.size is not None:
-            mode = "trilinear" if "T" in self.layout else "bilinear"
-            images = F.interpolate(images, size=resized(images.shape[2:], self.size), mode=mode, align_corners=False)
-        frames = images.shape[2]
-        if self.per_frame:
-            images = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
-        packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
-        images = images.contiguous(memory_format=packed)
-        maps: Tensor = self.saliency(self.trunk(images), images, self.trunk)
-        return maps.unflatten(0, (-1, frames)) if self.per_frame else maps
+    @property
+    def clips(self) -> bool:
+        """Whether they are clips."""
+        return "T" in self.layout
 
 
-def _nothing_missing(network: nn.Module, keys: Any) -> None:
-    """Checkpoints hold nothing of the proposal."""
-    keys.missing_keys[:] = [key for key in keys.missing_keys if "papr_proposal." not in key]
+@dataclass(frozen=True)
+class ProposalOptions:
+    """How a proposal is used: arguments of `transform`.
+
+    Attributes:
+        size: `proposal_size`.
+        input_stats: "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal).
+        saliency: The source of the map.
+        verify: Whether to compare the fused network with the one given.
+    """
+
+    size: int | tuple[int, ...] | None = None
+    input_stats: InputStats = "auto"
+    saliency: Saliency = "psm"
+    verify: bool = True
 
 
-def build_proposal(
-    proposal: object,
-    model: nn.Module,
-    images: Tensor,
-    *,
-    layout: str = "BCHW",
-    size: int | tuple[int, ...] | None,
-    input_stats: InputStats,
-    saliency: Saliency = "psm",
-    verify: bool,
-) -> SignificanceNet:
-    """Makes a significance network of `proposal` for the images that `model` takes. `proposal` itself is not changed.
+def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, options: ProposalOptions) -> SignificanceNet:
+    """Builds the significance network of `proposal` for the images that `model` takes. `proposal` itself is not changed.
 
     Args:
-        proposal: A ConvNet classifier, a module that returns a feature map (B, K, h, w) or a map (B, h, w), or the name of
-            a timm model, whose pretrained weights are then loaded. For clips, one of 3-D convolutions takes them as
-            (B, C, T, H, W) and returns features (B, K, t, h, w) or a map (B, t, h, w); any other takes their frames as images.
-        model: The target, for its normalisation statistics, dtype and device.
-        images: A batch such as the target takes.
-        layout: Its axes: BCHW, BCTHW or BTCHW.
-        size: See `SignificanceNet`.
-        input_stats: "auto", "shared" or ((mean, std) of the target, (mean, std) of the proposal).
-        saliency: See `transform`.
-        verify: Whether to check the fused network against the one given.
+        proposal: A ConvNet classifier; a module that returns a feature map (B, K, h, w) or a map (B, h, w); or a name that
+            `create_network` knows, whose pretrained weights are then loaded. For clips, a network with 3-D convolutions takes
+            (B, C, T, H, W) and returns features (B, K, t, h, w) or a map (B, t, h, w); any other network takes the frames.
+        model: The target. Only its normalisation statistics are read.
+        images: What the target takes.
+        options: How the proposal is used.
 
     Raises:
         ProposalError: `proposal` yields no significance map; the message says why.
+        ArgumentError: `input_stats` has the wrong form.
+        VerifyError: Fusing the proposal changed its output.
     """
     source = _load(proposal)
-    network = _copied(source)
-    channels = images.shape[layout.index("C")]
-    statistics = _renormalisation(model, source, channels, input_stats)
+    network = _merged_copy(source)
+    renormalise = renormalisation(model, source, images.channels, options.input_stats)
     clips = takes_clips(network)
-    if clips and "T" not in layout:
+    if clips and not images.clips:
         raise ProposalError(
-            f"proposal ({type(source).__name__}) takes clips, but the model takes images {tuple(images.shape)}: pass a "
-            "network of images"
+            f"proposal ({type(source).__name__}) takes clips, but the model takes images {images.shape}: pass a network of "
+            "images"
         )
-    extent = tuple(size for size, letter in zip(images.shape, layout, strict=True) if letter in "THW")
-    parameter = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), None)
-    extent = resized(extent, size) if size is not None else extent
-    device = images.device if parameter is None else parameter.device
-    dtype = images.dtype if parameter is None else parameter.dtype
-    sample = torch.empty((1, channels, *(extent if clips else extent[-2:])), dtype=dtype, device=device)
-    parts = _parts(network, source, sample, verify=verify)
-    trunk = parts.trunk
-    weighed = build_map(saliency, trunk, parts.classifier, parts.channel_axis, sample, type(source).__name__)
+    sample = _sample(network, images, options.size)
+    halves = split_network(network, source, sample, verify=options.verify)
+    maps = build_map(options.saliency, halves, sample, type(source).__name__)
+    trunk = halves.trunk
     if images.device.type != "meta":
-        trunk, weighed = (part.to(device=images.device, dtype=images.dtype) for part in (trunk, weighed))
-    if statistics is not None:
-        where = None if images.device.type == "meta" else images.device
-        scale, shift = (t.to(where, images.dtype).view(-1, 1, 1) for t in statistics)
-        statistics = scale, shift
-    packed = torch.channels_last_3d if clips else torch.channels_last
-    _pack(trunk, packed)
-    replace_depthwise(trunk)
-    replace_planar(trunk)
-    return SignificanceNet(
-        trunk,
-        weighed,
-        layout=layout,
-        per_frame="T" in layout and not clips,
-        size=size,
-        renormalise=statistics,
-    )
-
-
-def takes_clips(network: nn.Module) -> bool:
-    """Whether a network is one of clips: it has 3-D convolutions."""
-    return any(isinstance(module, nn.Conv3d) for module in network.modules())
-
-
-def resized(shape: Sequence[int], size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """(H, W) or (T, H, W) resized to `size`: what it leaves out stays; one number sets the shorter side, keeping the aspect."""
-    *frames, rows, columns = shape
-    if isinstance(size, tuple):
-        return (*frames, *size) if len(size) < len(shape) else size
-    shorter = min(rows, columns)
-    return (*frames, round(rows * size / shorter), round(columns * size / shorter))
-
-
-def _pack(trunk: nn.Module, packed: torch.memory_format) -> None:
-    """Lays the kernels of a trunk's convolutions out channels-last, as its images are."""
-    ndim = 4 if packed == torch.channels_last else 5
-    for tensor in (*trunk.parameters(), *trunk.buffers()):
-        if tensor.ndim == ndim:
-            tensor.data = tensor.data.contiguous(memory_format=packed)
+        trunk, maps = (part.to(device=images.device, dtype=images.dtype) for part in (trunk, maps))
+    _lay_out(trunk, torch.channels_last_3d if clips else torch.channels_last)
+    preparation = Preparation(images.layout, images.clips and not clips, options.size, _as_images(renormalise, images))
+    return SignificanceNet(trunk, maps, preparation)
 
 
 def _load(proposal: object) -> nn.Module:
+    """The network of that name, or a module that holds weights on one device."""
     if isinstance(proposal, str):
         try:
             return create_network(proposal, pretrained=True)
@@ -225,8 +138,8 @@ def _load(proposal: object) -> nn.Module:
     return proposal
 
 
-def _copied(source: nn.Module) -> nn.Module:
-    """An eval-mode copy that owns its weights, its multi-branch blocks merged into single convolutions."""
+def _merged_copy(source: nn.Module) -> nn.Module:
+    """A copy in eval mode that owns its weights, its multi-branch blocks merged into single convolutions."""
     try:
         with torch.inference_mode(False), torch.no_grad():
             return reparameterize_model(copy.deepcopy(source).eval(), inplace=True)
@@ -234,126 +147,28 @@ def _copied(source: nn.Module) -> nn.Module:
         raise ProposalError(f"proposal ({type(source).__name__}) holds something that cannot be copied: {error}") from error
 
 
-class _Parts(NamedTuple):
-    """A network in two, images to features and features to logits, if it goes on so; and the axis of the channels."""
-
-    trunk: nn.Module
-    classifier: nn.Module | None
-    channel_axis: int | None
-
-
-def _parts(network: nn.Module, source: nn.Module, sample: Tensor, *, verify: bool) -> _Parts:
-    try:
-        traced, pooled = _traced(network, sample)
-    except TraceError as error:
-        return _whole(network, sample, error)
-    gm = fx.GraphModule(traced.root(network), traced.graph)
-    found = find_cut(gm, sample)
-    with torch.no_grad():
-        fold_batch_norms(gm)
-    if verify:
-        given = copy.deepcopy(source).eval()
-        if pooled:
-            _pool_globally(given, pooled)
-        _check_fusion(gm, given, sample)
-    return _Parts(cut(gm, gm.graph, found.features), classifier_behind(gm, found.features), found.channel_axis)
+def _sample(network: nn.Module, images: ImageSpec, size: int | tuple[int, ...] | None) -> Tensor:
+    """One empty image or clip as the network takes it, with the dtype and device of its weights."""
+    extent = images.extent if size is None else resized(images.extent, size)
+    weights = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), None)
+    dtype, device = (images.dtype, images.device) if weights is None else (weights.dtype, weights.device)
+    return torch.empty((1, images.channels, *(extent if takes_clips(network) else extent[-2:])), dtype=dtype, device=device)
 
 
-def _traced(network: nn.Module, sample: Tensor) -> tuple[Traced, str]:
-    """Traces a network; if its last pooling was made for larger images, that pools all there is, and is named."""
-    try:
-        return trace(network, sample, _is_layered), ""
-    except TraceError as error:
-        name = error.module
-        if not name or not _pool_globally(network, name):
-            raise
-        traced = trace(network, sample, _is_layered)
-        (pool, *_) = traced.graph.find_nodes(op="call_module", target=name)
-        gm = fx.GraphModule(traced.root(network), traced.graph)
-        behind = {node.name for node in descendants(pool)}
-        if any(prod(kernel_size(gm, node) or ()) > 1 for node in gm.graph.nodes if node.name in behind):
-            raise
-        return traced, name
-
-
-def _pool_globally(network: nn.Module, name: str) -> bool:
-    """Puts global average pooling in the place of an average pooling; False if the module is none."""
-    kinds: dict[type[nn.Module], Any] = {nn.AvgPool2d: nn.AdaptiveAvgPool2d, nn.AvgPool3d: nn.AdaptiveAvgPool3d}
-    kind = kinds.get(type(network.get_submodule(name)))
-    if kind is not None:
-        network.set_submodule(name, kind(1))
-    return kind is not None
-
-
-def _check_fusion(gm: fx.GraphModule, source: nn.Module, sample: Tensor) -> None:
-    """Proves the merged and folded network equal to the one given, of which `source` is a copy, on one random image."""
-    wide = torch.promote_types(sample.dtype, torch.float32)
-    images = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample.device, wide)
-    with torch.no_grad(), exact_float32():
-        expected = source.to(wide)(images)
-        error = relative_error(copy.deepcopy(gm).to(wide)(images), expected)
-    if not error < 1e-3:
-        raise VerifyError(
-            f"proposal ({type(source).__name__}): folding its batch norms and merging its branches changed its output by "
-            f"{error:.1e} (relative; below 1e-3 was needed)"
-        )
-
-
-def _whole(network: nn.Module, sample: Tensor, error: TraceError) -> _Parts:
-    """A network whose code cannot be traced serves as it is, if what it returns is a map."""
-    mode, fake = fake_like(sample, TRACED_BATCH)
-    copied = scratch_copy(network)
-    try:
-        with faking(mode):
-            out: object = copied(fake)
-    except Exception as refusal:
-        raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
-    ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with
-    if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:
-        return _Parts(network, None, None if out.ndim == ranks[0] else 1)
-    raise ProposalError(
-        f"proposal ({type(network).__name__}) returns no spatial map, and its features cannot be reached: {error}"
-    )
-
-
-def _is_layered(module: nn.Module, name: str) -> bool:
-    """Everything but torch.nn's own layers is opened: the proposal is frozen, so nothing in it depends on the mode."""
-    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Sequential | nn.ModuleList)
-
-
-def _renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given: InputStats) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift, (C,) each, that turn images normalised for `model` into images normalised for `proposal`."""
-    if given == "shared":
+def _as_images(renormalise: tuple[Tensor, Tensor] | None, images: ImageSpec) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift (C, 1, 1), in the dtype of the images and on their device."""
+    if renormalise is None:
         return None
-    if given == "auto":
-        known = statistics_of(model), statistics_of(proposal)
-        if known[0] is None or known[1] is None or any(len(part) != channels for pair in known for part in pair or ()):
-            return None
-        (mean, std), (own_mean, own_std) = cast("tuple[Statistics, Statistics]", known)
-    else:
-        (mean, std), (own_mean, own_std) = _checked_statistics(given, channels)
-    if tuple(mean) == tuple(own_mean) and tuple(std) == tuple(own_std):
-        return None
-    m, s, own_m, own_s = (torch.tensor(tuple(v), dtype=torch.float64) for v in (mean, std, own_mean, own_std))
-    return s / own_s, (m - own_m) / own_s
+    device = None if images.device.type == "meta" else images.device
+    scale, shift = (t.to(device, images.dtype).view(-1, 1, 1) for t in renormalise)
+    return scale, shift
 
 
-def statistics_of(module: nn.Module) -> Statistics | None:
-    """Mean and std from timm's metadata; modules of torchvision and transformers carry none."""
-    config = getattr(module, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
-        return tuple(cast(Any, config)["mean"]), tuple(cast(Any, config)["std"])
-    return None
-
-
-def _checked_statistics(given: object, channels: int) -> tuple[Statistics, Statistics]:
-    try:
-        (mean, std), (own_mean, own_std) = cast(Any, given)
-        lists = [[float(v) for v in part] for part in (mean, std, own_mean, own_std)]
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f'input_stats must be "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal), not {given!r}'
-        ) from error
-    if any(len(part) != channels for part in lists) or not all(0 < v < math.inf for v in lists[1] + lists[3]):
-        raise ArgumentError(f"input_stats: each mean and std needs {channels} numbers, each std above 0; got {given!r}")
-    return (lists[0], lists[1]), (lists[2], lists[3])
+def _lay_out(trunk: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lays out the kernels channels-last, as the images are, and replaces convolutions that have a faster form."""
+    ndim = 4 if memory_format == torch.channels_last else 5
+    for tensor in (*trunk.parameters(), *trunk.buffers()):
+        if tensor.ndim == ndim:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    replace_depthwise(trunk)
+    replace_planar(trunk)

@@ -1,8 +1,7 @@
 """Depthwise convolutions of a frozen network, written for CUDA as sums of shifted images.
 
-A library's depthwise convolution reads its input and writes its result, and so do the bias and activation kernels around it.
-As a sum of nine shifted products the compiler makes one kernel of all of these, and the proposal, which waits for memory and
-not for arithmetic, moves half as many bytes.
+A library's depthwise convolution reads and writes memory, and so do the bias and activation kernels around it. The compiler
+fuses a sum of nine shifted products with them into one kernel. The proposal is bound by memory, and so moves half the bytes.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MOST_TAPS = 9  # a kernel of 5 x 5 would wait for its 25 reads from the cache
+_MOST_TAPS = 9  # the 25 reads of a 5 x 5 kernel would be bound by the cache
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """The same convolution. Its kernel lies in memory tap by tap, so that neighbouring channels are read together."""
+    """A depthwise convolution whose kernel lies in memory tap by tap, so that neighbouring channels are read together."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """Takes the kernel and bias of a depthwise convolution."""
@@ -44,7 +43,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def add_shifted(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution of images (B, C, H, W) as a sum over the taps of its kernel."""
+    """Computes a depthwise convolution of images (B, C, H, W) as a sum over the taps of its kernel."""
     pads = cast("tuple[int, int]", conv.padding)
     steps, kernel = conv.stride, conv.kernel_size
     padded = F.pad(x, (pads[1], pads[1], pads[0], pads[0]))
@@ -61,13 +60,14 @@ def add_shifted(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def replace_depthwise(network: nn.Module) -> None:
-    """Puts a `DepthwiseConv2d` in the place of every small depthwise convolution of `network`."""
+    """Replaces every small depthwise convolution of `network` by a `DepthwiseConv2d`."""
     for name, module in list(network.named_modules()):
         if name and type(module) is nn.Conv2d and _is_small_depthwise(module):
             network.set_submodule(name, DepthwiseConv2d(module))
 
 
 def _is_small_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is depthwise, zero-padded, undilated, and of at most `_MOST_TAPS` taps."""
     depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
     plain = not isinstance(conv.padding, str) and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
     return depthwise and plain and 1 < math.prod(conv.kernel_size) <= _MOST_TAPS

@@ -1,4 +1,4 @@
-"""Folds batch norms into the convolutions before them, in a frozen graph: fewer passes over memory for the same map."""
+"""Folds batch norms into the convolutions before them, in a frozen graph: the same map with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch
 
 @dataclass(frozen=True)
 class _Norm:
+    """The parameters of a batch norm in eval mode."""
+
     mean: Tensor
     var: Tensor
     weight: Tensor | None
@@ -26,13 +28,13 @@ class _Norm:
 
 
 def fold_batch_norms(gm: fx.GraphModule) -> int:
-    """Folds each batch norm in eval mode that follows a convolution nobody else reads.
+    """Folds each batch norm that is the only reader of a convolution.
 
     Args:
-        gm: A graph in eval mode, which owns its weights: they are replaced by folded ones.
+        gm: A graph in eval mode that owns its weights; folded ones replace them.
 
     Returns:
-        How many were folded.
+        The number of folded batch norms.
     """
     folded = 0
     for node in list(gm.graph.nodes):
@@ -54,7 +56,7 @@ def fold_batch_norms(gm: fx.GraphModule) -> int:
 
 
 def kernel_size(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...] | None:
-    """The kernel's extent if a node convolves, as a module or as a function."""
+    """The spatial sizes of the kernel if a node is a convolution, by module or by function; else None."""
     if node.op == "call_module":
         module = gm.get_submodule(cast(str, node.target))
         return tuple(module.weight.shape[2:]) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
@@ -65,6 +67,7 @@ def kernel_size(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
+    """The parameters of a batch norm node with running statistics; None for anything else."""
     if node.op == "call_module":
         module = gm.get_submodule(cast(str, node.target))
         if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and module.running_mean is not None:
@@ -80,7 +83,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
 
 
 def _weights(gm: fx.GraphModule, conv: fx.Node) -> tuple[Tensor, Tensor | None] | None:
-    """Kernel and bias of a convolution node whose kernel is a constant used by it alone."""
+    """Kernel and bias of a convolution node, if both are constants and its module is called once."""
     if conv.op == "call_module":
         module = gm.get_submodule(cast(str, conv.target))
         calls = len(gm.graph.find_nodes(op="call_module", target=conv.target))
@@ -96,6 +99,7 @@ def _weights(gm: fx.GraphModule, conv: fx.Node) -> tuple[Tensor, Tensor | None] 
 
 
 def _constant(gm: fx.GraphModule, arg: object) -> Tensor | None:
+    """The tensor that an argument reads from the module; None for anything else."""
     if isinstance(arg, fx.Node) and arg.op == "get_attr":
         value = operator.attrgetter(cast(str, arg.target))(gm)
         return value if isinstance(value, Tensor) else None
@@ -103,19 +107,20 @@ def _constant(gm: fx.GraphModule, arg: object) -> Tensor | None:
 
 
 def _folded(norm: _Norm, kernel: Tensor, bias: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
-    weight, shift = norm.weight, norm.bias
+    """Kernel and bias of the convolution and the norm together."""
     return fuse_conv_bn_weights(
         kernel,
         bias,
         norm.mean,
         norm.var,
         norm.eps,
-        cast(Tensor, weight),  # the function takes None for both, its annotation says otherwise
-        cast(Tensor, shift),
+        cast(Tensor, norm.weight),  # the function takes None for both, though its annotation does not say so
+        cast(Tensor, norm.bias),
     )
 
 
 def _replace_weights(gm: fx.GraphModule, conv: fx.Node, kernel: nn.Parameter, bias: nn.Parameter) -> None:
+    """Gives a convolution node a new kernel and bias."""
     if conv.op == "call_module":
         module: Any = gm.get_submodule(cast(str, conv.target))
         module.weight, module.bias = kernel, bias

@@ -1,7 +1,7 @@
 """3-D convolutions of a frozen network whose kernels are flat, written as matrix products and 2-D convolutions.
 
-Networks of clips are mostly made of kernels 1x1x1, 1xhxw and tx1x1. In channels-last memory merging the axes along which
-such a kernel is 1 copies nothing, and a CPU has no good code for them as 3-D convolutions: it unfolds the clip first.
+Networks of clips consist mostly of kernels 1x1x1, 1xhxw and tx1x1. A CPU is slow at them as 3-D convolutions: it unfolds the
+clip first. In channels-last memory, the axes along which the kernel is 1 merge without a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Sizes = tuple[int, int, int]
 
 
 class PlanarConv3d(nn.Conv3d):
-    """The same convolution of clips (B, C, t, h, w), of a kernel that is 1 in time, or in both rows and columns."""
+    """A convolution of clips (B, C, t, h, w) whose kernel has size 1 in time, or in both rows and columns."""
 
     def __init__(self, conv: nn.Conv3d) -> None:
         """Takes the kernel and bias of a convolution for which `is_planar` holds."""
@@ -55,14 +55,14 @@ class PlanarConv3d(nn.Conv3d):
 
 
 def replace_planar(network: nn.Module) -> None:
-    """Puts a `PlanarConv3d` in the place of every convolution of `network` for which `is_planar` holds."""
+    """Replaces every convolution of `network` for which `is_planar` holds by a `PlanarConv3d`."""
     for name, module in list(network.named_modules()):
         if name and type(module) is nn.Conv3d and is_planar(module):
             network.set_submodule(name, PlanarConv3d(module))
 
 
 def is_planar(conv: nn.Conv3d) -> bool:
-    """Whether a 3-D convolution treats every frame alone, or every position of the frames, with zeros around the clip."""
+    """Whether a 3-D convolution acts within each frame, or along time at each position, with zero padding."""
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return False
     by_frame = (conv.kernel_size[0], conv.stride[0], conv.padding[0]) == (1, 1, 0)
@@ -70,5 +70,6 @@ def is_planar(conv: nn.Conv3d) -> bool:
 
 
 def _acts_in_time(conv: nn.Conv3d) -> bool:
+    """Whether the kernel has size 1 in rows and columns, at stride 1."""
     sizes = cast("tuple[Sizes, ...]", (conv.kernel_size, conv.stride, conv.padding))
     return [size[1:] for size in sizes] == [(1, 1), (1, 1), (0, 0)]

@@ -16,6 +16,7 @@ from papr_fx.ops import (
     mean_by_size,
     merge_tokens,
     most_attended,
+    neighbour_graph,
     propagate_tokens,
     size_bias,
 )
@@ -109,8 +110,9 @@ class Propagated(Reduced):
         for block in self.blocks:
             q, k, _, tokens = self.attended(block, tokens, sizes)
             chosen = choose_tokens(q, k, sizes, 1, 1, None)
-            out = propagate_tokens(tokens, k, sizes, chosen, places, (2, 4), 1, 0.2, 8)
-            tokens, sizes, places = operator.getitem(out, 0), operator.getitem(out, 1), operator.getitem(out, 2)
+            out = propagate_tokens(tokens, sizes, chosen, neighbour_graph(k, places, (2, 4), 1, 8), 0.2)
+            tokens, sizes, stay = operator.getitem(out, 0), operator.getitem(out, 1), operator.getitem(chosen, 0)
+            places = stay if places is None else torch.gather(places, 1, stay)
             tokens = tokens + block.layer(tokens)
         return mean_by_size(tokens, 1, sizes)
 

@@ -1,4 +1,8 @@
-"""Token merging and its peers: against plain transcriptions, on models of the libraries, and where they are refused."""
+"""Token merging and its peers: against plain transcriptions, on models of the libraries, copied, exported, compiled."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import hypothesis
 import pytest
@@ -23,39 +27,54 @@ def eval_toy(**shape) -> ToyViT:
     return ToyViT(Shape(depth=DEPTH, **shape)).double().eval()
 
 
-def agree(model, gm, reduce, blocks, *, proportional=True, batch=3):
-    x = images(model.shape, batch)
-    keeps = [None] * batch
+def agree(model: ToyViT, gm: papr_fx.planning.module.PrunedModule, eager: reducers.Eager) -> None:
+    """Checks a transformed model against the plain transcription, image by image."""
+    x = images(model.shape, 3)
+    keeps = [None] * len(x)
     if gm.plan.z < 1:
         (mask,) = papr_fx.keep_masks(gm, x).values()
         nodes = {node.name: node for node in gm.graph.nodes}
         keeps = papr_fx.tracing.graphs.cut(gm, gm.graph, nodes["papr_keep"])(x).tolist()
         assert [len(keep) - model.shape.prefix for keep in keeps] == mask.flatten(1).sum(1).tolist()
-    expected = [
-        reducers.eager(model, image, reduce, blocks, keep=keep, proportional=proportional)
-        for image, keep in zip(x, keeps, strict=True)
-    ]
+    expected = [eager.run(model, image, keep) for image, keep in zip(x, keeps, strict=True)]
     assert relative_error(gm(x), torch.stack(expected)) < 1e-9
 
 
-@hypothesis.given(
-    rows=st.integers(2, 5),
-    columns=st.integers(2, 5),
+@dataclass(frozen=True)
+class Merged:
+    """A toy ViT whose tokens are merged."""
+
+    grid: tuple[int, int]
+    prefix: int
+    pool: str
+    z: float
+    r: int
+    proportional: bool
+    blocks: str | Sequence[int]
+
+
+MERGED = st.builds(
+    Merged,
+    grid=st.tuples(st.integers(2, 5), st.integers(2, 5)),
     prefix=st.sampled_from([0, 1, 2, 5]),
-    r=st.integers(1, 8),
-    z=st.sampled_from([1, 0.6]),
     pool=st.sampled_from(["cls", "avg", "patches"]),
+    z=st.sampled_from([1, 0.6]),
+    r=st.integers(1, 8),
     proportional=st.booleans(),
     blocks=st.sampled_from(["second-half", "all", (0, -1), (2,)]),
 )
+
+
+@hypothesis.given(MERGED)
 @hypothesis.settings(max_examples=15, deadline=None)
 @torch.no_grad()
-def test_merging_against_a_transcription(rows, columns, prefix, r, z, pool, proportional, blocks):
-    pool = "avg" if pool == "cls" and not prefix else pool
-    model = eval_toy(image=(2 * rows, 3 * columns), prefix=prefix, pool=pool)
-    gm = papr_fx.transform(model, toy_proposal(), z, merge=papr_fx.Merge(r, blocks, proportional), verify=False)
-    chosen = {"second-half": (2, 3), "all": (0, 1, 2, 3), (0, -1): (0, 3)}.get(blocks, blocks)
-    agree(model, gm, reducers.merging(r, prefix), chosen, proportional=proportional)
+def test_merging_against_a_transcription(case):
+    pool = "avg" if case.pool == "cls" and not case.prefix else case.pool
+    model = eval_toy(image=(2 * case.grid[0], 3 * case.grid[1]), prefix=case.prefix, pool=pool)
+    merge = papr_fx.Merge(case.r, case.blocks, case.proportional)
+    gm = papr_fx.transform(model, toy_proposal(), case.z, merge=merge, verify=False)
+    chosen = {"second-half": (2, 3), "all": (0, 1, 2, 3), (0, -1): (0, 3)}.get(case.blocks, case.blocks)
+    agree(model, gm, reducers.Eager(reducers.merging(case.r, case.prefix), chosen, case.proportional))
 
 
 PEERS = {
@@ -71,14 +90,14 @@ PEERS = {
 @pytest.mark.parametrize("z", [1, 0.6])
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [(name, prefix) for name in PEERS for prefix in (0, 1, 2) if prefix or name != "attention"],  # that needs a class token
+    [(name, prefix) for name in PEERS for prefix in (0, 1, 2) if prefix or name != "attention"],  # it needs a class token
 )
 @torch.no_grad()
 def test_peers_against_transcriptions(name, prefix, z):
     reduction, reduce = PEERS[name]
     model = eval_toy(image=(10, 15), prefix=prefix, pool="avg")
     gm = papr_fx.transform(model, toy_proposal(), z, merge=reduction, verify=False)
-    agree(model, gm, reduce(prefix, model.shape.grid), range(DEPTH))
+    agree(model, gm, reducers.Eager(reduce(prefix, model.shape.grid), range(DEPTH)))
 
 
 def test_merging_nothing_is_the_model_to_the_bit():
@@ -95,7 +114,7 @@ def test_merging_equal_tokens_changes_nothing(pool):
     model = eval_toy(image=(8, 12), pool=pool)
     model.pos.zero_()
     x = images(model.shape, 2)
-    x[..., 3:6], x[..., 9:] = x[..., :3], x[..., 6:9]  # every other patch is the one before it again
+    x[..., 3:6], x[..., 9:] = x[..., :3], x[..., 6:9]  # every second patch repeats the one before it
     equal = papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(4, [0]))
     plain = papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(4, [0], proportional=False))
     assert relative_error(equal(x), model(x)) < 1e-12
@@ -152,20 +171,20 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_models(name):
-    """Each is proved by averaging; here also that merged tokens are as many as asked, and that r=0 is the model."""
+    """Beside the proof of each transform: as many tokens are merged as asked, and merging without pruning saves MACs."""
     model = enliven(MODELS[name]()).eval()
     x = torch.randn(2, 4, 3, 64, 64) if "Video" in name else torch.randn(2, 3, 64, 64)
     gm = papr_fx.transform(model, toy_proposal(), 0.8, example_input=x, merge=papr_fx.Merge(2))
     counts = [node.meta["shape"][1] for node in gm.graph.nodes if node.name.startswith("papr_tokens")]
     assert [counts[i] - counts[i + 1] for i in range(len(counts) - 1)] == [2, 2]
     assert papr_fx.tracing.numerics.tensors_of(gm(x))[0].shape == (2, 5)
-    alone = papr_fx.transform(model, toy_proposal(), 1, example_input=x, merge=papr_fx.Merge(2, "all"))
-    assert relative_error(alone(x), model(x)) > 1e-4
-    assert papr_fx.report(alone).total_macs < papr_fx.report(alone).dense_macs
+    unpruned = papr_fx.transform(model, toy_proposal(), 1, example_input=x, merge=papr_fx.Merge(2, "all"))
+    assert relative_error(unpruned(x), model(x)) > 1e-4
+    assert papr_fx.report(unpruned).total_macs < papr_fx.report(unpruned).dense_macs
 
 
 @pytest.mark.parametrize("fault", ["no bias", "plain mean", "bias of older sizes"])
-def test_the_proof_sees_a_fault(monkeypatch, fault):
+def test_the_proof_finds_a_fault(monkeypatch, fault):
     if fault == "plain mean":
         monkeypatch.setattr(reduce_tokens, "mean_by_size", lambda x, axis, sizes, **options: x.mean(axis))
     else:
@@ -183,8 +202,6 @@ def test_the_proof_sees_a_fault(monkeypatch, fault):
 
 
 def test_other_keep_ratios_and_copies():
-    import copy
-
     model = eval_toy()
     gm = papr_fx.transform(model, toy_proposal(), 0.5, merge=papr_fx.Merge(2))
     x = images(model.shape, 2)
@@ -202,7 +219,7 @@ def test_reported():
     assert papr_fx.report(papr_fx.transform(eval_toy(), toy_proposal(), 0.8, verify=False)).reduced == ()
 
 
-def test_users_suites_check_it():
+def test_the_check_for_users_covers_merging():
     assert papr_fx.testing.check(eval_toy(), toy_proposal(), 0.5, merge=papr_fx.Merge(2)).hidden_keys < 1e-12
 
 
@@ -247,7 +264,7 @@ def test_compiled(merge):
 
 @torch.no_grad()
 def test_attention_stays_fused():
-    """With a bias of sizes, one kernel still does an attention: no softmax over scores of its own."""
+    """With a bias of sizes, attention is still one fused kernel, without a softmax of its own."""
     model = eval_toy()
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2, "all"))
     with torch.profiler.profile() as profile:

@@ -1,4 +1,4 @@
-"""The forms in which users write attention, averages and blocks: merged, or refused with the reason."""
+"""The ways in which users write attention, averages and blocks: merged, or refused with the reason."""
 
 import pytest
 import timm
@@ -22,7 +22,7 @@ class Summed(ToyViT):
 
 
 class Skips(ToyViT):
-    """Adds what entered the first block behind the last."""
+    """Adds the input of the first block to the output of the last."""
 
     def forward(self, x):
         first = x = self.tokens(x)
@@ -75,15 +75,15 @@ def test_refusals(make, reason):
         papr_fx.transform(make(), toy_proposal(), 0.5, merge=papr_fx.Merge(2, "all"))
 
 
-def test_a_parallel_block_merges_behind_both_branches():
+def test_a_parallel_block_merges_after_both_branches():
     model = with_blocks(lambda: Parallel(8, Attention(8, 2, True)))
     gm = papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(2, "all"))
     merges = [node for node in gm.graph.nodes if node.name.startswith("papr_merge")]
     assert [node.args[0].all_input_nodes[0].name.startswith("add") for node in merges] == [True, True]
 
 
-def test_a_class_token_is_needed_where_its_attention_is():
-    with pytest.raises(papr_fx.NoSiteError, match="goes by the attention of a class token"):
+def test_attention_pruning_needs_a_class_token():
+    with pytest.raises(papr_fx.NoSiteError, match="needs the attention of a class token"):
         papr_fx.transform(ToyViT(Shape(prefix=0)), toy_proposal(), 0.5, merge=peers.AttentionPruning(2))
 
 
@@ -108,7 +108,7 @@ def test_values_of_a_reduction(given):
 
 
 class Spelled(Attention):
-    """Calls attention as users may."""
+    """An attention that calls the kernel in a given way."""
 
     def __init__(self, call):
         super().__init__(8, 2, True)
@@ -141,7 +141,7 @@ def test_ways_to_call_attention(name):
 
 
 class Pooled(ToyViT):
-    """Averages tokens in one of many ways."""
+    """Averages tokens in a given way."""
 
     def __init__(self, mean):
         super().__init__(Shape(depth=DEPTH))
@@ -167,11 +167,11 @@ def test_ways_to_average(name):
     model = Pooled(MEANS[name]).double().eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2, "all"))
     model.shape = Shape(depth=DEPTH, pool="patches" if "patches" in name else "avg")
-    agree(model, gm, reducers.merging(2, 1), range(DEPTH))
+    agree(model, gm, reducers.Eager(reducers.merging(2, 1), range(DEPTH)))
 
 
 class Split(ToyViT):
-    """Attention and MLP are lists in a list, and the model adds what they return."""
+    """Blocks are lists of an attention and an MLP, and the model adds their results."""
 
     def __init__(self):
         super().__init__(Shape())
@@ -215,7 +215,7 @@ def test_a_function_around_attention_is_refused():
 
 
 @pytest.mark.parametrize("options", [{"class_token": True}, {"reg_tokens": 2}], ids=["class token", "registers"])
-def test_attention_pooling_over_patches_alone(options):
+def test_attention_pooling_over_patches_only(options):
     model = enliven(small("vit_tiny_patch16_224", global_pool="map", **options)).eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
     assert sum("papr_bias" in node.name for node in gm.graph.nodes) == 2  # in the last block and in the pooling
@@ -224,10 +224,10 @@ def test_attention_pooling_over_patches_alone(options):
 def test_the_last_block_of_a_class_token_model():
     model = ToyViT(Shape(depth=2, pool="cls")).double().eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
-    agree(model, gm, reducers.merging(2, 1), (1,))
+    agree(model, gm, reducers.Eager(reducers.merging(2, 1), (1,)))
 
 
-def test_multihead_attention_that_cannot_be_spelled_out():
+def test_multihead_attention_that_cannot_be_split_is_refused():
     with pytest.raises(papr_fx.NoSiteError, match="without dropout"):
         papr_fx.transform(
             torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 48, attention_dropout=0.1),

@@ -16,7 +16,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
 from ..models.hierarchical import FAMILIES
-from ..reducers import eager, merging
+from ..reducers import Eager, merging
 
 
 def videomae() -> nn.Module:
@@ -96,7 +96,8 @@ def test_gradients_flow_through_merged_tokens():
     x = images(model.shape, 2)
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=papr_fx.Merge(2))
     keeps = kept_tokens(gm, x).tolist()
-    expected = sum(eager(model, i, merging(2, 1), (2, 3), keep=keep).square().sum() for i, keep in zip(x, keeps, strict=True))
+    merged = Eager(merging(2, 1), (2, 3))
+    expected = sum(merged.run(model, i, keep).square().sum() for i, keep in zip(x, keeps, strict=True))
     parameters = [p for name, p in model.named_parameters() if name != "query"]
     wanted = torch.autograd.grad(expected, parameters)
     found = torch.autograd.grad(gm(x).square().sum(), parameters)

@@ -6,7 +6,7 @@ from skimage.data import coffee
 from timm.data import create_transform
 
 import papr_fx
-from papr_fx.proposals.named import LITE0_STATISTICS, lite0
+from papr_fx.proposals import LITE0_STATISTICS, lite0
 
 
 def test_the_map_keeps_the_subject():

@@ -1,17 +1,15 @@
-"""Proposals of clips: by module and by name, where they are cut, and what is none."""
+"""Proposals for clips: where networks are cut, and which networks are refused."""
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.video import R3D_18_Weights, mc3_18, r2plus1d_18, r3d_18, s3d
+from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18, s3d
 
 import papr_fx
-from papr_fx.proposals.build import build_proposal
-from papr_fx.proposals.named import create_network
+from papr_fx.proposals.build import ImageSpec, ProposalOptions, build_proposal
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT
@@ -23,20 +21,20 @@ from ..models.clips import ClipViT, clip_proposal, huggingface
 def test_proposals_of_torchvision(network):
     torch.manual_seed(0)
     proposal = network().eval()
-    for module in proposal.modules():  # so that folding them shows
+    for module in proposal.modules():  # so that a wrong fold shows
         if isinstance(module, nn.BatchNorm3d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     x = torch.randn(1, 3, *((16, 224, 224) if network is s3d else (8, 48, 64)))
-    found = build_proposal(proposal, nn.Identity(), x, layout="BCTHW", size=None, input_stats="shared", verify=True)
+    found = build_proposal(proposal, nn.Identity(), ImageSpec.of(x, "BCTHW"), ProposalOptions(input_stats="shared"))
     stages = [proposal.features] if network is s3d else [proposal.stem, *(getattr(proposal, f"layer{n}") for n in (1, 2, 3, 4))]
     assert relative_error(found(x), nn.Sequential(*stages)(x).mean(1)) < 1e-4
 
 
 @torch.no_grad()
-def test_x3d_is_cut_in_front_of_its_pooling():
+def test_x3d_is_cut_before_its_pooling():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its package's own
+        warnings.simplefilter("ignore")  # the package's own warnings
         from pytorchvideo.models.x3d import create_x3d
     torch.manual_seed(0)
     proposal = create_x3d(input_clip_length=4, input_crop_size=64, model_num_class=5).eval()
@@ -54,7 +52,7 @@ def test_x3d_is_cut_in_front_of_its_pooling():
     assert relative_error(papr_fx.significance(gm, x), features.mean(1)) < 1e-4
 
 
-def test_pooling_inside_a_network_is_no_head():
+def test_only_the_last_pooling_is_made_global():
     network = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AvgPool2d(8), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten())
     with pytest.raises(papr_fx.ProposalError, match="Output size is too small"):
         papr_fx.transform(ToyViT(Shape()), network, 0.5)
@@ -63,7 +61,7 @@ def test_pooling_inside_a_network_is_no_head():
 
 
 class FoldsFrames(nn.Module):
-    """A (2+1)D network that goes on with each frame as an image."""
+    """A network that continues with each frame as an image after its 3-D convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +73,8 @@ class FoldsFrames(nn.Module):
         return self.head(x.unflatten(0, (b, t)).mean((1, 3, 4)))
 
 
-def test_networks_whose_features_are_not_the_last_of_the_clips_axes_are_refused():
-    with pytest.raises(papr_fx.ProposalError, match="goes on with convolutions"):
+def test_convolutions_after_the_last_features_of_clips_are_refused():
+    with pytest.raises(papr_fx.ProposalError, match="has convolutions .* after"):
         papr_fx.transform(ClipViT((2, 3, 4), 0), FoldsFrames(), 0.5, example_input=torch.zeros(1, 3, 4, 12, 12))
 
 
@@ -86,28 +84,11 @@ class PooledInTime(nn.Sequential):
 
 
 @torch.no_grad()
-def test_features_pooled_in_time_are_no_map():
+def test_features_pooled_in_time_are_not_the_map():
     proposal = PooledInTime(nn.Conv3d(3, 16, 3, padding=1), nn.Tanh())
     gm = papr_fx.transform(ClipViT((2, 3, 4), 0), proposal, 0.5, example_input=torch.zeros(1, 3, 4, 12, 12))
     x = torch.randn(1, 3, 4, 12, 12)
     assert relative_error(papr_fx.significance(gm, x), nn.Sequential(*proposal)(x).mean(1)) < 1e-5
-
-
-def test_networks_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    weights = tmp_path / "hub" / "checkpoints" / Path(R3D_18_Weights.DEFAULT.url).name
-    weights.parent.mkdir(parents=True)
-    network = r3d_18()
-    torch.save(network.state_dict(), weights)
-    model = ClipViT((2, 12, 16), 0)
-    example = torch.zeros(1, 3, 4, 48, 48)
-    named = papr_fx.transform(model, "r3d_18", 0.5, example_input=example, verify=False)
-    given = papr_fx.transform(model, network, 0.5, example_input=example, verify=False)
-    x = torch.randn(1, 3, 4, 48, 48)
-    assert torch.equal(papr_fx.significance(named, x), papr_fx.significance(given, x))
-    assert create_network("x3d_s", pretrained=False).blocks
-    with pytest.raises(papr_fx.ProposalError, match="know no network named 'slow_of_my_own'"):
-        create_network("slow_of_my_own", pretrained=False)
 
 
 @torch.no_grad()
