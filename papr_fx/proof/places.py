@@ -1,8 +1,9 @@
-"""Outputs that hold a value for every token: where, and how they are laid out in another order."""
+"""Outputs that hold a value per token: where the tokens are, and how to reorder them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,12 +13,12 @@ from torch.utils import _pytree as pytree
 
 
 class Place(NamedTuple):
-    """Where tokens stand in one tensor of an output.
+    """Where one tensor of an output holds its tokens.
 
     Attributes:
-        axis: Their axis; the batch is the first.
-        prefix: Tokens along it in front of the patches.
-        axes: How many axes the patches have there: one, or those of the grid, which are k, 1, ... when some are kept.
+        axis: Their axis; 0 is the batch.
+        prefix: Tokens before the patches on that axis.
+        axes: Number of axes that the patches have: one, or those of the grid, whose sizes are k, 1, ... for kept ones.
     """
 
     axis: int
@@ -26,7 +27,7 @@ class Place(NamedTuple):
 
 
 def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...], prefix: int, kept: int) -> Place | None:
-    """Where the tokens stand in an output tensor: where its shape differs when `kept` patches are left; None if nowhere.
+    """Finds the tokens of an output tensor by its shapes with all and with `kept` patches; None if these are equal.
 
     Raises:
         ValueError: The shapes differ in another way.
@@ -34,20 +35,20 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], grid: tuple[int, ...
     if tuple(dense) == tuple(pruned):
         return None
     count = prod(grid)
-    for axis in range(1, len(dense)):
-        for place, before, after in (
-            (Place(axis, prefix, 1), [prefix + count], [prefix + kept]),
-            (Place(axis, 0, 1), [count], [kept]),
-            (Place(axis, 0, len(grid)), [*grid], [kept, *[1] * (len(grid) - 1)]),
-        ):
-            end = axis + len(before)
-            if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
-                return place
+    forms = (  # tokens before the patches, and the sizes of their axes: with all patches, with the kept ones
+        (prefix, [prefix + count], [prefix + kept]),
+        (0, [count], [kept]),
+        (0, [*grid], [kept, *[1] * (len(grid) - 1)]),
+    )
+    for axis, (first, before, after) in product(range(1, len(dense)), forms):
+        end = axis + len(before)
+        if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
+            return Place(axis, first, len(before))
     raise ValueError(f"an output {tuple(dense)} becomes {tuple(pruned)}")
 
 
 def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
-    """An output with its patches picked by `cells` (B, k): counted as they stand there, prefix tokens left out."""
+    """An output whose patches are picked by `cells` (B, k), counted in the order of the output without prefix tokens."""
     leaves, structure = pytree.tree_flatten(output)
     remaining = iter(places)
     return pytree.tree_unflatten(
