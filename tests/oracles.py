@@ -1,10 +1,15 @@
 """Reference results that share no code with the passes."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from papr_fx.proof.hidden_keys import HiddenKeys
 
 from .models import ToyViT
 
@@ -31,7 +36,7 @@ def with_hidden_keys(model: ToyViT, mask: Tensor, x: Tensor) -> Tensor:
     hidden = torch.cat([torch.zeros(len(mask), model.shape.prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
     seen: list[Tensor] = []
     handle = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-    with HiddenKeys(hidden):
+    with attention_without(hidden):
         model(x)
     handle.remove()
     return model.classify(seen[0][~hidden].view(len(mask), -1, seen[0].shape[-1]))
@@ -47,3 +52,45 @@ def kept_by_hand(psm: Tensor, z: float, prefix: int) -> Tensor:
     count = max(1, min(psm[0].numel(), int((psm[0].numel() + prefix) * z)))
     order = psm.flatten(1).argsort(dim=1, descending=True)[:, :count]
     return torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(psm)
+
+
+@contextmanager
+def attention_without(hidden: Tensor) -> Iterator[SimpleNamespace]:
+    """While active, `scaled_dot_product_attention` leaves out hidden keys: sample by sample, they are cut off.
+
+    Args:
+        hidden: (B, N) bool, True for the tokens to leave out. Attention over another number of keys stays as it is.
+
+    Yields:
+        A namespace whose `seen` counts the calls over N keys.
+    """
+    counts = SimpleNamespace(seen=0)
+    attend = F.scaled_dot_product_attention
+
+    def attend_to_rest(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **options):
+        if key.shape[-2] != hidden.shape[1]:
+            return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+        assert not is_causal
+        assert not dropout_p
+        counts.seen += 1
+        return torch.stack([_rest(*sample, scale) for sample in _samples(query, key, value, attn_mask, hidden)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attend_to_rest)
+        yield counts
+
+
+def _samples(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden: Tensor) -> Iterator[tuple]:
+    for i, left_out in enumerate(hidden):
+        rest = [n for n in range(len(left_out)) if not left_out[n]]
+        given = None if mask is None else mask.expand(*query.shape[:-1], len(left_out))[i][..., rest]
+        yield query[i], key[i][:, rest], value[i][:, rest], given
+
+
+def _rest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """One sample, (heads, N, D) over (heads, K, D)."""
+    logits = torch.einsum("hnd,hkd->hnk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    return torch.einsum("hnk,hkd->hnd", weights / weights.sum(-1, keepdim=True), value)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import papr_fx
 from papr_fx import ops, testing
 from papr_fx.passes import prune_tokens
-from papr_fx.proof.hidden_keys import HiddenKeys
+from papr_fx.tracing.numerics import relative_error
 
-from .models import Shape, ToyViT, toy_proposal
+from .models import Attention, Shape, ToyViT, images, toy_proposal
+from .oracles import attention_without
 
 
 def test_check_leaves_the_model_alone():
@@ -53,18 +53,57 @@ def test_hidden_keys_say_when_they_see_nothing():
         testing.check(NoAttention(), toy_proposal(), 0.5, verify=False)
 
 
-@pytest.mark.parametrize("masked", [None, "bool", "float"])
-def test_hidden_keys_equal_attention_over_the_rest(masked):
-    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3))
-    hidden = torch.tensor([[False, True, False, False, True, False]] * 2)
-    seen = ~hidden[0]
-    mask = None if masked is None else torch.rand(6, 6) > 0.4
-    if mask is not None:
-        mask |= torch.eye(6, dtype=torch.bool)
-        mask[:, 0] = True
-    given = mask if masked == "bool" else None if mask is None else torch.where(mask, 0.0, float("-inf")).double()
-    expected = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], None if given is None else given[:, seen])
-    with HiddenKeys(hidden) as mode:
-        actual = F.scaled_dot_product_attention(q, k, v, given)
-    assert mode.seen == 1
-    assert torch.allclose(actual, expected, atol=1e-12, rtol=0)
+def test_pruned_models_equal_attention_cut_by_hand():
+    """The same that `check` says, by an oracle that shares no code with it: a class token reads the kept tokens only."""
+    model = ToyViT(Shape(pool="cls")).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    x = images(model.shape, 3)
+    (mask,) = papr_fx.keep_masks(gm, x).values()
+    hidden = torch.cat([torch.zeros(3, 1, dtype=torch.bool), ~mask.flatten(1)], dim=1)
+    with attention_without(hidden) as calls:
+        assert relative_error(gm(x), model(x)) < 1e-12
+    assert calls.seen == 2
+    corrupt = hidden.clone()
+    corrupt[:, 1 + mask[0].flatten().nonzero()[0, 0]] = True
+    with attention_without(corrupt):
+        assert relative_error(gm(x), model(x)) > 1e-4
+
+
+def test_check_refuses_a_model_that_keeps_other_positions(monkeypatch):
+    def others(gm, x):
+        return {grid: mask.flip(1, 2) for grid, mask in papr_fx.keep_masks(gm, x).items()}
+
+    monkeypatch.setattr(testing, "keep_masks", others)
+    with pytest.raises(papr_fx.VerifyError, match="choice: the model does not keep"):
+        testing.check(ToyViT(Shape()), toy_proposal(), 0.5)
+
+
+class FrozenAtThree(ToyViT):
+    """Doubles its tokens for a batch of three: a branch that tracing does not see."""
+
+    def tokens(self, x):
+        return super().tokens(x) * (2 if x.shape[0] == 3 else 1)
+
+
+def test_check_compares_the_dense_graph_with_the_model():
+    with pytest.raises(papr_fx.VerifyError, match="z=1: the traced model differs"):
+        testing.check(FrozenAtThree(Shape(pool="cls")), toy_proposal(), 0.5, verify=False)
+
+
+class IgnoresPatches(ToyViT):
+    """Its attention is zero: tokens do not depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        for block in self.blocks:
+            block.attn = Zero(8, 2, fused=True)
+
+
+class Zero(Attention):
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+def test_check_refuses_to_say_anything_where_a_wrong_position_does_not_show():
+    with pytest.raises(papr_fx.VerifyError, match="hidden keys: one wrong position moves the result by only 0.0e"):
+        testing.check(IgnoresPatches(), toy_proposal(), 0.5, verify=False)

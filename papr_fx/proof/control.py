@@ -12,7 +12,7 @@ def check(case: Case) -> float:
 
     Fault: the output does not depend on single positions, so a comparison with it proves nothing. The other parts do not
     find it: they ask for small errors, and there all errors are small.
-    Example: a toy ViT whose head multiplies its tokens by zero: one wrong token moves the output by MEASURED.
+    Example: a toy ViT whose head multiplies its tokens by zero: one wrong token moves the output by 5e-17.
 
     Returns:
         How far the output moves, relative, for the position that matters least.

@@ -1,8 +1,9 @@
-"""Outputs that hold a value per token: where these stand, and the output with tokens in another order."""
+"""Outputs that hold a value per token: where the tokens are, and how to reorder them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ from ..ops import TokenRows, with_prefix
 
 
 class Place(NamedTuple):
-    """Where tokens stand in one tensor of an output.
+    """Where one tensor of an output holds its tokens.
 
     Attributes:
-        axis: Their axis; the batch is the first.
-        prefix: Tokens before the patches along it.
-        axes: How many axes the patches have: one, or those of the grid, which become k, 1, ... when some are kept.
+        axis: Their axis; 0 is the batch.
+        prefix: Tokens before the patches on that axis.
+        axes: Number of axes that the patches have: one, or those of the grid, whose sizes are k, 1, ... for kept ones.
     """
 
     axis: int
@@ -27,7 +28,7 @@ class Place(NamedTuple):
 
 
 def find_place(dense: Sequence[int], pruned: Sequence[int], rows: TokenRows, kept: int) -> Place | None:
-    """Where the tokens stand in an output tensor: where its shape differs with `kept` patches; None if it does not.
+    """Finds the tokens of an output tensor by its shapes with all and with `kept` patches; None if these are equal.
 
     Raises:
         ValueError: The shapes differ in another way.
@@ -35,20 +36,20 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], rows: TokenRows, kep
     if tuple(dense) == tuple(pruned):
         return None
     grid, prefix = rows.grid, rows.prefix
-    for axis in range(1, len(dense)):
-        for place, before, after in (
-            (Place(axis, prefix, 1), [rows.count], [prefix + kept]),
-            (Place(axis, 0, 1), [rows.cells], [kept]),
-            (Place(axis, 0, len(grid)), [*grid], [kept, *[1] * (len(grid) - 1)]),
-        ):
-            end = axis + len(before)
-            if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
-                return place
+    forms = (  # tokens before the patches, and the sizes of their axes: with all patches, with the kept ones
+        (prefix, [rows.count], [prefix + kept]),
+        (0, [rows.cells], [kept]),
+        (0, [*grid], [kept, *[1] * (len(grid) - 1)]),
+    )
+    for axis, (first, before, after) in product(range(1, len(dense)), forms):
+        end = axis + len(before)
+        if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
+            return Place(axis, first, len(before))
     raise ValueError(f"an output {tuple(dense)} becomes {tuple(pruned)}")
 
 
 def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
-    """An output with its patches gathered by `cells` (B, k)."""
+    """An output whose patches are picked by `cells` (B, k), counted in the order of the output without prefix tokens."""
     leaves, structure = pytree.tree_flatten(output)
     remaining = iter(places)
     return pytree.tree_unflatten(

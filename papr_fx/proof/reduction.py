@@ -30,7 +30,7 @@ def check(case: Case) -> None:
 
     Fault: an attention or a mean ignores sizes, or something counts tokens. The other parts do not find it: they are about
     the graph without a reduction.
-    Example: a head that sums its tokens: the output is off by MEASURED.
+    Example: a head that sums its tokens: the output is off by 0.27.
     Does nothing without a reduction.
 
     Raises:

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import papr_fx
+from papr_fx.proof import hidden_keys
+from papr_fx.proof.hidden_keys import HiddenKeys
+from papr_fx.tracing.numerics import relative_error
 
 from ..models import Attention, Shape, ToyViT, enliven, toy_proposal
+from ..oracles import attention_without
 from .parts import case_of, failures
 
 
@@ -64,3 +70,37 @@ def test_only_hidden_keys_find_tokens_that_meet_outside_of_attention(make, messa
 def test_tokens_that_meet_outside_of_attention_are_caught(make, message):
     with pytest.raises(papr_fx.VerifyError, match=message):
         papr_fx.transform(make(), toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_hidden_keys_equal_attention_over_the_rest(masked):
+    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3))
+    hidden = torch.tensor([[False, True, False, False, True, False]] * 2)
+    seen = ~hidden[0]
+    mask = None if masked is None else torch.rand(6, 6) > 0.4
+    if mask is not None:
+        mask |= torch.eye(6, dtype=torch.bool)
+        mask[:, 0] = True
+    given = mask if masked == "bool" else None if mask is None else torch.where(mask, 0.0, float("-inf")).double()
+    expected = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], None if given is None else given[:, seen])
+    with HiddenKeys(hidden) as mode:
+        actual = F.scaled_dot_product_attention(q, k, v, given)
+    assert mode.seen == 1
+    assert torch.allclose(actual, expected, atol=1e-12, rtol=0)
+    with attention_without(hidden) as calls:
+        by_hand = F.scaled_dot_product_attention(q, k, v, given)
+    assert calls.seen == 1
+    assert torch.allclose(by_hand, expected, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_the_part_agrees_with_attention_cut_by_hand():
+    """On the redrawn model, by an oracle that shares no code with the part."""
+    case = case_of(ToyViT(Shape(pool="cls")))
+    (keep,) = case.indices(case.some)
+    hidden = torch.ones(1, 17, dtype=torch.bool).scatter(1, keep, False)
+    with attention_without(hidden):
+        expected = functional_call(case.model, case.values, (case.images[:1],))
+    assert relative_error(case.fewer, expected) < 1e-12
+    assert hidden_keys.error(case, case.some, case.some) < 1e-12
+    assert hidden_keys.error(case, case.some, [case.some[0][:, 1:]]) > 1e-4
