@@ -36,8 +36,9 @@ def with_hidden_keys(model: ToyViT, mask: Tensor, x: Tensor) -> Tensor:
     hidden = torch.cat([torch.zeros(len(mask), model.shape.prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
     seen: list[Tensor] = []
     handle = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-    with attention_without(hidden):
+    with attention_without(hidden) as attention:
         model(x)
+    assert attention.seen
     handle.remove()
     return model.classify(seen[0][~hidden].view(len(mask), -1, seen[0].shape[-1]))
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 import papr_fx
 from benchmarks.clips import PAPER, count
 from papr_fx.planning.module import sibling
-from papr_fx.proof.hidden_keys import HiddenKeys
 from papr_fx.testing import check
 from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
 from .models.clips import ClipViT, JointViT, clip_proposal, huggingface
-from .oracles import at_first_block, kept_by_hand, kept_tokens, resized_by_hand
+from .oracles import attention_without, at_first_block, kept_by_hand, kept_tokens, resized_by_hand
 
 PREFIX = {"VideoMAEForVideoClassification": 0, "VivitForVideoClassification": 1}
 
@@ -41,7 +40,7 @@ def test_kept_tokens_are_those_that_the_map_scores_and_equal_the_unpruned_models
     blocks = model.get_submodule("videomae.encoder.layer" if prefix == 0 else "vivit.layers")
     seen: list[Tensor] = []
     handle = blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    with HiddenKeys(hidden):
+    with attention_without(hidden):
         model(x)
     handle.remove()
     kept = seen[0][~hidden].view(3, -1, 32)

@@ -6,11 +6,11 @@ import transformers
 from torch import nn
 
 import papr_fx
-from papr_fx.proof.hidden_keys import HiddenKeys
 from papr_fx.testing import check
 from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
+from .oracles import attention_without
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 48, "image_size": 64}
 PATCH_16 = {"patch_size": 16}
@@ -58,7 +58,7 @@ def test_features_of_kept_tokens(name):
     assert grid == (4, 4)
     assert out.last_hidden_state.shape == (3, prefix + int((16 + prefix) * 0.5), 32)
     hidden = torch.cat([torch.zeros(3, prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
-    with HiddenKeys(hidden) as seen:
+    with attention_without(hidden) as seen:
         dense = model(x).last_hidden_state
     assert seen.seen >= 2  # SigLIP pools by one more
     expected = dense[:, prefix:].transpose(1, 2).reshape(3, -1, 4, 4) * mask.unsqueeze(1)

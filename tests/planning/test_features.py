@@ -8,6 +8,7 @@ import papr_fx
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, toy_proposal
+from ..oracles import attention_without
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_features_of_the_kept_tokens(name, prefix, how):
     tokens = gm(x)
     assert tokens.shape[:2] == (3, prefix + int(mask[0].sum()))
     hidden = torch.cat([torch.zeros(3, prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
-    with papr_fx.testing.HiddenKeys(hidden):
+    with attention_without(hidden):
         dense = model.forward_features(x)
     expected = dense[:, prefix:].transpose(1, 2).reshape(3, -1, *grid) * mask.unsqueeze(1)
     restored = papr_fx.restore_grid(gm, tokens, x)

@@ -10,11 +10,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import papr_fx
-from papr_fx.proof.hidden_keys import HiddenKeys
 from papr_fx.tracing.blocks import last_tokens
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
+from ..oracles import attention_without
 from ..models.hierarchical import FAMILIES
 from ..reducers import Eager, merging
 
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_hidden_keys(name):
     handle = last.register_forward_hook(lambda module, inputs, output: seen.update(tokens=output))
     total = {"ViT": 17, "DeiT": 17, "VideoMAE": 32}[name]
     hidden = torch.ones(len(x), total, dtype=torch.bool).scatter(1, keep, False)
-    with HiddenKeys(hidden) as mode:
+    with attention_without(hidden) as mode:
         model(x)
     handle.remove()
     assert mode.seen == 2
