@@ -63,8 +63,8 @@ def choose_keep_ratio(
     Args:
         model: As for `transform`.
         proposal: As for `transform`.
-        loader: Batches of images (B, C, H, W), or of (images, labels (B,)). For `max_drop`, all of it is read once for every
-            ratio that is tried. For `speedup`, the first batch is timed. For `gmacs`, it is not read.
+        loader: Batches of images (B, C, H, W), or of (images, labels (B,)). For `max_drop`, all of it is read for the dense
+            model and again for every ratio that is tried. For `speedup`, the first batch is timed. For `gmacs`, it is not read.
         max_drop: Finds the smallest ratio at which accuracy drops by at most this much, from 0 to 1. Without labels, agreement
             with the dense model stays at or above 1 - max_drop.
         speedup: Finds the largest ratio at which a batch runs this many times as fast as the dense model, both eager.
@@ -73,8 +73,8 @@ def choose_keep_ratio(
         **options: Further options of `transform`.
 
     Returns:
-        The ratio, a float with the measured points as its `curve`. It is 1.0 if the dense model meets the target, and for
-        `max_drop` if no smaller ratio that was tried does.
+        The ratio, a float with the measured points as its `curve`. It is 1.0 if the dense model already meets `speedup` or
+        `gmacs`, or if no smaller ratio meets `max_drop`.
 
     Raises:
         ArgumentError: There is not exactly one target, or it cannot be reached.
@@ -150,7 +150,7 @@ def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], lea
 def _bisected(measure: Callable[[float], float], fits: Callable[[float], bool], *, least: bool) -> KeepRatio:
     """The smallest ratio that fits, or with `least=False` the largest; NaN if none does.
 
-    `fits` must be monotonous: with `least`, every larger ratio fits too; without, every smaller one.
+    `fits` must be monotonic: with `least`, every ratio above one that fits also fits; without, every ratio below.
     """
     curve: list[Point] = []
 
