@@ -1,4 +1,4 @@
-"""Finding the keep ratio for a target: so much accuracy to lose, so much speed or so few MACs to reach."""
+"""Finds the keep ratio for a target: an accuracy drop, a speed-up, or a number of multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .tracing.macs import count_module_macs
 from .tracing.numerics import tensors_of
 from .transform import transform
 
-_LOWEST = 0.05  # below, hardly a patch is left
-_STEPS = 7  # halvings of the interval of keep ratios: to 0.0075
+_LOWEST = 0.05  # below this, hardly a patch is left
+_STEPS = 7  # bisections: they narrow the interval of keep ratios to 0.0075
 
 
 class Point(NamedTuple):
-    """What was seen at one keep ratio.
+    """What was measured at one keep ratio.
 
     Attributes:
         z: The keep ratio.
-        value: Of the target: the drop in accuracy (or in agreement with the dense model), the speed-up, or GMACs.
+        value: The drop in accuracy (or in agreement with the dense model), the speed-up, or the GMACs.
     """
 
     z: float
@@ -33,16 +33,16 @@ class Point(NamedTuple):
 
 
 class KeepRatio(float):
-    """A keep ratio, and the curve that was seen on the way to it.
+    """A keep ratio, with the points that were measured to find it.
 
     Attributes:
-        curve: One point for each keep ratio that was tried, from the least on.
+        curve: One point per keep ratio that was tried, in ascending order.
     """
 
     curve: tuple[Point, ...]
 
     def __new__(cls, z: float, curve: Iterable[Point]) -> KeepRatio:
-        """A number with a curve."""
+        """Makes a keep ratio from a number and its points."""
         ratio = super().__new__(cls, z)
         ratio.curve = tuple(sorted(curve))
         return ratio
@@ -58,25 +58,26 @@ def choose_keep_ratio(
     gmacs: float | None = None,
     **options: Any,
 ) -> KeepRatio:
-    """Finds a keep ratio for exactly one target, by bisection: few ratios are tried.
+    """Finds a keep ratio for exactly one target, by bisection over few ratios.
 
     Args:
         model: As for `transform`.
         proposal: As for `transform`.
-        loader: Batches of images (B, C, H, W), or of (images, labels (B,)). It is gone through once for each ratio that is
-            tried against `max_drop`; of the other targets, its first batch says what batch size to time.
-        max_drop: The least ratio at which the share of right answers falls by no more, from 0 to 1; without labels, the
-            share of answers that are the dense model's falls by no more from 1.
-        speedup: The largest ratio at which a batch takes the dense model's time over this, both eager, in turns.
-        gmacs: The largest ratio at which an image takes no more multiply-accumulates, in 1e9, the proposal included.
+        loader: Batches of images (B, C, H, W), or of (images, labels (B,)). For `max_drop`, all of it is read for the dense
+            model and again for every ratio that is tried. For `speedup`, the first batch is timed. For `gmacs`, it is not read.
+        max_drop: Finds the smallest ratio at which accuracy drops by at most this much, from 0 to 1. Without labels, agreement
+            with the dense model stays at or above 1 - max_drop.
+        speedup: Finds the largest ratio at which a batch runs this many times as fast as the dense model, both eager.
+        gmacs: Finds the largest ratio at which an image takes at most this many multiply-accumulates, in 1e9, the proposal
+            included.
         **options: Further options of `transform`.
 
     Returns:
-        The ratio, a float with a `curve` of the points that were seen; 1.0 where the dense model itself is as wanted, and
-        nothing below is.
+        The ratio, a float with the measured points as its `curve`. It is 1.0 if the dense model already meets `speedup` or
+        `gmacs`, or if no smaller ratio meets `max_drop`.
 
     Raises:
-        ArgumentError: No target is given, or several, or one that cannot be reached.
+        ArgumentError: There is not exactly one target, or it cannot be reached.
         PaprError: The model is refused.
     """
     targets = {"max_drop": max_drop, "speedup": speedup, "gmacs": gmacs}
@@ -85,7 +86,9 @@ def choose_keep_ratio(
         raise ArgumentError(f"choose_keep_ratio needs one target of {', '.join(targets)}, not {', '.join(given) or 'none'}")
     ((name, value),) = given.items()
     if not 0 <= value < float("inf") or (name == "max_drop" and value > 1):
-        raise ArgumentError(f"{name} must be a number from 0 on{', at most 1' if name == 'max_drop' else ''}, not {value!r}")
+        raise ArgumentError(
+            f"{name} must be a number {'from 0 to 1' if name == 'max_drop' else 'of at least 0'}, not {value!r}"
+        )
     training = model.training
     model.eval()
     try:
@@ -98,34 +101,37 @@ def choose_keep_ratio(
 
 
 def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float) -> KeepRatio:
-    first: list[Tensor] = []
-    right: list[int] = []
-    total = 0
+    """The smallest ratio whose drop in accuracy is allowed."""
+    dense: list[Tensor] = []
+    right = total = 0
     for images, labels in _batches(loader, proved):
         answers = _answers(model, images)
-        first.append(answers)
-        right.append(int((answers == (answers if labels is None else labels)).sum()))
+        dense.append(answers)
+        right += int((answers == (answers if labels is None else labels)).sum())
         total += len(answers)
     if not total:
         raise ArgumentError("choose_keep_ratio: the loader holds no images, or none with a class (tune: --no-labels)")
 
     def drop(z: float) -> float:
-        pruned, kept = sibling(proved, z=z), 0
-        for (images, labels), dense in zip(_batches(loader, proved), first, strict=True):
-            kept += int((_answers(pruned, images) == (dense if labels is None else labels)).sum())
-        return (sum(right) - kept) / total
+        pruned, still_right = sibling(proved, z=z), 0
+        for (images, labels), answers in zip(_batches(loader, proved), dense, strict=True):
+            still_right += int((_answers(pruned, images) == (answers if labels is None else labels)).sum())
+        return (right - still_right) / total
 
     return _bisected(drop, lambda found: found <= allowed, least=True)
 
 
 def _by_macs(model: nn.Module, proved: PrunedModule, most: float) -> KeepRatio:
-    if count_module_macs(model, proved.example()) / 1e9 <= most:
-        return KeepRatio(1.0, [Point(1.0, count_module_macs(model, proved.example()) / 1e9)])
+    """The largest ratio with at most `most` GMACs."""
+    dense = count_module_macs(model, proved.example()) / 1e9
+    if dense <= most:
+        return KeepRatio(1.0, [Point(1.0, dense)])
     found = _bisected(lambda z: report(sibling(proved, z=z)).total_macs / 1e9, lambda macs: macs <= most, least=False)
     return _reached(found, f"{most:g} GMACs", "at z={0.z:g} there are {0.value:.2f}")
 
 
 def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], least: float) -> KeepRatio:
+    """The largest ratio with a speed-up of at least `least`."""
     images, _ = next(iter(_batches(loader, proved)), (None, None))
     if images is None:
         raise ArgumentError("choose_keep_ratio: the loader holds no images")
@@ -142,7 +148,10 @@ def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], lea
 
 
 def _bisected(measure: Callable[[float], float], fits: Callable[[float], bool], *, least: bool) -> KeepRatio:
-    """The least ratio that fits, of those above it all do; or the largest, of those below it all do. NaN if none does."""
+    """The smallest ratio that fits, or with `least=False` the largest; NaN if none does.
+
+    `fits` must be monotonic: with `least`, every ratio above one that fits also fits; without, every ratio below.
+    """
     curve: list[Point] = []
 
     def tried(z: float) -> bool:
@@ -150,7 +159,7 @@ def _bisected(measure: Callable[[float], float], fits: Callable[[float], bool], 
         return fits(curve[-1].value)
 
     good, bad = (1.0, _LOWEST) if least else (_LOWEST, 1.0)
-    if tried(_LOWEST) == least:  # all fit, or none does
+    if tried(_LOWEST) == least:  # with `least` all fit, else none does
         return KeepRatio(_LOWEST if least else float("nan"), curve)
     for _ in range(_STEPS):
         middle = round((good + bad) / 2, 4)
@@ -159,7 +168,8 @@ def _bisected(measure: Callable[[float], float], fits: Callable[[float], bool], 
 
 
 def _reached(found: KeepRatio, target: str, least: str) -> KeepRatio:
-    if found != found:
+    """Refuses a target that no ratio reaches; `least` says what the smallest ratio gives."""
+    if found != found:  # NaN
         raise ArgumentError(f"choose_keep_ratio: {target} cannot be reached: {least.format(found.curve[0])}")
     return found
 

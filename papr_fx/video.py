@@ -1,4 +1,4 @@
-"""Clips from video files and of arrays: decoding, the views of multi-view inference, and their averaged scores."""
+"""Videos: reading and writing files, cutting the views of multi-view inference, and averaging their scores."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .tracing.numerics import tensors_of
 
 
 def read_video(path: str | Path | IO[bytes]) -> Tensor:
-    """Decodes all frames of a video file's first video stream (needs the `video` extra: PyAV).
+    """Decodes all frames of the first video stream in a file (needs the `video` extra: PyAV).
 
     Args:
-        path: Any file that FFmpeg reads, by name or opened. Grey and other pixel formats become RGB.
+        path: A file that FFmpeg can read, by name or opened. Grey and other pixel formats become RGB.
 
     Returns:
         (T, 3, H, W) uint8.
 
     Raises:
-        ArgumentError: The file cannot be read, holds no video, or no frame; or PyAV is not installed.
+        ArgumentError: The file cannot be read or holds no video frame, or PyAV is not installed.
     """
     av = pyav()
     source, path = (str(path), path) if isinstance(path, str | Path) else (path, getattr(path, "name", "memory"))
@@ -42,17 +42,17 @@ def read_video(path: str | Path | IO[bytes]) -> Tensor:
 
 
 def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
-    """Writes frames (T, 3, H, W) in [0, 1] to a video file, H.264 in `.mp4` (needs the `video` extra: PyAV).
+    """Writes frames (T, 3, H, W) in [0, 1] to a video file as H.264 (needs the `video` extra: PyAV).
 
-    H.264 takes sides of an even number of pixels: an odd last row or column is left out.
+    H.264 needs an even number of rows and columns: an odd last one is left out.
 
     Args:
         path: The file to write.
         frames: RGB, floating point.
-        rate: Frames a second.
+        rate: Frames per second.
 
     Raises:
-        ArgumentError: `frames` are whole numbers.
+        ArgumentError: `frames` are not floating point, or PyAV is not installed.
     """
     if not frames.is_floating_point():
         raise ArgumentError(f"frames must be floating point in [0, 1], not {frames.dtype}: divide bytes by 255")
@@ -68,10 +68,10 @@ def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
 
 
 def sample_frames(video: Tensor, frames: int) -> Tensor:
-    """Picks `frames` frames evenly from all of a video (T, C, H, W).
+    """Picks `frames` frames, evenly spaced over a video (T, C, H, W).
 
     Raises:
-        ArgumentError: It has fewer.
+        ArgumentError: The video has fewer frames.
     """
     if len(video) < frames:
         raise ArgumentError(f"the clip has {len(video)} frames, too few: the model takes {frames}")
@@ -82,23 +82,23 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     """Cuts a video into the views of multi-view inference (PaPr, Sec. 4: 5 clips x 3 crops for VideoMAE).
 
     Args:
-        video: (T, C, H, W): floating point, or bytes, which become floating point in [0, 1].
-        frames: Frames of a view.
-        step: Take every `step`-th frame.
-        size: Side of a view in pixels: the shorter side is resized to it, bilinear with antialiasing.
-        temporal: Clips, evenly spaced from the first frames to the last.
-        spatial: Crops, evenly spaced along the longer side; the centre where it is 1.
+        video: (T, C, H, W), floating point or uint8; uint8 becomes floating point in [0, 1].
+        frames: Frames per view.
+        step: Use every `step`-th frame.
+        size: Side of a view in pixels; the shorter side of the video is resized to it, bilinear with antialiasing.
+        temporal: Clips per video, evenly spaced from the first frame to the last.
+        spatial: Crops per clip, evenly spaced along the longer side; one crop is taken from the centre.
 
     Returns:
-        (temporal * spatial, frames, C, size, size), the crops of each clip in turn.
+        (temporal * spatial, frames, C, size, size), clip by clip.
 
     Raises:
-        ArgumentError: The video has fewer frames than a view spans.
+        ArgumentError: The video is too short for one view or of another dtype, or a number is below 1.
     """
     if not video.is_floating_point() and video.dtype != torch.uint8:
-        raise ArgumentError(f"the video must be floating point or bytes, not {video.dtype}")
+        raise ArgumentError(f"the video must be floating point or uint8, not {video.dtype}")
     if min(frames, step, size, temporal, spatial) < 1:
-        raise ArgumentError("frames, step, size, temporal and spatial must be 1 at least")
+        raise ArgumentError("frames, step, size, temporal and spatial must be at least 1")
     span = (frames - 1) * step + 1
     if len(video) < span:
         raise ArgumentError(f"the clip has {len(video)} frames, too few: {frames} with a step of {step} span {span}")
@@ -117,32 +117,32 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
 
 @torch.no_grad()
 def average_views(model: nn.Module, views: Tensor, *, layout: str = "BTCHW", batch_size: int = 1) -> Tensor:
-    """Class probabilities of a clip: the mean over its views.
+    """Class probabilities of a video, averaged over its views.
 
     Args:
-        model: A video classifier, dense or transformed, whose first output tensor are the logits (B, classes).
+        model: A video classifier, dense or transformed; its first output tensor holds the logits (B, classes).
         views: (V, T, C, H, W), normalised as the model expects them; see `sample_views`.
-        layout: What the model takes: "BTCHW" (transformers) or "BCTHW" (torchvision, pytorchvideo).
-        batch_size: Views run at once.
+        layout: Layout of the model's input: "BTCHW" (transformers) or "BCTHW" (torchvision, pytorchvideo).
+        batch_size: Views per batch.
 
     Returns:
-        (classes,), summing to 1.
+        (classes,); they sum to 1.
 
     Raises:
-        ArgumentError: `layout` is another word.
+        ArgumentError: `layout` is neither.
     """
     if layout not in ("BTCHW", "BCTHW"):
         raise ArgumentError(f"layout must be 'BTCHW' or 'BCTHW', not {layout!r}")
     clips = views if layout == "BTCHW" else views.transpose(1, 2)
-    scores = [tensors_of(model(some))[0].softmax(dim=-1) for some in clips.split(batch_size)]
+    scores = [tensors_of(model(batch))[0].softmax(dim=-1) for batch in clips.split(batch_size)]
     return torch.cat(scores).mean(dim=0)
 
 
 def pyav() -> Any:
-    """PyAV's module.
+    """Imports PyAV.
 
     Raises:
-        ArgumentError: It is not installed.
+        ArgumentError: PyAV is not installed.
     """
     try:
         import av
@@ -152,7 +152,7 @@ def pyav() -> Any:
 
 
 def _spaced(end: int, count: int) -> list[int]:
-    """`count` whole numbers evenly from 0 to `end`; half of it where there is one."""
+    """`count` whole numbers, evenly spaced from 0 to `end`; for a count of 1, the middle."""
     if count == 1:
         return [end // 2]
     return [round(end * place / (count - 1)) for place in range(count)]

@@ -1,4 +1,4 @@
-"""Videos in class folders, and a small VideoMAE that tells them apart."""
+"""Videos in class folders, a small VideoMAE that tells them apart, and a video of a moving square."""
 
 import torch
 import transformers
@@ -37,3 +37,11 @@ def views_of(path):
         video = torch.cat([video, video[-1:]])
     views = sample_views(video, 4, step=2, size=32, temporal=2, spatial=2)
     return (views - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def moving_square(frames: int = 24, height: int = 50, width: int = 70) -> torch.Tensor:
+    """(T, 3, H, W) in [0, 1]: a bright square that moves to the right over grey."""
+    video = torch.full((frames, 3, height, width), 0.3)
+    for frame in range(frames):
+        video[frame, :, 10:30, 2 * frame : 2 * frame + 20] = torch.tensor([0.9, 0.8, 0.2]).view(3, 1, 1)
+    return video

@@ -15,7 +15,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
 from .models.clips import ClipViT, JointViT, clip_proposal, huggingface
-from .oracles import attention_without, at_first_block, kept_by_hand, kept_tokens, resized_by_hand
+from .oracles import at_first_block, attention_without, kept_by_hand, kept_tokens, resized_by_hand
 
 PREFIX = {"VideoMAEForVideoClassification": 0, "VivitForVideoClassification": 1}
 

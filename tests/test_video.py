@@ -1,22 +1,13 @@
-"""Videos: decoding, views and their averaged scores, and what the command line shows of them."""
+"""Videos: decoding, views, and their averaged scores."""
 
 import pytest
 import torch
-import transformers
-from PIL import Image
 from torch import nn
 
 import papr_fx
-from papr_fx.cli.main import main
 from papr_fx.video import average_views, read_video, sample_frames, sample_views, write_video
 
-
-def moving_square(frames: int = 24, height: int = 50, width: int = 70) -> torch.Tensor:
-    """(T, 3, H, W) in [0, 1]: a bright square that moves to the right over grey."""
-    video = torch.full((frames, 3, height, width), 0.3)
-    for frame in range(frames):
-        video[frame, :, 10:30, 2 * frame : 2 * frame + 20] = torch.tensor([0.9, 0.8, 0.2]).view(3, 1, 1)
-    return video
+from .labelled_clips import moving_square
 
 
 def test_a_video_comes_back(tmp_path):
@@ -61,7 +52,7 @@ def test_frames_of_several_sizes_are_refused(tmp_path, monkeypatch):
         read_video(path)
 
 
-def sound_alone(path):
+def sound_only(path):
     import av
 
     with av.open(str(path), "w", format="wav") as container:
@@ -79,9 +70,9 @@ def sound_alone(path):
         lambda path: path.touch(),
         lambda path: path.write_bytes(bytes(range(256)) * 20),
         lambda path: path.mkdir(),
-        sound_alone,
+        sound_only,
     ],
-    ids=["missing", "empty", "corrupt", "folder", "sound alone"],
+    ids=["missing", "empty", "corrupt", "folder", "sound only"],
 )
 def test_files_that_hold_no_video(write, tmp_path):
     path = tmp_path / "clip.mp4"
@@ -137,47 +128,3 @@ def test_scores_are_averaged_over_views():
         torch.testing.assert_close(found, by_hand)
     with pytest.raises(papr_fx.ArgumentError, match="layout must be 'BTCHW' or 'BCTHW'"):
         average_views(Colour(), views, layout="THWC")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small video model as save_pretrained writes it."""
-    config = transformers.VideoMAEConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=96, num_frames=6
-    )
-    path = tmp_path_factory.mktemp("video_model")
-    transformers.VideoMAEForVideoClassification(config).save_pretrained(path)
-    transformers.VideoMAEImageProcessor(size={"shortest_edge": 96}).save_pretrained(path)
-    return path
-
-
-def test_show_a_clip(folder, tmp_path, capsys):
-    path, out = tmp_path / "square.mp4", tmp_path / "shown.png"
-    write_video(path, moving_square())
-    assert main(["show", str(path), "--model", str(folder), "--z", "0.5", "0.25", "--out", str(out)]) == 0, (
-        capsys.readouterr().err
-    )
-    text = capsys.readouterr().out
-    assert "108 -> 54" in text
-    assert "108 -> 27" in text
-    assert "papr_tokens = papr_fx.gather_tokens(videomae_embeddings, papr_keep)  # (B, 27, 32)" in text
-    with Image.open(out) as picture:
-        assert picture.width < picture.height  # three columns, four rows
-    shown = read_video(out.with_suffix(".mp4")) / 255
-    assert shown.shape == (6, 3, 96, 192)
-    plain, annotated = shown.split(96, dim=-1)
-    assert 0.2 < float((annotated.mean(1) > 0.6 * plain.mean(1)).float().mean()) < 0.35  # 27 of 108 tubelets, others dark
-
-
-def test_clips_that_are_refused(folder, tmp_path, capsys):
-    path = tmp_path / "short.gif"
-    frames = [Image.effect_noise((60, 50), 80).convert("RGB") for _ in range(4)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
-    for arguments, message in (
-        (["show", str(path), "--model", str(folder)], "the clip has 4 frames, too few: the model takes 6"),
-        (["show", str(path), "--model", "video_of_my_own"], "no video model named 'video_of_my_own'"),
-        (["show", str(path), "--model", str(tmp_path)], "could not be loaded"),
-        (["show", str(path), "--checkpoint", "a.pth"], "--checkpoint is read by timm"),
-    ):
-        assert main([*arguments, "--out", str(tmp_path / "out.png")]) == 2
-        assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ from ..evaluation.models import image_model
 from ..planning import inputs
 from ..proposals.named import LITE0
 from .distributed import check_cuda
-from .networks import proposal_beside
+from .networks import image_proposal
 from .options import PRECISIONS, add_ratios, positive_int
 
 _WEIGHTS = {"float32": torch.float32, **PRECISIONS}
@@ -83,7 +83,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def _rows(arguments: argparse.Namespace, name: str) -> list[Row]:
     """Times one model, eager and with `--torchcompile` also compiled."""
     model, images = _model_and_images(arguments, name)
-    proposal, statistics = proposal_beside(arguments, model)
+    proposal, statistics = image_proposal(arguments, model)
     options = {"input_stats": statistics, "proposal_size": arguments.proposal_size, "mode": arguments.mode}
     chosen = bench.candidates(model, proposal, images, Comparison(arguments.z, arguments.reducers, options))
     kinds = [False, True] if arguments.torchcompile else [False]

@@ -6,7 +6,7 @@ import argparse
 
 from ..review.diff import graph_diff
 from ..transform import transform
-from .networks import model_of, proposal_beside
+from .networks import image_proposal, model_of
 from .options import add_lite0, add_weights
 
 
@@ -22,5 +22,5 @@ def add_diff(command: argparse.ArgumentParser) -> None:
 def run_diff(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx diff`."""
     model = model_of(arguments)
-    proposal, statistics = proposal_beside(arguments, model)
+    proposal, statistics = image_proposal(arguments, model)
     print(graph_diff(model, transform(model, proposal, arguments.z, input_stats=statistics)), end="")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..planning.module import PrunedModule, set_keep_ratio
 from ..queries import keep_masks, significance
 from ..transform import transform
-from .networks import model_of, proposal_beside
+from .networks import image_proposal, model_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +39,7 @@ class PrunedImage:
 def prune_image(arguments: argparse.Namespace, image: Image) -> PrunedImage:
     """Builds and prunes the model, and preprocesses an image for it."""
     model = model_of(arguments)
-    proposal, statistics = proposal_beside(arguments, model)
+    proposal, statistics = image_proposal(arguments, model)
     config = resolve_model_data_config(model)
     images = cast(Any, create_transform(**config, is_training=False))(image).unsqueeze(0)  # (1, 3, H, W)
     gm = transform(model, proposal, arguments.z[0], example_input=images, input_stats=statistics)

@@ -1,4 +1,4 @@
-"""The networks that `--model`, `--proposal` and the options beside them name."""
+"""The networks that `--model`, `--proposal` and related options name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_of(arguments: argparse.Namespace) -> nn.Module:
     return image_model(arguments.model, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
 
 
-def proposal_beside(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, InputStats]:
+def image_proposal(arguments: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, InputStats]:
     """The proposal for a timm model, and how the images of both are normalised."""
     config = resolve_model_data_config(model)
     return proposal_for((config["mean"], config["std"]), arguments.proposal, pretrained=arguments.pretrained)

@@ -74,19 +74,26 @@ def _members(shard: Path, image_suffixes: Sequence[str]) -> list[_Member]:
     """The samples of a shard. The files of one sample share their name up to the first dot."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     repeated: dict[str, _Member] = {}
-    damage: list[_Member] = []
     with shard.open("rb") as file:
-        try:
-            for key, suffix, member in _files(file):
-                files = samples.setdefault(key, {})
-                if suffix in files:
-                    repeated.setdefault(key, _Member(shard.name, key, error=f"the shard holds {member.name} twice"))
-                else:
-                    files[suffix] = member
-        except (tarfile.TarError, EOFError) as error:
-            damage.append(_Member(shard.name, "its end", error=f"the rest of the shard cannot be read: {error}"))
+        listed, damage = _listed(file)
+        for key, suffix, member in listed:
+            first = samples.setdefault(key, {}).setdefault(suffix, member)
+            if first is not member:
+                repeated.setdefault(key, _Member(shard.name, key, error=f"the shard holds {member.name} twice"))
         found = [_member(shard.name, key, files, file, image_suffixes) for key, files in samples.items()]
-        return [*found, *repeated.values(), *damage]
+    ends = [_Member(shard.name, "its end", error=damage)] if damage else []
+    return [*found, *repeated.values(), *ends]
+
+
+def _listed(shard: IO[bytes]) -> tuple[list[tuple[str, str, tarfile.TarInfo]], str]:
+    """Key, suffix and place of each file, as far as the shard can be read; and why it cannot be read further."""
+    listed: list[tuple[str, str, tarfile.TarInfo]] = []
+    try:
+        for file in _files(shard):
+            listed.append(file)
+    except (tarfile.TarError, EOFError) as error:
+        return listed, f"the rest of the shard cannot be read: {error}"
+    return listed, ""
 
 
 def _files(shard: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

@@ -93,12 +93,9 @@ def survey(
         smallest = [min(members, key=lambda a: structures[a].parameters) for members in groups]
         for members, row in zip(groups, pool.imap(partial(_proved, z=z), smallest), strict=True):
             others = [a for a in members if a != row.architecture]
-            rows[row.architecture] = row
             progress(f"{row.architecture.name}: {row.mode or 'refused'}, and {len(others)} alike")
-            if row.mode:
-                rows |= {other.architecture: other for other in pool.imap(partial(_alike, proved=row, z=z), others)}
-            else:
-                rows |= {a: Row(a, reason=row.reason) for a in others}
+            alike = pool.imap(partial(_alike, proved=row, z=z), others)
+            rows |= {row.architecture: row} | dict(zip(others, alike, strict=True))
         pool.close()
         pool.join()
     return [rows[architecture] for architecture in chosen]
@@ -188,7 +185,9 @@ def _shallow(architecture: Architecture) -> Architecture:
 
 
 def _alike(architecture: Architecture, proved: Row, z: float, proof: str = "") -> Row:
-    """Transforms an architecture whose structure is proved."""
+    """Transforms an architecture whose structure is proved; if that was refused, so is this one."""
+    if not proved.mode:
+        return Row(architecture, reason=proved.reason)
     row = transformed(architecture, z, mode=proved.mode, output=proved.output, weights=False)
     return row if not row.mode else replace(row, proof=proof or f"as {proved.architecture.name}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,14 +33,12 @@ def interleaved_times(
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode(not gradients):
-        for turn in range(warmup + rounds):
-            for name, call in variants.items():
-                start = _now()
-                call()
-                if turn >= warmup:
-                    times[name].append((_now() - start) * 1e3)
-                progress()
-    return times
+        for _, (name, call) in product(range(warmup + rounds), variants.items()):
+            start = _now()
+            call()
+            times[name].append((_now() - start) * 1e3)
+            progress()
+    return {name: values[warmup:] for name, values in times.items()}
 
 
 def median_times(

@@ -15,8 +15,6 @@ from timm.data import create_transform, resolve_data_config
 
 import papr_fx
 from papr_fx.cli.main import main
-from papr_fx.evaluation.counts import Counts, Progress
-from papr_fx.evaluation.results import read_part, write_part, write_whole
 
 from ..labelled import counted, networks, options, rows_of, weights
 
@@ -168,33 +166,14 @@ def test_killed_and_resumed(labelled, tmp_path, capsys):
     assert not part.exists()
 
 
-def test_a_part_of_another_run_is_refused(tmp_path):
-    progress = Progress(8, 7, {"1": Counts(top1=3)}, [(2, "x")])
-    write_part(tmp_path / "a.json", progress, {"model": "a", "z": (1.0,)})
-    assert read_part(tmp_path / "a.json", {"model": "a", "z": (1.0,)}) == progress
-    with pytest.raises(papr_fx.ArgumentError, match=r"other settings \(model\)"):
-        read_part(tmp_path / "a.json", {"model": "b", "z": (1.0,)})
-    (tmp_path / "b.json.part").write_text("{")
-    with pytest.raises(papr_fx.ArgumentError, match="does not say how far"):
-        read_part(tmp_path / "b.json", {})
-    assert read_part(tmp_path / "c.json", {}) is None
-
-
-def test_files_are_whole_or_not_there(tmp_path):
-    write_whole(tmp_path / "folder" / "a", "text")
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
-    with pytest.raises(papr_fx.ArgumentError, match="cannot be written"):
-        write_whole(tmp_path / "folder" / "a" / "b", "text")
-
-
 def test_unreadable_files_are_named_and_left_out(damaged, tmp_path, capsys):
     results = tmp_path / "a.json"
     assert main(options(damaged, results)) == 0
     assert {(row["count"], row["unreadable"]) for row in rows_of(results)} == {(17, 3)}
-    told = capsys.readouterr().err
-    assert "3 could not be read" in told
-    assert all(name in told for name in ("06.png", "12.png", "19.png"))
-    assert "05.png" not in told
+    printed = capsys.readouterr().err
+    assert "3 could not be read" in printed
+    assert all(name in printed for name in ("06.png", "12.png", "19.png"))
+    assert "05.png" not in printed
     assert main(options(damaged, tmp_path / "b.json", "--strict")) == 2
     assert "unreadable: " in capsys.readouterr().err
 
@@ -218,9 +197,9 @@ def test_what_cannot_be_written_is_told_before_the_work(labelled, tmp_path, caps
     (tmp_path / "folder.json").mkdir()
     for results in (tmp_path / "file" / "a.json", tmp_path / "folder.json"):
         assert main(options(labelled, results)) == 2
-        told = capsys.readouterr()
-        assert "written" in told.err
-        assert "img/s" not in told.err
+        printed = capsys.readouterr()
+        assert "written" in printed.err
+        assert "img/s" not in printed.err
     assert main(options(labelled, tmp_path / "a.json", "--plot", tmp_path / "file" / "a.png")) == 2
     assert "cannot be written" in capsys.readouterr().err
 

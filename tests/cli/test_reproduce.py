@@ -55,9 +55,9 @@ def small(tmp_path, monkeypatch):
 def test_what_is_measured_stands_beside_the_paper(small, capsys):
     results = small / "a.json"
     assert main(["reproduce", "small", str(small / "images"), "--workers", "0", "--results-file", str(results)]) == 0
-    told = capsys.readouterr().out
-    assert "small, Tab. 0: test_vit (random weights" in told
-    assert "7 images of" in told
+    printed = capsys.readouterr().out
+    assert "small, Tab. 0: test_vit (random weights" in printed
+    assert "7 images of" in printed
     dense, pruned, merged = json.loads(results.read_text())["rows"]
     assert [row["paper_top1"] for row in (dense, pruned, merged)] == [80, 70, 60]
     assert (pruned["paper_change"], pruned["paper_speed_up"], merged["paper_speed_up"]) == (-10, 1.5, None)
@@ -79,7 +79,7 @@ def test_what_is_measured_stands_beside_the_paper(small, capsys):
         assert row["variant"] == name
         assert row["top1"] == round(100 * right(form, preprocess, small / "images") / 7, 3)
     assert merged["gmacs"] == papr_fx.report(forms[merged["variant"]]).total_macs / 1e9
-    assert len(rows_of(told)) == 3
+    assert len(rows_of(printed)) == 3
 
 
 @torch.no_grad()

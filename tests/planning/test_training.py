@@ -14,8 +14,8 @@ from papr_fx.tracing.blocks import last_tokens
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
-from ..oracles import attention_without
 from ..models.hierarchical import FAMILIES
+from ..oracles import attention_without
 from ..reducers import Eager, merging
 
 
