@@ -10,7 +10,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import papr_fx
+from papr_fx.passes.prune_tokens import last_tokens
 from papr_fx.proof.hidden_keys import HiddenKeys
+from papr_fx.tracing.graphs import cut
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
@@ -53,7 +55,7 @@ def quiet(model: nn.Module) -> nn.Module:
 
 def kept_tokens(gm, x):
     nodes = {node.name: node for node in gm.graph.nodes}
-    return papr_fx.tracing.graphs.cut(gm, gm.graph, nodes["papr_keep"])(x)
+    return cut(gm, gm.graph, nodes["papr_keep"])(x)
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -78,10 +80,8 @@ def test_gradients_are_those_of_hidden_keys(name):
     expected = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
     weights = torch.randn(expected.shape, dtype=torch.float64)
     graph = gm.graph
-    site = papr_fx.passes.prune_tokens.last_tokens(
-        graph, next(n for n in graph.nodes if n.name == "papr_tokens"), gm.plan.operator.blocks
-    )
-    actual = papr_fx.tracing.graphs.cut(gm, graph, site)(x)
+    site = last_tokens(graph, next(n for n in graph.nodes if n.name == "papr_tokens"), gm.plan.operator.blocks)
+    actual = cut(gm, graph, site)(x)
     parameters = [p for p in model.parameters() if p.requires_grad]
     wanted = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
     found = torch.autograd.grad((actual * weights).sum(), parameters, allow_unused=True)
