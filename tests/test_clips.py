@@ -21,7 +21,7 @@ PREFIX = {"VideoMAEForVideoClassification": 0, "VivitForVideoClassification": 1}
 
 
 @pytest.mark.parametrize("name", PREFIX)
-@pytest.mark.parametrize("proposal", [clip_proposal, toy_proposal], ids=["of clips", "of each frame"])
+@pytest.mark.parametrize("proposal", [clip_proposal, toy_proposal], ids=["whole clips", "each frame"])
 @torch.no_grad()
 def test_kept_tokens_are_those_that_the_map_scores_and_equal_the_unpruned_models(name, proposal):
     model, prefix = huggingface(name), PREFIX[name]

@@ -106,7 +106,7 @@ TIMM = {
     "class token": {},
     "average beside class token (MAE)": {"global_pool": "avg"},
     "registers": {"reg_tokens": 4},
-    "registers alone": {"reg_tokens": 3, "class_token": False, "global_pool": "avg"},
+    "registers only": {"reg_tokens": 3, "class_token": False, "global_pool": "avg"},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "attention pool": {"class_token": False, "global_pool": "map"},
     "position embedding without prefix": {"no_embed_class": True, "reg_tokens": 2},
