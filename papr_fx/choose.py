@@ -47,6 +47,9 @@ class KeepRatio(float):
         ratio.curve = tuple(sorted(curve))
         return ratio
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeepRatio, (float(self), self.curve)
+
 
 def choose_keep_ratio(
     model: nn.Module,
@@ -89,7 +92,7 @@ def choose_keep_ratio(
         raise ArgumentError(
             f"{name} must be a number {'from 0 to 1' if name == 'max_drop' else 'of at least 0'}, not {value!r}"
         )
-    training = model.training
+    flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
         proved = transform(model, proposal, 0.5, **options)
@@ -97,7 +100,8 @@ def choose_keep_ratio(
             return _by_drop(model, proved, loader, value)
         return _by_macs(model, proved, value) if name == "gmacs" else _by_speed(model, proved, loader, value)
     finally:
-        model.train(training)
+        for module, flag in flags.items():
+            module.training = flag
 
 
 def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float) -> KeepRatio:
@@ -142,7 +146,7 @@ def _by_speed(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], lea
         return times["dense"] / times["pruned"]
 
     if least <= 1:
-        return KeepRatio(1.0, [Point(1.0, 1.0)])
+        return KeepRatio(1.0, [])  # the dense model; nothing is measured
     found = _bisected(speed, lambda times: times >= least, least=False)
     return _reached(found, f"a speed-up of {least:g}", "at z={0.z:g} it is {0.value:.2f}")
 

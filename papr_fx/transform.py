@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -24,6 +23,7 @@ from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
 from .proposals.statistics import InputStats
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
+from .tracing.numerics import forked_random
 from .tracing.text import graph_text
 
 Mode = Literal["auto", "tokens", "pixels"]
@@ -176,9 +176,13 @@ def _run_once(request: inputs.Request) -> None:
     """Runs the model on one real image first: code that caches tensors by size must not cache fake ones."""
     copied = scratch_copy(request.model).eval()
     if not request.images.is_meta:
-        # Tracing meets the same error, and names its node.
-        with torch.no_grad(), torch.random.fork_rng(), suppress(*MODEL_ERRORS):
-            copied(request.images[:1])
+        with torch.no_grad(), forked_random(request.images):
+            try:
+                copied(request.images[:1])
+            except torch.OutOfMemoryError:  # says nothing about the model
+                raise
+            except MODEL_ERRORS:
+                return  # tracing meets the same error, and names its node
 
 
 def _checked_merge(merge: object, mode: Mode) -> Mode:

@@ -219,9 +219,10 @@ def _rewrite_site(nodes: dict[str, fx.Node], site: PixelSite, number: int, index
     region = [nodes[name] for name in site.region]
     graph = region[0].graph
     with graph.inserting_before(region[0]):
-        for name, layout in site.entries:
+        for place, (name, layout) in enumerate(site.entries):
             arguments = (nodes[name], index.rows, index.sizes, layout)
-            gathered = graph.create_node("call_function", gather_pixels, arguments, name=f"papr_pixels_{number}")
+            own = f"papr_pixels_{number}" + (f"_{place}" if place else "")
+            gathered = graph.create_node("call_function", gather_pixels, arguments, name=own)
             for node in region:
                 node.replace_input_with(nodes[name], gathered)
     addition = nodes[site.addition]

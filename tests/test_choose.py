@@ -1,9 +1,13 @@
 """`choose_keep_ratio`: the keep ratio for a target."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 import papr_fx
+from papr_fx.choose import KeepRatio, Point
 
 from .models import Shape, ToyViT, images, toy_proposal
 
@@ -66,3 +70,24 @@ def test_choosing_by_speed(monkeypatch):
 def test_one_target_is_needed(given):
     with pytest.raises(papr_fx.ArgumentError):
         papr_fx.choose_keep_ratio(ToyViT(Shape()), toy_proposal(), [], **given)
+
+
+def test_flags_of_every_module_are_as_before():
+    model = ToyViT(Shape(image=(16, 24))).train()
+    model.norm.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    papr_fx.choose_keep_ratio(model, toy_proposal(), [], gmacs=1e3)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_keep_ratio_is_copied_and_pickled_with_its_curve():
+    ratio = KeepRatio(0.5, [Point(0.5, 1.0), Point(0.05, 2.0)])
+    for again in (copy.copy(ratio), copy.deepcopy(ratio), pickle.loads(pickle.dumps(ratio))):
+        assert again == 0.5
+        assert again.curve == (Point(0.05, 2.0), Point(0.5, 1.0))
+
+
+def test_a_curve_holds_what_was_measured():
+    z = papr_fx.choose_keep_ratio(ToyViT(Shape()).eval(), toy_proposal(), loader(1), speedup=1.0)
+    assert z == 1.0
+    assert z.curve == ()

@@ -34,7 +34,7 @@ def ratios(text: str) -> tuple[float, ...]:
 
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
@@ -42,7 +42,7 @@ def positive_int(text: str) -> int:
 
 def nonnegative_int(text: str) -> int:
     """A whole number of at least 0."""
-    number = int(text)
+    number = _whole(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
     return number
@@ -50,10 +50,20 @@ def nonnegative_int(text: str) -> int:
 
 def fraction(text: str) -> float:
     """A number in (0, 1]."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from error
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {text}")
     return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
 
 
 class _Flattened(argparse.Action):

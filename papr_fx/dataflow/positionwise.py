@@ -50,6 +50,10 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
+class _RefusedError(Exception):
+    """A node does not run on such inputs."""
+
+
 VerdictCache = dict[tuple[Any, ...], Verdict]
 
 
@@ -107,13 +111,17 @@ class PositionwiseProbe:
 
                 def run(change: Callable[[Tensor, Layout], Tensor]) -> Any:
                     given = fixed | {n: change(value, layout) for n, value in varying.items()}
-                    return call(*fx.map_arg((node.args, node.kwargs), lambda n: given[n]))
+                    arguments = fx.map_arg((node.args, node.kwargs), lambda n: given[n])
+                    try:
+                        return call(*arguments)
+                    except Exception as error:  # a module may raise anything for a grid that it was not made for
+                        raise _RefusedError(type(error).__name__) from error
 
                 if not all(bool(t.isfinite().all()) for t in tensors_of(run(_same)) if t.is_floating_point()):
                     varying = {n: value.abs() for n, value in varying.items()}  # a root, a logarithm
                 actual, whole, masked = run(_gathered), run(_same), run(_masked)
-        except Exception as error:  # a module may raise anything for a grid or layout that it was not made for
-            return Verdict(reason=f"is made for other inputs ({type(error).__name__})")
+        except _RefusedError as error:
+            return Verdict(reason=f"is made for other inputs ({error})")
         for value, is_masked in ((whole, False), (masked, True)):
             for out in dict.fromkeys((layout, *LAYOUTS)):  # a module may permute
                 if _agree(actual, value, out):
@@ -133,7 +141,7 @@ class PositionwiseProbe:
             floating = isinstance(value, Tensor) and value.is_floating_point()
             return unit_scale(value.shape, self._random, torch.float32) if floating else value
         if node.op == "placeholder" or any(n.op == "placeholder" for n in ancestors(node)):
-            raise ValueError(f"`{node.name}` depends on the images")
+            raise _RefusedError(f"`{node.name}` depends on the images")
         return _call(node, *fx.map_arg((node.args, node.kwargs), self._constant))
 
 

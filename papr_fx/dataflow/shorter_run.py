@@ -10,13 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
 from ..ops import TokenRows
-from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking
+from ..tracing.fakes import TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import shape_of
 from ..tracing.trace import OpenError
 from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
 from .repairs import Repairs
 from .tables import Tables
-from .token_run import TokenRun, TokenStream
+from .token_run import RunError, TokenRun, TokenStream
 
 
 def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repairs:
@@ -73,8 +73,8 @@ class ShorterRun(TokenRun):
         try:
             with recorder:
                 out = self.numberings.run(n) if self.numberings.applies(n) else self.plain(n)
-        except Exception as error:  # a module or an operation may raise anything for a length that it was not made for
-            out = self._repaired(n, error)
+        except RunError as failed:
+            out = self._repaired(n, failed.error)
         else:
             if not self.is_shorter(n, out) and (view := self.views.repair(n)) is not None:  # a size of -1 may have stretched
                 out = view
@@ -109,7 +109,7 @@ class ShorterRun(TokenRun):
         try:
             with _RecordNumberings() as whole:
                 self.plain(node)
-        except MODEL_ERRORS:
+        except RunError:
             return True
         finally:
             self.env = before

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from ..ops import gather_positions
-from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
+from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import called
 from .repairs import Pick, TableSite
-from .token_run import TokenRun
+from .token_run import RunError, TokenRun
 
 
 class Expression(NamedTuple):
@@ -46,7 +46,7 @@ class Tables:
             run.env |= {n: self._gathered(values[n], pick) for n, pick in chosen.items()}
             try:
                 out = run.plain(node)
-            except MODEL_ERRORS:
+            except RunError:
                 continue
             finally:
                 run.env |= values
@@ -94,4 +94,4 @@ class Tables:
 
 def _is_impure(node: fx.Node) -> bool:
     """Whether a call may return something else the next time: it changes its receiver, or draws random numbers."""
-    return called(node).endswith("_") or "rand" in called(node) or called(node) in ("dropout", "bernoulli", "multinomial")
+    return called(node).endswith("_") or "random" in node.meta

@@ -27,6 +27,14 @@ class TokenStream:
     blocks: tuple[str, ...]
 
 
+class RunError(Exception):
+    """A module or an operation raised `error`, which may be anything for a length that it was not made for."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class TokenRun(fx.Interpreter):
     """Runs a graph. Nodes after the tokens may see fewer of them.
 
@@ -47,8 +55,15 @@ class TokenRun(fx.Interpreter):
         self.lengths = {first: (rows.count - first, rows.prefix + kept - first) for first in (0, rows.prefix)}
 
     def plain(self, node: fx.Node) -> Any:
-        """Runs a node as it is."""
-        return fx.Interpreter.run_node(self, node)
+        """Runs a node as it is.
+
+        Raises:
+            RunError: It fails.
+        """
+        try:
+            return fx.Interpreter.run_node(self, node)
+        except Exception as error:
+            raise RunError(error) from error
 
     def in_block(self, node: fx.Node) -> bool:
         """Whether a node runs in a block. Code elsewhere, such as a head, may compute with the number of tokens too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from math import prod
 
 import torch
@@ -26,14 +27,24 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def keep_count(positions: int, z: float, prefix: int = 0) -> int:
-    """How many positions of a grid are kept: `int(z * all tokens)`, at least 1 and at most the whole grid.
+    """How many positions of a grid are kept: floor(z * all tokens), at least 1 and at most the whole grid.
+
+    z is the decimal that it is written as: 0.29 of 100 is 29, where the product of floats is below it.
 
     Args:
         positions: Positions of the grid.
         z: Keep ratio in (0, 1].
         prefix: Tokens before the grid. They count towards the total and are always kept.
     """
-    return min(positions, max(1, int((positions + prefix) * z)))
+    numerator, denominator = _as_fraction(z)
+    return min(positions, max(1, (positions + prefix) * numerator // denominator))
+
+
+@torch.compiler.assume_constant_result
+def _as_fraction(z: float) -> tuple[int, int]:
+    """The decimal that z is written as: integers, so that a symbolic number of positions stays symbolic."""
+    share = Fraction(repr(float(z)))
+    return share.numerator, share.denominator
 
 
 def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
@@ -45,11 +56,12 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
         prefix: Tokens before the grid. All are kept.
 
     Returns:
-        (B, prefix + k) int64: 0..prefix-1, then the k kept positions in no particular order.
+        (B, prefix + k) int64: 0..prefix-1, then the k kept positions in ascending order. `topk` alone gives them in an order
+        that differs between eager and compiled code.
     """
     scores = psm.flatten(1)  # (B, n)
     k = keep_count(scores.shape[1], z, prefix)
-    kept = scores.topk(k, dim=1, sorted=False).indices  # (B, k)
+    kept = scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values  # (B, k)
     return with_prefix(kept, prefix) if prefix else kept
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Real
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.fakes import scratch_copy
@@ -37,7 +37,12 @@ class PrunedModule(fx.GraphModule):
         self._buffers.update(root._buffers)
         constants = set(self._buffers) - set(root._buffers)  # plain tensors of the model, not part of its state
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
-        self._finish(plan)
+        self.plan = plan
+        self._compiled: dict[tuple[float, bool], _Compiled] = {}
+        remove_dead_code(self.graph)  # dense values that kept ones replace
+        self.recompile()
+        propagate(self.for_shapes(), self.graph, self.example())
+        self._compiled[plan.z, root.training] = _Compiled.of(self)
 
     def example(self) -> Tensor:
         """Uninitialised images of the traced shape, in the model's dtype and on its device."""
@@ -46,8 +51,19 @@ class PrunedModule(fx.GraphModule):
         return torch.empty(self.plan.shape, dtype=like.dtype, device=like.device)
 
     def retarget(self, z: float) -> None:
-        """Rewrites the graph for keep ratio `z`, in place."""
-        self._follow(self.plan.at(z), self.training)
+        """Rewrites the graph for keep ratio `z`, in place.
+
+        Raises:
+            NoSiteError: The model does not run on so few positions. The module stays as it is.
+        """
+        try:
+            self._follow(self.plan.at(z), self.training)
+        except TraceError as error:
+            left = ", ".join(f"{choice.rows.kept(z)} of {choice.rows.count}" for choice in self.plan.choices(self.training))
+            raise NoSiteError(
+                f"{self.plan.name} does not run at z={z:g}, where {left} positions are left: {str(error).splitlines()[0]}. "
+                f"The keep ratio stays {self.plan.z:g}"
+            ) from error
 
     def leave_dense(self, additions: Collection[str], reason: str) -> bool:
         """Makes the pixel operators that feed `additions` dense again. False, without a change, if no other would be left."""
@@ -55,6 +71,7 @@ class PrunedModule(fx.GraphModule):
         mode = plan.mode(self.training)
         if not isinstance(mode, PixelPlan) or not mode.sites:
             return False
+        self._compiled = {}  # they follow the old plan
         self._follow(plan, self.training)
         return True
 
@@ -65,14 +82,24 @@ class PrunedModule(fx.GraphModule):
         return cast(PrunedModule, super().train(mode))
 
     def _follow(self, plan: Plan, training: bool) -> None:
-        self.graph = plan.rewrite(training)
-        self._finish(plan)
+        """Puts the graph of `plan` in place, once it is known to run. A graph that was here before keeps its code.
 
-    def _finish(self, plan: Plan) -> None:
+        So `torch.compile` finds what it compiled for that code.
+        """
+        known = self._compiled.get((plan.z, training))
+        if known is None:
+            self.graph = self._runnable(plan.rewrite(training))
+            self._compiled[plan.z, training] = _Compiled.of(self)
+        else:
+            known.restore(self)
         self.plan = plan
-        remove_dead_code(self.graph)  # dense values that kept ones replace
-        self.recompile()
-        propagate(self.for_shapes(), self.graph, self.example())
+
+    def _runnable(self, graph: fx.Graph) -> fx.Graph:
+        """The graph without dead code, with shapes; `TraceError` if it does not run."""
+        cleaned = fx.GraphModule(self, graph).graph  # whether code is dead is asked of the graph's module
+        remove_dead_code(cleaned)
+        propagate(self.for_shapes(), cleaned, self.example())
+        return cleaned
 
     def for_shapes(self) -> nn.Module:
         """A copy of the modules to run on fake tensors."""
@@ -88,6 +115,25 @@ class PrunedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PrunedModule, (shell(self), self.plan)
+
+
+class _Compiled(NamedTuple):
+    """A graph, and the Python code that `fx` made of it."""
+
+    graph: fx.Graph
+    code: str
+    forward: Callable[..., Any]
+
+    @classmethod
+    def of(cls, gm: PrunedModule) -> _Compiled:
+        """What is in place now."""
+        return cls(gm.graph, gm._code, type(gm).forward)
+
+    def restore(self, gm: PrunedModule) -> None:
+        """Puts it in place again."""
+        gm._graph = self.graph
+        gm._code = self.code
+        type(gm).forward = self.forward
 
 
 def shell(gm: PrunedModule) -> nn.Module:

@@ -110,6 +110,8 @@ class Case:
         given = {name: self.values.get(name, t.to(dtype) if t.is_floating_point() else t) for name, t in own}
         try:
             return functional_call(module, given, inputs)
+        except torch.OutOfMemoryError:  # says nothing about the model
+            raise
         except MODEL_ERRORS as error:
             raise PrecisionError(
                 f"the proof could not run {type(module).__name__} in {dtype}: {type(error).__name__}: {error}"

@@ -100,16 +100,33 @@ class HiddenKeys(TorchFunctionMode):
             args, kwargs = (), given
             self.seen += 1
         elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
-            kwargs["key_padding_mask"] = self.hidden
+            kwargs["key_padding_mask"] = self._padding(kwargs.get("key_padding_mask"))
             self.seen += 1
-        elif func in (torch.softmax, F.softmax, Tensor.softmax) and args[0].ndim in (3, 4) and args[0].shape[-1] == count:
-            args = (args[0] + self._bias(args[0]), *args[1:])
+        elif func in (torch.softmax, F.softmax, Tensor.softmax) and (axis := self._key_axis(args, kwargs)):
+            bias = self._bias(args[0])  # (..., 1, N): keys are the last axis
+            args = (args[0] + (bias if axis == -1 else bias.transpose(-2, -1)), *args[1:])
             self.seen += 1
-            self._weights_follow = True
+            self._weights_follow = axis == -1
         elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._weights_follow and args[0].shape[-1] == count:
             args = (args[0], args[1].masked_fill(self._rows(args[1]), 0))  # weights may be mixed after the softmax
             self._weights_follow = False
         return func(*args, **kwargs)
+
+    def _key_axis(self, args: Any, kwargs: Any) -> int:
+        """The axis of the keys, -1 or -2, that a softmax of attention weights is over; 0 if it is none."""
+        scores, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if scores.ndim not in (3, 4) or not isinstance(dim, int):
+            return 0
+        axis = dim % scores.ndim - scores.ndim
+        return axis if axis in (-1, -2) and scores.shape[axis] == self.hidden.shape[1] else 0
+
+    def _padding(self, given: Tensor | None) -> Tensor:
+        """A padding mask (B, N) that hides what the given one hides too."""
+        if given is None:
+            return self.hidden
+        if given.dtype == torch.bool:
+            return given | self.hidden
+        return given.masked_fill(self.hidden, float("-inf"))
 
     def _bias(self, like: Tensor) -> Tensor:
         bias = torch.zeros(self.hidden.shape, dtype=like.dtype, device=like.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tracing.numerics import relative_error
+from ..tracing.numerics import forked_random, relative_error
 from . import geometry, reduction, traced
 from .case import Case, ComparisonError
 from .places import reorder
@@ -28,7 +28,7 @@ def check(case: Case) -> None:
     trained = case.in_training()
     if trained is None:
         return
-    with torch.random.fork_rng():
+    with forked_random(trained.images):
         expected = _seeded(trained, 1, trained.model, trained.images)
         other = _seeded(trained, 0, trained.model, trained.images)
         dense = _seeded(trained, 1, trained.dense, trained.images)

@@ -62,7 +62,8 @@ class SignificanceNet(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns nothing: checkpoints hold the model only, and `transform` takes the proposal."""
-        return kwargs.get("destination", {})
+        destination = args[0] if args else kwargs.get("destination")
+        return {} if destination is None else destination
 
     def train(self, mode: bool = True) -> SignificanceNet:
         """Stays in eval mode: the proposal is frozen (`mode` is ignored)."""

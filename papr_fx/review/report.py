@@ -122,7 +122,7 @@ def report(gm: fx.GraphModule) -> Report:
     module = checked_module(gm)
     plan, images, root = module.plan, module.example(), module.for_shapes()
     mode = plan.mode(module.training)
-    rewritten = plan.rewrite(module.training)
+    rewritten = module.graph
     macs = _Macs(count_macs_by_node(root, mode.dense, images), count_macs_by_node(root, rewritten, images))
     proposal = sum(macs.pruned.pop(node.name, 0) for node in find_all(rewritten, Kind.MAP))
     if isinstance(mode, TokenPlan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class RecordJoins(TorchDispatchMode):
     Attributes:
         joins: What was flattened, per sample.
         folded: The same while frames are in the batch axis, each with the number of frames of a sample.
+        random: Whether an operation drew random numbers.
     """
 
     def __init__(self, batch: int) -> None:
@@ -39,9 +41,11 @@ class RecordJoins(TorchDispatchMode):
         self.batch = batch
         self.joins: list[Join] = []
         self.folded: list[tuple[int, Join]] = []
+        self.random = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.random |= draws(func)
         if func is torch.ops.aten.im2col.default:
             self.joins.append(_unfolded(*args))
         elif args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.dtype == args[0].dtype:
@@ -54,6 +58,24 @@ class RecordJoins(TorchDispatchMode):
             groups = _joined(before, after, self.batch)
             self.joins.extend(reversed(groups))  # a reshape may flatten positions and channels at once: positions come first
         return out
+
+
+class WatchDraws(TorchDispatchMode):
+    """Notes whether random numbers are drawn while `watches()` is true, in this thread."""
+
+    def __init__(self, watches: Callable[[], bool]) -> None:
+        super().__init__()
+        self.watches = watches
+        self.drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew |= draws(func) and self.watches()
+        return func(*args, **(kwargs or {}))
+
+
+def draws(func: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _unfolded(image: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Join:

@@ -26,6 +26,14 @@ def exact_float32() -> Generator[None]:
             setting.fp32_precision = precision
 
 
+@contextmanager
+def forked_random(like: torch.Tensor) -> Generator[None]:
+    """Restores the random state afterwards, of the CPU and of the device of `like` only: others may be in use."""
+    devices = [like.device] if like.device.type in ("cuda", "xpu") else []
+    with torch.random.fork_rng(devices, device_type=like.device.type if devices else "cuda"):
+        yield
+
+
 def tensors_of(output: object) -> list[torch.Tensor]:
     """The tensors in a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]

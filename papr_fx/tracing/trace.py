@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..errors import TraceError, first_line
 from .fakes import TRACED_BATCH, aliased_copy, fake_like, scratch_copy
 from .graphs import remove_dead_code
+from .joins import WatchDraws
 from .tracer import ValueTracer, attribute
 
 
@@ -111,15 +112,16 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
     """The graph as it was recorded, with dead code."""
     name = type(root).__name__
     mode, fake = fake_like(images, TRACED_BATCH)
-    before = torch.get_rng_state()
     tracer = ValueTracer(pick, scratch_copy(root), fake, mode)
+    draws = WatchDraws(lambda: not tracer.evaluating)
     try:
-        graph = tracer.trace(root)
+        with draws:
+            graph = tracer.trace(root)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(f"{name}.forward cannot be traced: {first_line(error)}") from error
-    if not torch.equal(torch.get_rng_state(), before):
+    if draws.drew:
         raise TraceError(
             f"{name}.forward draws random numbers of a fixed size{' in training' if root.training else ''}, which would be "
             "constants of the graph: draw them like a value of the images (torch.rand_like), or in a module of their own"

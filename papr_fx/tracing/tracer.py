@@ -61,6 +61,7 @@ class ValueProxy(fx.Proxy):
         return (self[i] for i in range(len(self.known)))  # pyright: ignore[reportIndexIssue]
 
     def __contains__(self, item: object) -> bool:
+        self._read()
         return item in self.known
 
     def __index__(self) -> int:
@@ -130,7 +131,7 @@ class ValueTracer(fx.Tracer):
         self._scratch = scratch
         self._images = images
         self._mode = mode
-        self._evaluating = False
+        self.evaluating = False
         self._contexts = _contexts()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -164,7 +165,7 @@ class ValueTracer(fx.Tracer):
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating:
+        if self.evaluating:
             return forward(*args, **kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -178,7 +179,7 @@ class ValueTracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         inside = next(reversed(self.module_stack), "")
@@ -189,8 +190,8 @@ class ValueTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_evaluating", self._evaluating)
-            self._evaluating = True
+            stack.callback(setattr, self, "evaluating", self.evaluating)
+            self.evaluating = True
             joins = RecordJoins(self._images.shape[0])
             for context in (faking(self._mode), joins):
                 stack.enter_context(context)
@@ -202,6 +203,8 @@ class ValueTracer(fx.Tracer):
             node.meta["joins"] = joins.joins
         if joins.folded:
             node.meta["folded"] = joins.folded
+        if joins.random:
+            node.meta["random"] = True
         return None if value is None else proxy  # code asks `is None`, which no proxy can answer
 
     def _value_of(self, node: fx.Node) -> Any:

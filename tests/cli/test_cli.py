@@ -134,3 +134,17 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
     monkeypatch.setattr("papr_fx.cli.networks.image_model", interrupted)
     assert main(["diff", "vit_tiny_patch16_224"]) == 130
     assert capsys.readouterr().err == "papr-fx: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "many"], "argument --workers/-j: must be a whole number, not 'many'"),
+        (["--batch-size", "1.5"], "must be a whole number, not '1.5'"),
+        (["--crop-pct", "all"], "argument --crop-pct: must be a number, not 'all'"),
+    ],
+)
+def test_a_word_for_a_number_is_refused_in_plain_words(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "data", *options])
+    assert message in capsys.readouterr().err

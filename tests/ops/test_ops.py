@@ -195,3 +195,16 @@ def test_masks_multiply_positions(layout):
     if layout[-1] == "C":
         x, expected = x.movedim(1, -1), expected.movedim(1, -1)
     assert torch.equal(ops.mask_positions(x, mask, layout, grid), expected)
+
+
+@pytest.mark.parametrize(("positions", "z", "kept"), [(100, 0.29, 29), (100, 0.57, 57), (1000, 0.999, 999), (196, 0.1, 19)])
+def test_a_keep_ratio_is_the_decimal_that_it_is_written_as(positions, z, kept):
+    assert ops.keep_count(positions, z) == kept
+
+
+def test_kept_positions_ascend():
+    keep = ops.top_positions(torch.randn(4, 6, 7), 0.5, 2)
+    assert torch.equal(keep, keep.sort(dim=1).values)
+    compiled = torch.compile(ops.top_positions, fullgraph=True)
+    psm = torch.randn(4, 6, 7)
+    assert torch.equal(compiled(psm, 0.29, 2), ops.top_positions(psm, 0.29, 2))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import papr_fx
@@ -104,3 +104,36 @@ def test_the_part_agrees_with_attention_cut_by_hand():
     assert relative_error(case.fewer, expected) < 1e-12
     assert hidden_keys.error(case, case.some, case.some) < 1e-12
     assert hidden_keys.error(case, case.some, [case.some[0][:, 1:]]) > 1e-4
+
+
+class Columns(Attention):
+    """Sound attention whose keys are the second last axis of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-2)  # (B, H, keys, queries)
+        return self.proj((weights.transpose(-2, -1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def test_attention_over_another_axis_is_proved():
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = Columns(8, 2, False)
+    assert not failures(case_of(enliven(model)))
+    papr_fx.transform(model, toy_proposal(), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_padding_mask_stays(kind):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    padding = torch.tensor([[False, False, True, False, False, False]] * 2)
+    hidden = torch.tensor([[False, True, False, False, True, False]] * 2)
+    given = padding if kind == "bool" else torch.zeros(2, 6, dtype=torch.float64).masked_fill(padding, float("-inf"))
+    with HiddenKeys(hidden) as mode:
+        found, _ = attention(x, x, x, key_padding_mask=given)
+    seen = ~(padding | hidden)[0]
+    expected, _ = attention(x, x[:, seen], x[:, seen])
+    assert mode.seen == 1
+    assert torch.allclose(found, expected, atol=1e-12)

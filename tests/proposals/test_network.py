@@ -40,3 +40,11 @@ def test_precision_follows_the_model():
     assert gm(torch.randn(2, 3, 8, 12).bfloat16()).dtype == torch.bfloat16
     half = papr_fx.transform(ToyViT(Shape()), copy.deepcopy(toy_proposal()).half(), 0.5)
     assert {p.dtype for p in half.papr_proposal.parameters()} == {torch.float32}
+
+
+def test_a_state_dict_of_no_destination_is_empty():
+    network = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, verify=False).papr_proposal
+    assert network.state_dict(destination=None) == {}
+    assert network.state_dict() == {}
+    given = {"model": 1}
+    assert network.state_dict(destination=given) is given

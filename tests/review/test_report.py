@@ -5,6 +5,7 @@ import timm
 import torch
 
 import papr_fx
+from papr_fx.tracing.macs import count_macs_by_node
 
 from ..models import Shape, ToyViT, toy_proposal
 
@@ -84,3 +85,9 @@ def test_report_of_a_meta_model():
     gm = papr_fx.transform(ToyViT(Shape()).to("meta"), toy_proposal(), 0.5, verify=False)
     real = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5)
     assert papr_fx.report(gm) == papr_fx.report(real)
+
+
+def test_macs_are_those_of_the_graph_that_runs():
+    gm = papr_fx.transform(ToyViT(Shape(image=(32, 48))), toy_proposal(), 0.5, verify=False)
+    counted = sum(count_macs_by_node(gm.for_shapes(), gm.graph, gm.example()).values())
+    assert papr_fx.report(gm).total_macs == counted

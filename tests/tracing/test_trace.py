@@ -1,6 +1,7 @@
 """Tracing runs the model, but leaves its buffers, hooks and caches unchanged, and torch.fx too."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -108,3 +109,40 @@ class Noisy(ToyViT):
 def test_random_numbers_of_a_fixed_size_are_refused():
     with pytest.raises(papr_fx.TraceError, match="draws random numbers of a fixed size in training"):
         papr_fx.transform(Noisy(Shape()), toy_proposal(), 0.5)
+
+
+class AsksFor17(ToyViT):
+    """A branch that Python takes by `in`: with fewer tokens it would take the other."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).sum(1) / (17 if 17 in x.shape else 9))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_membership_in_a_shape_is_a_read(verify):
+    with pytest.raises(papr_fx.NoSiteError, match="as a Python number or length"):
+        papr_fx.transform(AsksFor17(), toy_proposal(), 0.5, verify=verify)
+
+
+class DrawsFixed(ToyViT):
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x) + torch.rand(8)
+
+
+class DrawsElsewhere(ToyViT):
+    """Another thread draws random numbers while this model is traced."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=torch.rand, args=(8,))
+        thread.start()
+        thread.join()
+        return super().tokens(x)
+
+
+def test_draws_of_a_fixed_size_are_refused_but_only_those_of_this_thread():
+    with pytest.raises(papr_fx.TraceError, match="draws random numbers of a fixed size"):
+        papr_fx.transform(DrawsFixed(Shape()), toy_proposal(), 0.5)
+    papr_fx.transform(DrawsElsewhere(Shape()), toy_proposal(), 0.5)
