@@ -1,4 +1,4 @@
-"""papr-fx: one call that makes a pretrained vision model run on its significant patches alone (PaPr, ECCV 2024)."""
+"""papr-fx: one call that makes a pretrained vision model run only on the significant patches (PaPr, ECCV 2024)."""
 
 from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio

@@ -16,12 +16,13 @@ from torch import Tensor, fx
 from . import ops
 from .passes.attend_tokens import AttentionPruning
 from .passes.fuse_tokens import TokenFusion
+from .passes.kinds import Kind
 from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduction import Reduction
 from .planning.module import PrunedModule, shell, sibling
 from .tracing.macs import count_macs_by_node
-from .tracing.roles import Kind, has_role
+from .tracing.roles import has_role
 
 __all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 

@@ -9,10 +9,11 @@ from torch import Tensor, fx
 
 from .errors import ArgumentError
 from .ops import TokenRows
+from .passes.kinds import Kind
 from .planning.module import PrunedModule, checked_module
 from .planning.plan import Choice, keep_of
 from .tracing.graphs import cut
-from .tracing.roles import Kind, find
+from .tracing.roles import find
 
 Grid = tuple[int, ...]
 

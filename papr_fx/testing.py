@@ -13,11 +13,13 @@ from torch import Tensor, fx, nn
 from .errors import ArgumentError, VerifyError
 from .planning.inputs import checked_model, example_images, with_output
 from .planning.module import PrunedModule, checked_module, checked_z, set_keep_ratio, shell
+from .planning.plan import keep_of
 from .proof import hidden_keys, regions
 from .proof.case import Case
 from .queries import keep_masks
 from .review.diff import graph_changes
-from .tracing.numerics import relative_error, tensors_of
+from .tracing.graphs import cut
+from .tracing.numerics import tensors_of
 from .transform import transform
 
 
@@ -64,13 +66,20 @@ def check(
     gm = PrunedModule(shell(gm), gm.plan.reducing(None))  # `transform` has proved merging
     case = Case.of(with_output(wide, gm.plan.output), gm, torch.float64, z=z)
     kept = [mask.flatten(1).nonzero()[:, 1].view(len(mask), -1) for mask in keep_masks(gm, case.images).values()]  # (B, k)
-    if not any(case.places) and not relative_error(case.run(gm, case.images), case.run_pruned(kept)) <= case.tolerance:
-        raise VerifyError("choice: the model does not keep the positions that `keep_masks` returns")
+    _check_choice(case, gm, kept)
     set_keep_ratio(gm, 1.0)
     whole = case.run(gm, case.images)
     if not all(torch.equal(a, b) for a, b in zip(tensors_of(whole), tensors_of(case.expected), strict=True)):
         raise VerifyError("z=1: the traced model differs from the model")
     return _compared(case, kept)
+
+
+def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> None:
+    """Raises unless the graph itself keeps these cells (B, k) of each grid, each once."""
+    for choice, cells in zip(case.rewrite.choices, kept, strict=True):
+        index = case.run(cut(shell(gm), gm.graph, keep_of(gm.graph, choice)), case.images)
+        if not torch.equal(choice.rows.cells_of(index).sort(dim=1).values, cells.sort(dim=1).values):
+            raise VerifyError("choice: the model does not keep the positions that `keep_masks` returns")
 
 
 def _compared(case: Case, kept: list[Tensor]) -> Checked:

@@ -1,4 +1,7 @@
-"""The one call, to be read top to bottom: check the arguments, plan, rewrite, prove."""
+"""The one call, to be read top to bottom: check the arguments, plan by tokens or by pixels, prove.
+
+Planning traces the model and finds the sites. The graph is rewritten where the planned module is built, see `PrunedModule`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from functools import cache
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
 from .passes.reduction import Reduction
@@ -22,9 +25,9 @@ from .proposals.build import ImageSpec, ProposalOptions, build_proposal
 from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
 from .proposals.statistics import InputStats
+from .review.stages import print_stages
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 from .tracing.numerics import forked_random
-from .tracing.text import graph_text
 
 Mode = Literal["auto", "tokens", "pixels"]
 
@@ -150,14 +153,10 @@ class _Pipeline:
         if gm.plan.z != self.options.z:
             gm.retarget(self.options.z)
         if os.environ.get("PAPR_FX_DEBUG") == "1":
-            gm.plan.rewrite(gm.training, _print_stage)
+            print_stages(gm)
         if self.options.verify:
             _prove(self.request.model, gm)
         return gm
-
-
-def _print_stage(name: str, graph: fx.Graph) -> None:
-    print(f"--- {name}\n{graph_text(graph)}")
 
 
 def _prove(model: nn.Module, gm: PrunedModule) -> None:

@@ -44,7 +44,7 @@ class TokenFusion(Reduction):
     Attributes:
         r: Number of tokens dropped or merged in each block, capped at half of its patches.
         blocks: Which blocks: "second-half", "all", or their numbers.
-        proportional: Whether attention weighs each token by the number of patches it stands for.
+        proportional: Whether attention weights each token by the number of patches it stands for.
         linear_from: Number of these blocks, from the first, that drop tokens; the others merge them.
     """
 

@@ -9,17 +9,17 @@ Becomes:
     papr_position_0 = gather_positions(table, papr_patches, [2], 4)  # (B, 1, k, D)
     turned          = queries * papr_position_0        # (B, H, k, D)
 
-Because: with k tokens the operation fails, as its operands differ in length. The operand that does not come from the tokens has
-an entry per position, so it is gathered by the indices of the tokens. Tables that several blocks compute alike are gathered
-once. The proof shows later, on numbers, that the right axis was gathered: with all positions in random order the model's
-output must come out.
+Because: with k tokens the operation fails, as its operands differ in length. An operand that still has its dense length holds
+an entry per position, so it is gathered by the indices of the tokens: along whichever axes make the operation run again.
+Tables that several blocks compute alike are gathered once. That the right axis was gathered is for the proof to show: with all
+positions in random order the rewritten graph must give the model's output.
 
 Three more things are repaired:
     - A block numbers positions by the token count (`torch.arange(x.shape[1])`): it gets the dense count, and the kept numbers
       are gathered.
     - A block asks a table for the number of positions, to tell prefix tokens from patches: it gets the kept count.
-    - A reshape after the blocks lays the tokens out as their grid, (B, h, w, C): the kept ones become a grid of k rows and
-      one column. Position-wise operations and pooling still run.
+    - A reshape after the last block lays the tokens out as their grid, (B, h, w, C): the kept ones become a grid of k rows
+      and one column. Position-wise operations and pooling still run. (Inside a block such a reshape is refused.)
 
 Left alone:
     1. A module that fails, or numbers positions itself: it must be traced through first (`OpenError`).
@@ -39,7 +39,8 @@ from ..dataflow.shorter_run import find_repairs
 from ..dataflow.token_run import TokenStream
 from ..ops import gather_positions, kept_patches
 from ..tracing.graphs import nodes_by_name
-from ..tracing.roles import Kind, tag
+from ..tracing.roles import tag
+from .kinds import Kind
 from .prune_tokens import TokenSite
 
 

@@ -34,14 +34,14 @@ class Placing:
 
     Attributes:
         source: The value whose copy or scaled form is the residual.
-        first: The first node of the operator.
+        start: The first node of the operator.
         rows: The grid, and the tokens before it where positions have one axis.
         origin: Where the sizes of the grid can be read at run time.
         moves: How the positions left the order of the image, if they did: into windows.
     """
 
     source: str
-    first: str
+    start: str
     rows: TokenRows
     origin: Origin
     moves: Moves | None = None
@@ -87,7 +87,7 @@ class PixelIndexer:
     def indices(self, sites: Sequence[Placing]) -> list[Index]:
         """The index of each site. Sites share what is equal."""
         first = self.images.images.next
-        in_order = sorted(sites, key=lambda site: self.nodes[site.first], reverse=True)
+        in_order = sorted(sites, key=lambda site: self.nodes[site.start], reverse=True)
         leads = {site.rows.grid: site for site in in_order}  # the first to run; their additions may come in another order
         chosen: dict[tuple[int, ...], _Chosen] = {}
         indices: dict[tuple[object, ...], Index] = {}

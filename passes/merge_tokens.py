@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ops.reduction import match_tokens, merge_tokens
-from ..tracing.roles import Kind, tag
+from ..tracing.roles import tag
+from .kinds import Kind
 from .reduction import Attended, Reduction, State
 
 
@@ -35,7 +36,7 @@ class Merge(Reduction):
     Attributes:
         r: Number of tokens merged in each block, capped at half of its patches.
         blocks: Which blocks: "second-half", "all", or their numbers.
-        proportional: Whether attention weighs each token by the number of patches it stands for: True for models trained with
+        proportional: Whether attention weights each token by the number of patches it stands for: True for models trained with
             labels, False for MAE (PaPr, Sec. 4.1). Averages over tokens are always weighted.
 
     Raises:

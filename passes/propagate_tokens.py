@@ -44,7 +44,7 @@ class TokenPropagation(Reduction):
     Attributes:
         r: Number of tokens dropped in each block, capped at half of its patches.
         blocks: Which blocks: "second-half", "all", or their numbers.
-        proportional: Whether attention weighs each token by its size, which grows by the shares it receives.
+        proportional: Whether attention weights each token by its size, which grows by the shares it receives.
         strength: Share of a dropped token that is passed on.
         edges: Number of tokens with like keys that each token is connected to.
 

@@ -14,8 +14,9 @@ Becomes:
     papr_out_0     = write_pixels(x, pixels, papr_index_hxw, "BCHW", "zero") # (B, C, h, w)
 
 Because: a pixel operator treats every position independently, so its cost falls with k, and its results for kept positions
-stay the same (PaPr, Eq. 4). Elsewhere the branch is zero. With background "keep" the residual passes there, with "zero" it is
-zeroed too. One choice of positions, and its index arithmetic, serves all sites of a grid.
+stay the same (PaPr, Eq. 4). At dropped positions the branch is zero. The residual stays there with background "keep", and is
+zeroed too with "zero" ("auto": see `background_of`). One choice of positions, and its index arithmetic, serves all sites of a
+grid.
 
 Left alone:
     1. A branch without a Linear or 1x1 convolution.
@@ -37,15 +38,16 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from ..dataflow.branches import Branch, BranchReader, Laid
+from ..dataflow.branches import Branch, BranchReader, Layouts
 from ..dataflow.grids import grid_of, image_rank
 from ..dataflow.moves import find_moves, operands
 from ..dataflow.positionwise import Layout, PositionwiseProbe
 from ..ops import TokenRows, gather_pixels, write_pixels
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
-from ..tracing.roles import Kind, tag
+from ..tracing.roles import tag
 from . import splice_proposal
 from .index_pixels import Index, PixelIndexer, Placing
+from .kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def find_sites(graph: fx.Graph, root: nn.Module, probe: PositionwiseProbe) -> tu
     reader = BranchReader(root, frozenset(descendants(*graph.find_nodes(op="placeholder"))), probe)
     for addition in graph.nodes:
         pair = operands(addition)
-        found = [_match(reader, reader.branch(addition, *some)) for some in (pair[::-1], pair)] if pair else []
+        orders = (pair[::-1], pair) if pair else ()  # either operand may be the branch
+        found = [_match(reader, reader.branch(addition, *order)) for order in orders]
         chosen = next((site for site in found if isinstance(site, PixelSite)), None)
         if chosen:
             sites.append(chosen)
@@ -172,14 +175,14 @@ def _match(reader: BranchReader, branch: Branch) -> PixelSite | str | None:
     if not layers:
         return None
     layer = f"`{layers[-1].target}`"
-    odd = reader.odd_entries(branch)
-    if odd or not branch.entries:
-        start = odd[0] if odd else None
+    foreign = reader.foreign_entries(branch)
+    if foreign or not branch.entries:
+        start = foreign[0] if foreign else None
         return f"{layer}: its branch starts at `{start}`, neither the residual's source nor a depthwise convolution"
-    laid = reader.lay_out(branch)
-    if isinstance(laid, str):
-        return f"{layer}: {laid}"
-    source, layout = branch.sources[-1], laid.layouts[branch.end]
+    found = reader.find_layouts(branch)
+    if isinstance(found, str):
+        return f"{layer}: {found}"
+    source, layout = branch.sources[-1], found.layouts[branch.end]
     moves = find_moves(source, reader.root) if len(layout) == 4 else None
     grid = grid_of(nodes_by_name(source.graph)[moves.origin], moves.layout) if moves else grid_of(source, layout)
     if grid is None:
@@ -188,23 +191,23 @@ def _match(reader: BranchReader, branch: Branch) -> PixelSite | str | None:
     rank = image_rank(source.graph)
     if len(rows.grid) != rank:
         return f"{layer}: its positions have {len(rows.grid)} axes, those of the input {rank}"
-    if any(_count(node, axes) != rows.count for node, axes in laid.layouts.items() if shape_of(node)):
+    if any(_count(node, axes) != rows.count for node, axes in found.layouts.items() if shape_of(node)):
         return f"{layer}: its positions are not those of grid {rows.grid}"
     placing = Placing(source.name, branch.region[0].name, rows, origin, moves)
-    return _site(branch, laid, str(layers[-1].target), placing)
+    return _site(branch, found, str(layers[-1].target), placing)
 
 
-def _site(branch: Branch, laid: Laid, name: str, placing: Placing) -> PixelSite:
+def _site(branch: Branch, found: Layouts, name: str, placing: Placing) -> PixelSite:
     return PixelSite(
         name=name,
         addition=branch.addition.name,
         residual=branch.residual.name,
         branch=branch.end.name,
         region=tuple(node.name for node in branch.region),
-        entries=tuple((entry.name, laid.layouts[entry]) for entry in branch.entries),
-        layout=laid.layouts[branch.end],
+        entries=tuple((entry.name, found.layouts[entry]) for entry in branch.entries),
+        layout=found.layouts[branch.end],
         placing=placing,
-        masked=tuple((node.name, laid.layouts[node]) for node in branch.region if node in laid.masked),
+        masked=tuple((node.name, found.layouts[node]) for node in branch.region if node in found.masked),
         convolution=bool(branch.convolutions),
     )
 

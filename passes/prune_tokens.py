@@ -36,7 +36,8 @@ from ..ops import TokenRows, count_windows, gather_tokens
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, shape_of
-from ..tracing.roles import Kind, has_role, tag
+from ..tracing.roles import has_role
+from .kinds import Kind
 from .splice_proposal import read_sizes
 
 
@@ -121,7 +122,6 @@ def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node) -> None:
     """Gathers the kept tokens after `keep` and hands them to every later user of the stream."""
     with graph.inserting_after(keep):
         tokens = graph.create_node("call_function", gather_tokens, (site.stream, keep), name="papr_tokens")
-    tag(tokens, Kind.TOKENS)
 
     def reads_later(user: fx.Node) -> bool:
         return user is not tokens and not has_role(user, Kind.DENSE_COUNT)

@@ -14,7 +14,7 @@ Becomes:
     out           = papr_tokens_1 + mlp(papr_tokens_1)
 
 Because: from the addition to the next attention every operation treats each token independently, and attention takes any
-number of them. A token that stands for s patches weighs s times as much in attentions and averages (Bolya et al., ICLR 2023,
+number of them. A token that stands for s patches weights s times as much in attentions and averages (Bolya et al., ICLR 2023,
 Sec. 3.2). Then merging equal tokens changes nothing.
 
 Left alone:
@@ -38,7 +38,8 @@ from ..errors import NoSiteError
 from ..ops.reduction import mean_by_size, size_bias
 from ..tracing.blocks import block_calls
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
-from ..tracing.roles import Kind, tag
+from ..tracing.roles import tag
+from .kinds import Kind
 from .prune_tokens import TokenSite
 from .reduction import Attended, Blocks, Reduction, State, chosen_blocks
 from .splice_proposal import Sizes

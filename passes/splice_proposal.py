@@ -26,7 +26,8 @@ from torch import fx
 
 from ..errors import NoSiteError
 from ..ops import resize_map, top_positions
-from ..tracing.roles import Kind, find_all, tag
+from ..tracing.roles import find_all, tag
+from .kinds import Kind
 
 PROPOSAL = "papr_proposal"
 

@@ -34,13 +34,16 @@ def test_each_stage_is_printed_under_the_name_of_its_pass(model, options, expect
     monkeypatch.setenv("PAPR_FX_DEBUG", "1")
     papr_fx.transform(model(), toy_proposal(), 0.5, verify=False, **options)
     printed = capsys.readouterr().out
-    assert stages(printed) == expected
-    parts = dict(zip(expected, re.split(r"^--- \w+$", printed, flags=re.M)[1:], strict=True))
+    assert stages(printed) == [*expected, "result"]
+    parts = dict(zip([*expected, "result"], re.split(r"^--- \w+$", printed, flags=re.M)[1:], strict=True))
     assert "papr_" not in parts["trace"]
     assert "papr_map = papr_proposal(" in parts[expected[1]]
     if "prune_tokens" in parts:
         assert "gather_tokens" not in parts["gather_positions"]
-        assert "papr_tokens = papr_fx.gather_tokens(" in parts["prune_tokens"]
+        assert re.search(r"papr_tokens = papr_fx.gather_tokens\(.*# \(B, 9, 8\)", parts["prune_tokens"])
+        assert "(B, 17, 8)" in parts["trace"]
+        assert "# (" not in parts["gather_positions"] or "rotary" not in expected
+    assert "papr_map" in parts["result"]
 
 
 def test_nothing_is_printed_otherwise(monkeypatch, capsys):

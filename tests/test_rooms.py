@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def imported(name: str, tree: ast.AST) -> Iterator[str]:
     package = name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("papr_fx.") for alias in node.names if alias.name.startswith("papr_fx."))
+            names = [alias.name for alias in node.names if alias.name.partition(".")[0] == "papr_fx"]
+            yield from (alias.partition(".")[2] for alias in names)
         if not isinstance(node, ast.ImportFrom):
             continue
         module = node.module or ""
@@ -38,14 +40,21 @@ def imported(name: str, tree: ast.AST) -> Iterator[str]:
             continue
         for alias in node.names:
             whole = ".".join([*base, alias.name])
-            yield whole if whole in FILES else ".".join(base)
+            yield whole if whole in FILES or f"{whole}.__init__" in FILES else ".".join(base)
 
 
+def targets(name: str, code: str) -> set[str]:
+    """The files that a module with this code imports."""
+    found = {target if target in FILES else f"{target}.__init__".lstrip(".") for target in imported(name, ast.parse(code))}
+    assert found <= FILES.keys(), found - FILES.keys()
+    return found
+
+
+@cache
 def imports() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, file in FILES.items():
-        found = {target if target in FILES else f"{target}.__init__" for target in imported(name, ast.parse(file.read_text()))}
-        graph[name] = found & FILES.keys() - {name}
+        graph[name] = targets(name, file.read_text()) - {name}
     return graph
 
 
@@ -55,7 +64,7 @@ def room(name: str) -> str:
 
 def test_every_file_is_in_a_room():
     assert {room(name) for name in FILES} == set(ROOMS)
-    assert len({room(name) for name in FILES if "." in name}) <= 10
+    assert len({room(name) for name in FILES if "." in name} - {"passes"}) <= 9  # passes/ lies at the top of the repository
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -75,3 +84,20 @@ def test_the_imports_are_found():
     assert "passes.splice_proposal" in found["passes.prune_pixels"]
     assert "planning.inputs" in found["planning.by_tokens"]
     assert len(found["__init__"]) > 8
+
+
+@pytest.mark.parametrize(
+    ("code", "target"),
+    [
+        ("from .. import Merge", "__init__"),
+        ("from papr_fx import Merge", "__init__"),
+        ("import papr_fx", "__init__"),
+        ("import papr_fx.transform", "transform"),
+        ("from papr_fx.planning import plan", "planning.plan"),
+        ("from ..planning.plan import Plan", "planning.plan"),
+        ("from .. import planning", "planning.__init__"),
+        ("if TYPE_CHECKING:\n    from ..proof.case import Case", "proof.case"),
+    ],
+)
+def test_every_form_of_import_is_seen(code, target):
+    assert targets("ops.positions", code) == {target}

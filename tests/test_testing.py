@@ -1,12 +1,13 @@
 """The tools for users' own suites: they pass what is right and fail what is not."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import papr_fx
 from papr_fx import ops, testing
-from papr_fx.passes import prune_tokens
+from papr_fx.passes import prune_tokens, splice_proposal
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Attention, Shape, ToyViT, images, toy_proposal
@@ -107,3 +108,15 @@ class Zero(Attention):
 def test_check_refuses_to_say_anything_where_a_wrong_position_does_not_show():
     with pytest.raises(papr_fx.VerifyError, match="hidden keys: one wrong position moves the result by only 0.0e"):
         testing.check(IgnoresPatches(), toy_proposal(), 0.5, verify=False)
+
+
+@pytest.mark.parametrize("output", ["logits", "features"])
+def test_check_sees_a_position_that_is_kept_twice(output, monkeypatch):
+    def twice(psm, z, prefix=0):
+        keep = ops.top_positions(psm, z, prefix)
+        return torch.cat([keep[:, :-1], keep[:, -2:-1]], dim=1)
+
+    monkeypatch.setattr(splice_proposal, "top_positions", twice)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=3)
+    with pytest.raises(papr_fx.VerifyError, match="choice"):
+        testing.check(model, toy_proposal(), 0.5, verify=False, output=output)

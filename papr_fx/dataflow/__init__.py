@@ -1,5 +1,5 @@
 """Judges what the nodes of a graph do with positions: keep them apart, mix them, move them, attend to them.
 
-Every verdict comes from running a node, never from its class name.
-It must not know which rewrite asks, nor change a graph.
+Verdicts come from what a node does, mostly by running it, never from the class names of a library.
+It must not know which rewrite asks.
 """

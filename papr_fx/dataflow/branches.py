@@ -38,7 +38,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Laid:
+class Layouts:
     """A region whose nodes are all position-wise.
 
     Attributes:
@@ -75,23 +75,23 @@ class BranchReader:
         """The nodes of a branch that are, or call modules that hold, a Linear or a 1x1 convolution."""
         return [node for node in branch.region if self._is_pointwise(node)]
 
-    def odd_entries(self, branch: Branch) -> list[fx.Node]:
+    def foreign_entries(self, branch: Branch) -> list[fx.Node]:
         """Values that enter a branch and are neither the residual's source, nor a depthwise convolution, nor feed one."""
         feeding = {node for conv in branch.convolutions for node in ancestors(conv)}
         feeding |= {part for node in feeding if shape_of(node) is None for part in node.users}  # other parts of a split
         return [e for e in branch.entries if e not in feeding and e not in branch.sources and e not in branch.convolutions]
 
-    def lay_out(self, branch: Branch) -> Laid | str:
+    def find_layouts(self, branch: Branch) -> Layouts | str:
         """The layouts of a branch under which all its nodes are position-wise; otherwise why the best attempt failed."""
         attempts: list[tuple[int, str]] = []
         for hypothesis in product(*(_hypotheses(entry, entry in branch.convolutions) for entry in branch.entries)):
             found = self._followed(branch, dict(zip(branch.entries, hypothesis, strict=True)))
-            if isinstance(found, Laid):
+            if isinstance(found, Layouts):
                 return found
             attempts.append(found)
         return max(attempts)[1]
 
-    def _followed(self, branch: Branch, layouts: dict[fx.Node, Layout]) -> Laid | tuple[int, str]:
+    def _followed(self, branch: Branch, layouts: dict[fx.Node, Layout]) -> Layouts | tuple[int, str]:
         """Completes the layouts of the entries through the region; otherwise how far that went, and what failed."""
         masked: set[fx.Node] = set()
         for count, node in enumerate(branch.region):
@@ -105,7 +105,7 @@ class BranchReader:
             layouts[node] = verdict.layout
             if verdict.masked:
                 masked.add(node)
-        return Laid(layouts, frozenset(masked))
+        return Layouts(layouts, frozenset(masked))
 
     def _sources(self, residual: fx.Node) -> list[fx.Node]:
         """The residual and what it copies or scales, upstream through identities and modules of one vector."""

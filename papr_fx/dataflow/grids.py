@@ -1,4 +1,4 @@
-"""The grid behind a token axis: which rows and columns of the images its positions come from."""
+"""Finds the grid that was flattened into a token axis: which rows and columns of the images its positions come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tracing.graphs import ancestors, shape_of
 from ..tracing.joins import Join
 from .positionwise import Layout
 
-# More tokens than this before a grid are no class, distillation or register tokens.
+# A longer prefix cannot be class, distillation and register tokens.
 _LONGEST_PREFIX = 16
 
 

@@ -97,7 +97,7 @@ def copy_moves(graph: fx.Graph, origin: fx.Node, path: Sequence[fx.Node], start:
         if shortcut:
             return copy(shortcut)
         if node.op == "placeholder" or (shape_of(node) is not None and node not in path):
-            raise ValueError(f"`{node.name}` does not follow from `{origin.name}` by moves alone")
+            raise ValueError(f"`{node.name}` is not computed from `{origin.name}` only by moving values")
         args, kwargs = fx.map_arg((node.args, node.kwargs), copy)
         copied[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"papr_{node.name}")
         return copied[node]

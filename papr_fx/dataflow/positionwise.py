@@ -81,7 +81,7 @@ class PositionwiseProbe:
             return Verdict(layouts[node.all_input_nodes[0]])  # one part of a chunk or split
         found = {layouts[n] for n in node.all_input_nodes if n in layouts}
         if len(found) != 1:
-            return Verdict(reason=f"joins values laid out as {' and '.join(sorted(found))}")
+            return Verdict(reason=f"combines values of the layouts {' and '.join(sorted(found))}")
         (layout,) = found
         if node.target in _RANDOM_FUNCTIONS:
             return Verdict(layout)
@@ -121,7 +121,7 @@ class PositionwiseProbe:
                     varying = {n: value.abs() for n, value in varying.items()}  # a root, a logarithm
                 actual, whole, masked = run(_gathered), run(_same), run(_masked)
         except _RefusedError as error:
-            return Verdict(reason=f"is made for other inputs ({error})")
+            return Verdict(reason=f"failed on the small grid of the probe ({error})")
         for value, is_masked in ((whole, False), (masked, True)):
             for out in dict.fromkeys((layout, *LAYOUTS)):  # a module may permute
                 if _agree(actual, value, out):

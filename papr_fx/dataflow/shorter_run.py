@@ -81,7 +81,7 @@ class ShorterRun(TokenRun):
         kept = {kept for _, kept in self.lengths.values()}
         suspect = n.op == "call_module" and self.in_block(n) and not recorder.counts.isdisjoint(kept)
         if suspect and self._follows_length(n, recorder.counts):
-            raise OpenError({str(n.target)}, f"`{n.target}` numbers the tokens that it is given", alike=True)
+            raise OpenError({str(n.target)}, f"`{n.target}` numbers its input tokens", whole_class=True)
         return out[:, : self.lengths[0][1]] if n is self.stream.node else out
 
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
@@ -90,7 +90,7 @@ class ShorterRun(TokenRun):
         name = node.target if node.op == "call_module" else node.name
         reason = f"`{name}` refused {inputs}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if node.op == "call_module":
-            raise OpenError({str(node.target)}, reason, alike=True) from error
+            raise OpenError({str(node.target)}, reason, whole_class=True) from error
         for repairer in (self.tables, self.counts, self.views):
             out = repairer.repair(node)
             if out is not None:

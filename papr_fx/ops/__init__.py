@@ -17,6 +17,7 @@ from .positions import (
     pixel_rows,
     resize_map,
     top_positions,
+    wide,
     with_prefix,
     write_pixels,
 )
@@ -38,7 +39,6 @@ from .reduction import (
     split_by_score,
     split_heads,
     unravel,
-    wide,
 )
 from .rows import TokenRows
 

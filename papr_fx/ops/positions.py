@@ -161,7 +161,7 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
 
 
 def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:
-    """Adds a branch that was computed for kept positions to its residual (PaPr, Eq. 4): elsewhere the branch is zero.
+    """Adds a branch that was computed for kept positions to its residual (PaPr, Eq. 4).
 
     Args:
         residual: (B, C, h, w), (B, h, w, C), (B, h * w, C) or (B, C, h * w), or with a grid (t, h, w).
@@ -206,3 +206,8 @@ def _as_rows(x: Tensor, channels: int) -> Tensor:
     """The channels of every position as one row: a view of channels-last memory, otherwise a copy."""
     last = x.movedim(channels, -1)
     return last.reshape(-1, last.shape[-1])
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """float32, or the tensor's own dtype if that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)

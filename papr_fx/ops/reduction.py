@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import gather_tokens
+from .positions import gather_tokens, wide
 
 
 class Matching(NamedTuple):
@@ -105,11 +105,6 @@ def last_sizes(sizes: Tensor, count: int) -> Tensor:
     if count > sizes.shape[1]:
         raise ValueError(f"the {count} tokens were computed before a reduction, which left {sizes.shape[1]}")
     return sizes[:, sizes.shape[1] - count :]
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """float32, or the tensor's own dtype if that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def exact(tensor: Tensor) -> AbstractContextManager[Any]:

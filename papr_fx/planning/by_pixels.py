@@ -25,7 +25,7 @@ from .sizes import grids_follow
 
 
 class _Found(NamedTuple):
-    """The sites of a traced graph, and the residual branches that are none."""
+    """The sites of a traced graph, and the residual branches that are not sites."""
 
     sites: tuple[PixelSite, ...]
     skipped: tuple[Skipped, ...]
@@ -66,7 +66,7 @@ def prune_by_pixels(
     try:
         return PrunedModule(root, plan)
     except TraceError as error:
-        raise NoSiteError(f"the pixel operators of {plan.name} do not run on some positions: {error}") from error
+        raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:

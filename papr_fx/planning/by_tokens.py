@@ -25,8 +25,8 @@ from .plan import Plan, Refused, Target, TokenPlan
 from .sizes import takes_other_sizes
 
 _REFUSED = (
-    "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that no gather mends "
-    "(a reshape to the grid, a window)"
+    "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that gathering cannot "
+    "repair (a reshape to the grid inside a block, a window)"
 )
 
 
@@ -94,8 +94,10 @@ class _Planner:
         dynamic = takes_other_sizes(cut(scratch_copy(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
         join = site.flattening.node
         if dynamic and join.op == "call_module" and join.target not in opened:
-            raise OpenError({str(join.target)}, "its sizes must be values of this graph")
-        eval_plan = self._mode(traced, traced.graph)
+            if self._can_open(opened | {str(join.target)}):
+                raise OpenError({str(join.target)}, "its sizes must be values of this graph")
+            dynamic = False
+        eval_plan = self._mode(traced)
         in_training = trace(model, images, is_opened, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
@@ -108,15 +110,23 @@ class _Planner:
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 
-    def _mode(self, traced: Traced, graph: fx.Graph) -> TokenPlan:
-        """The plan of one mode, of which `graph` is the traced graph."""
-        site = prune_tokens.find_site(graph, self.blocks)
+    def _can_open(self, opened: set[str]) -> bool:
+        """Whether the model can be traced through these modules."""
+        try:
+            trace(self.request.model, self.request.images, lambda _, name: name in opened)
+        except TraceError:
+            return False
+        return True
+
+    def _mode(self, traced: Traced) -> TokenPlan:
+        """The plan of one mode."""
+        site = prune_tokens.find_site(traced.graph, self.blocks)
         root = scratch_copy(traced.root(self.request.model))
         try:
             repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
         except NoSiteError as error:
             raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
-        return TokenPlan(graph, self.blocks, repairs, self.merge, self._reduced(root, site, repairs))
+        return TokenPlan(traced.graph, self.blocks, repairs, self.merge, self._reduced(root, site, repairs))
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
@@ -151,7 +161,7 @@ class _Planner:
                 f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
                 f"`{site.block}` reads {site.rows.prefix} and {site.rows.grid}"
             )
-        return self._mode(traced, traced.graph)
+        return self._mode(traced)
 
     def _to_open(self, error: OpenError, opened: set[str]) -> set[str]:
         """The modules that a pass asks to trace through.
@@ -161,11 +171,11 @@ class _Planner:
         """
         model = self.request.model
         kinds = {name: type(model.get_submodule(name)) for name in error.modules}
-        closed = error.alike and any(kind.__module__.startswith("torch.nn.") for kind in kinds.values())
+        closed = error.whole_class and any(kind.__module__.startswith("torch.nn.") for kind in kinds.values())
         if closed or error.modules & opened:
-            reason = f"{_REFUSED.format(self.name)}: {error.reason}" if error.alike else error.reason
+            reason = f"{_REFUSED.format(self.name)}: {error.reason}" if error.whole_class else error.reason
             raise NoSiteError(reason) from error
-        if not error.alike:
+        if not error.whole_class:
             return error.modules
         alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) in kinds.values()}
         return {name for name in alike if any(is_inside(name, block) for block in self.blocks)} | error.modules

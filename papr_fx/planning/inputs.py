@@ -27,7 +27,7 @@ class Request(NamedTuple):
 
     Attributes:
         model: The model.
-        images: Images or clips to trace it with, (1, C, H, W). Only shape, dtype and device matter.
+        images: Images or clips to trace it with, such as (1, C, H, W). Only shape, dtype and device matter.
         layout: Their axes by letter: BCHW; BCTHW or BTCHW for clips.
     """
 

@@ -95,7 +95,7 @@ class PrunedModule(fx.GraphModule):
         self.plan = plan
 
     def _runnable(self, graph: fx.Graph) -> fx.Graph:
-        """The graph without dead code, with shapes; `TraceError` if it does not run."""
+        """The graph over these modules, without dead code and with shapes; `TraceError` if it does not run."""
         cleaned = fx.GraphModule(self, graph).graph  # whether code is dead is asked of the graph's module
         remove_dead_code(cleaned)
         propagate(self.for_shapes(), cleaned, self.example())

@@ -13,11 +13,12 @@ from ..dataflow.repairs import Repairs
 from ..errors import NoSiteError
 from ..ops import TokenRows
 from ..passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes.kinds import Kind
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..tracing.graphs import nodes_by_name
-from ..tracing.roles import Kind, find
+from ..tracing.roles import find
 
 # Called with the name of a pass and the graph after it.
 Stage = Callable[[str, fx.Graph], None]
@@ -145,6 +146,10 @@ class PixelPlan:
     def backgrounds(self) -> list[str]:
         """What dropped positions of each site hold afterwards: "keep" or "zero"."""
         return [prune_pixels.background_of(site, self.background, self.training) for site in self.sites]
+
+    def kept_rows(self, site: PixelSite, z: float) -> int:
+        """Rows that an operator runs on. z is the share of the grid: tokens before it are kept, but do not count."""
+        return site.rows.prefix + TokenRows(site.rows.grid).kept(z)
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of positions per grid."""

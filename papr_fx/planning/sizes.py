@@ -1,27 +1,32 @@
-"""Whether a model takes images of other sizes than the traced one, tried on shapes only."""
+"""Whether a model takes images of other sizes than the traced one."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, fx
 
 from ..dataflow.grids import Origin
 from ..errors import TraceError
 from ..ops import TokenRows
+from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.graphs import propagate, shape_of
 
 
 def takes_other_sizes(part: fx.GraphModule, images: Tensor, layout: str) -> bool:
     """Whether a part of a model runs on images of at least one other size.
 
+    Shapes say most, but not whether an index is in range. So a size that they allow is run, unless the model has no weights.
+
     Args:
         part: The part, over a scratch copy of the model's modules.
         images: Images of the traced shape.
         layout: Their axes.
     """
-    return any(_shapes_at(part, images, shape) is not None for shape in other_sizes(images, layout))
+    allowed = (shape for shape in other_sizes(images, layout) if _shapes_at(part, images, shape) is not None)
+    return any(images.is_meta or _runs(part, images.new_zeros(shape)) for shape in allowed)
 
 
 def grids_follow(whole: fx.GraphModule, images: Tensor, layout: str, grids: Sequence[tuple[TokenRows, Origin]]) -> bool:
@@ -58,6 +63,17 @@ def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tup
         shape[layout.index("T")] *= 2
         shapes.append(tuple(shape))
     return shapes
+
+
+@torch.no_grad()
+def _runs(part: fx.GraphModule, images: Tensor) -> bool:
+    try:
+        part(images)
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
+    except MODEL_ERRORS:
+        return False
+    return True
 
 
 def _shapes_at(part: fx.GraphModule, images: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:

@@ -149,14 +149,14 @@ class Case:
         return self.run(self.model, self.images)
 
     @cached_property
-    def some(self) -> list[Tensor]:
+    def kept(self) -> list[Tensor]:
         """Two thirds of each grid's cells in random order, (1, k)."""
         return [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in self.orders]
 
     @cached_property
-    def fewer(self) -> Any:
-        """The rewritten graph's output for the first image with `some` cells kept."""
-        return self.run_pruned(self.some)
+    def kept_output(self) -> Any:
+        """The rewritten graph's output for the first image with `kept` cells."""
+        return self.run_pruned(self.kept)
 
     @cached_property
     def places(self) -> list[Place | None]:
@@ -167,11 +167,11 @@ class Case:
         """
         if not self.rewrite.prunes_tokens:
             return [None] * len(tensors_of(self.expected))
-        (choice,), kept = self.rewrite.choices, self.some[0].shape[1]
+        (choice,), kept = self.rewrite.choices, self.kept[0].shape[1]
         try:
             return [
                 find_place(dense.shape, pruned.shape, choice.rows, kept)
-                for dense, pruned in zip(tensors_of(first_of(self.expected)), tensors_of(self.fewer), strict=True)
+                for dense, pruned in zip(tensors_of(first_of(self.expected)), tensors_of(self.kept_output), strict=True)
             ]
         except ValueError as error:
             raise VerifyError(f"lengths: {error} with {kept} of {choice.rows.grid} patches kept") from error

@@ -21,7 +21,7 @@ from .case import Case, ComparisonError
 def check(case: Case) -> None:
     """Compares two thirds of the tokens, after the last block, with the dense graph whose attention sees no others.
 
-    Fault: tokens meet outside of attention, or something is normalised over all of them. The other parts do not find it:
+    Fault: tokens are mixed outside attention, or something is normalised over all of them. The other parts do not find it:
     with all tokens kept there is nothing to miss, and with fewer the result is wrong in every order.
     Example: attention plus a static table, each with its own softmax over all tokens: kept tokens are off by 0.27,
     the permuted output by 2e-16.
@@ -32,7 +32,7 @@ def check(case: Case) -> None:
     """
     if not case.rewrite.prunes_tokens:
         return
-    found = error(case, case.some, case.some)
+    found = error(case, case.kept, case.kept)
     if not found <= case.tolerance:
         raise ComparisonError(
             f"hidden keys: the kept tokens of `{_last_tokens(case).name}` are off by {found:.1e} from those of the dense model "

@@ -13,17 +13,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..ops.reduction import Matching
+from ..passes.kinds import Kind
 from ..tracing.blocks import last_tokens
 from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error
-from ..tracing.roles import Kind, find, find_all
+from ..tracing.roles import find, find_all
 from .case import Case, ComparisonError
 
 
 def check(case: Case) -> None:
     """Merges all tokens at the sites of the reduction, and compares with the dense graph that averages them there.
 
-    A merged token that weighs as much as its members stands for all of them. So the output, and the tokens after the last
+    A merged token that weights as much as its members stands for all of them. So the output, and the tokens after the last
     block, must be those of the dense graph in which, after the same additions, every token is replaced by the average of
     its group. The groups are those of the merged run, so ties do not matter. With one token in another group, results must
     differ. This is proved for merging in proportion to size; other reductions change the same graph at the same sites.

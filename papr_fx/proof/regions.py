@@ -22,14 +22,14 @@ def check(case: Case) -> None:
     Fault: an operator mixes positions, such as a norm over space, or writes to the wrong ones. The other parts do not find
     it: with all positions kept, in any order, such a norm computes the same numbers.
     Example: a branch that starts with GroupNorm: the output is off by 0.005, with all positions kept by 2e-16.
-    Does nothing for tokens, which meet in attention (see `hidden_keys`).
+    Does nothing for tokens, which attention mixes (see `hidden_keys`).
 
     Raises:
         ComparisonError: They differ by more than one wrong position causes.
     """
     if case.rewrite.prunes_tokens:
         return
-    found = error(case, case.some, case.some)
+    found = error(case, case.kept, case.kept)
     if not found <= case.allowed:
         raise ComparisonError(
             f"regions: with fewer positions the output is off by {found:.1e} from the dense model with masked branches "
@@ -50,7 +50,7 @@ def error(case: Case, kept: Sequence[Tensor], unmasked: Sequence[Tensor]) -> flo
         for cells, choice in zip(unmasked, case.rewrite.choices, strict=True)
     ]
     masked = case.run(fx.GraphModule(case.root, mask_branches(case)), case.images[: len(kept[0])], *masks)
-    return relative_error(case.fewer if kept is case.some else case.run_pruned(kept), masked)
+    return relative_error(case.kept_output if kept is case.kept else case.run_pruned(kept), masked)
 
 
 def mask_branches(case: Case) -> fx.Graph:

@@ -1,4 +1,4 @@
-"""Class activation maps: feature maps weighed by what the proposal's classifier makes of them.
+"""Class activation maps: feature maps weighted by what the proposal's classifier makes of them.
 
 Each module maps (features, images, trunk) to maps, as `saliency` says.
 """
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from ..errors import ProposalError
-from ..ops.reduction import wide
+from ..ops import wide
 from ..tracing.numerics import exact_float32, relative_error
 
 _MASKS_PER_PASS = 32  # of one image, in Score-CAM
 
 
 class ClassActivation(nn.Module):
-    """Maps weighed by the classifier's weights for its best class (CAM; Zhou et al., CVPR 2016), or for all, by probability."""
+    """Maps weighted as the classifier does for its best class (CAM; Zhou et al., CVPR 2016), or for all, by probability."""
 
     weights: Tensor
 
@@ -36,11 +36,11 @@ class ClassActivation(nn.Module):
             weights = logits.softmax(-1, dtype=wide(logits)).to(self.weights.dtype) @ self.weights
         else:
             weights = self.weights[logits.argmax(-1)]
-        return _weighed_sum(features, weights, self.axis)
+        return _weighted_sum(features, weights, self.axis)
 
 
 class GradCAM(nn.Module):
-    """Maps weighed by the gradient of the best class, averaged over positions (Selvaraju et al., ICCV 2017).
+    """Maps weighted by the gradient of the best class, averaged over positions (Selvaraju et al., ICCV 2017).
 
     The ReLU at its end is left out: it would make all positions that speak against the class equal.
     """
@@ -56,11 +56,11 @@ class GradCAM(nn.Module):
             return self.classifier(values).amax(-1).sum()
 
         gradients: Tensor = grad(best)(features)
-        return _weighed_sum(features, gradients.movedim(self.axis, 1).flatten(2).mean(-1), self.axis)
+        return _weighted_sum(features, gradients.movedim(self.axis, 1).flatten(2).mean(-1), self.axis)
 
 
 class ScoreCAM(nn.Module):
-    """Maps weighed by the softmax of the best class's scores for the image masked by each map (Wang et al., CVPRW 2020).
+    """Maps weighted by the softmax of the best class's scores for the image masked by each map (Wang et al., CVPRW 2020).
 
     It needs a forward pass for each of the K maps: for comparisons, not for speed. The ReLU is left out, as in `GradCAM`.
     """
@@ -79,7 +79,7 @@ class ScoreCAM(nn.Module):
         best = self.classifier(features).argmax(-1, keepdim=True)  # (B, 1)
         parts = flat.view_as(maps).split(_MASKS_PER_PASS, dim=1)
         scores = torch.cat([self._scores(images, masks, best, trunk) for masks in parts], dim=1)
-        return _weighed_sum(features, scores.softmax(-1, dtype=wide(scores)), self.axis)
+        return _weighted_sum(features, scores.softmax(-1, dtype=wide(scores)), self.axis)
 
     def _scores(self, images: Tensor, masks: Tensor, labels: Tensor, trunk: nn.Module) -> Tensor:
         """Scores (B, m) of classes (B, 1) for images (B, C, *size) multiplied by each of their masks (B, m, *grid)."""
@@ -119,7 +119,7 @@ def class_weights(features: Tensor, classifier: nn.Module, axis: int, name: str)
     )
 
 
-def _weighed_sum(features: Tensor, weights: Tensor, axis: int) -> Tensor:
+def _weighted_sum(features: Tensor, weights: Tensor, axis: int) -> Tensor:
     """The sum of feature maps, each times its weight of (B, K): (B, *grid)."""
     maps = features.movedim(axis, 1).to(wide(features))  # (B, K, *grid)
     return (weights.unsqueeze(1).to(maps.dtype) @ maps.flatten(2)).view(maps.shape[0], *maps.shape[2:])

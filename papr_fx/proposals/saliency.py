@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ProposalError
-from ..ops.reduction import wide
+from ..ops import wide
 from .cams import ClassActivation, GradCAM, ScoreCAM, class_weights
 from .split import Halves
 
@@ -63,7 +63,7 @@ def build_map(saliency: Saliency, halves: Halves, sample: Tensor, name: str) -> 
     classifier = halves.classifier
     if classifier is None:
         raise ProposalError(
-            f'saliency="{saliency}" asks the classes of the proposal, but ({name}) returns features: pass a classifier'
+            f"saliency={saliency!r} needs the proposal's classifier, but ({name}) returns features: pass a classifier"
         )
     if saliency == "gradcam":
         return GradCAM(classifier, axis)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ProposalError, TraceError, VerifyError
-from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking, scratch_copy
+from ..tracing.fakes import TRACED_BATCH, fake_like, faking, scratch_copy
 from ..tracing.graphs import cut, descendants
 from ..tracing.numerics import exact_float32, relative_error
 from ..tracing.trace import Traced, trace
@@ -112,7 +112,7 @@ def _unsplit(network: nn.Module, sample: Tensor, error: TraceError) -> Halves:
     try:
         with faking(mode):
             out: object = copied(fake)
-    except (*MODEL_ERRORS, KeyError) as refusal:
+    except Exception as refusal:  # it is user code, and may raise anything
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal
     ranks = (sample.ndim - 1, sample.ndim)  # without channels, and with them
     if isinstance(out, Tensor) and out.ndim in ranks and out.shape[0] == TRACED_BATCH and min(out.shape[-2:]) > 1:

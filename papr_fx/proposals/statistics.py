@@ -38,10 +38,12 @@ def renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given:
     Raises:
         ArgumentError: `given` is not one of the forms that `transform` takes.
     """
-    pair = _known(model, proposal, channels) if given == "auto" else given
-    if pair is None or pair == "shared":
+    if given == "shared":
         return None
-    (mean, std), (own_mean, own_std) = pair if given == "auto" else _checked(pair, channels)
+    pair = _known(model, proposal, channels) if given == "auto" else _checked(given, channels)
+    if pair is None:
+        return None
+    (mean, std), (own_mean, own_std) = pair
     if tuple(mean) == tuple(own_mean) and tuple(std) == tuple(own_std):
         return None
     m, s, own_m, own_s = (torch.tensor(tuple(v), dtype=torch.float64) for v in (mean, std, own_mean, own_std))

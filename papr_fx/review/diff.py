@@ -7,8 +7,10 @@ import difflib
 from torch import fx, nn
 
 from ..errors import ArgumentError
+from ..passes.kinds import Kind
 from ..planning.inputs import with_output
 from ..planning.module import PrunedModule, checked_module
+from ..tracing.roles import find_all
 from ..tracing.text import graph_text
 from ..tracing.trace import trace
 
@@ -40,5 +42,7 @@ def graph_changes(module: PrunedModule) -> str:
 
 
 def _unified(before: fx.Graph, module: PrunedModule) -> str:
-    old, new = (graph_text(graph).splitlines(keepends=True) for graph in (before, module.graph))
+    shrinking = bool(find_all(module.graph, Kind.REDUCED))
+    old = graph_text(before).splitlines(keepends=True)
+    new = graph_text(module.graph, shrinking=shrinking).splitlines(keepends=True)
     return "".join(difflib.unified_diff(old, new, "dense", f"papr z={module.plan.z:g}", n=2))

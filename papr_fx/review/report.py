@@ -10,11 +10,12 @@ from torch import fx
 
 from ..ops import TokenRows
 from ..passes import prune_tokens
+from ..passes.kinds import Kind
 from ..planning.module import PrunedModule, checked_module
 from ..planning.plan import PixelPlan, TokenPlan
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.macs import count_macs_by_node
-from ..tracing.roles import Kind, find, find_all
+from ..tracing.roles import find, find_all
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Report:
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
         if self.reduced:
-            (first, before, _), (last, _, behind) = self.reduced[0], self.reduced[-1]
-            left = f"\nreduced: {before} tokens to {behind}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
+            (first, before, _), (last, _, after) = self.reduced[0], self.reduced[-1]
+            left = f"\nreduced: {before} tokens to {after}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.fallback:
@@ -177,9 +178,7 @@ def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:
 
 def _pixel_sites(mode: PixelPlan, z: float, macs: _Macs) -> tuple[SiteReport, ...]:
     return tuple(
-        _site_report(
-            site.name, site.rows, site.rows.prefix + TokenRows(site.rows.grid).kept(z), macs.of(site.region), background
-        )
+        _site_report(site.name, site.rows, mode.kept_rows(site, z), macs.of(site.region), background)
         for site, background in zip(mode.sites, mode.backgrounds(), strict=True)
     )
 

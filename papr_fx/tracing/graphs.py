@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
@@ -31,8 +31,14 @@ def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
 
 
 def _structure(node: fx.Node) -> tuple[Any, ...]:
-    arguments = fx.map_arg((node.args, node.kwargs), lambda n: n.name)
+    arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Named(n.name))  # no string argument is equal to it
     return node.name, node.op, node.target, repr(arguments), shape_of(node)
+
+
+class _Named(NamedTuple):
+    """A node among arguments."""
+
+    name: str
 
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:

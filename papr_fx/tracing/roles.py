@@ -11,45 +11,32 @@ from enum import Enum
 from torch import fx
 
 
-class Kind(Enum):
-    """The kinds of node that are looked up later."""
-
-    MAP = "the saliency map of the proposal network"
-    PSM = "the map, resized to a grid"
-    KEEP = "the indices that are kept of a grid"
-    TOKENS = "the kept tokens"
-    DENSE_COUNT = "the number of tokens of the dense stream"
-    CHANNELS_LAST = "the images in channels-last memory"
-    MATCH = "which tokens a block merges"
-    REDUCED = "the tokens after a reduction"
-
-
 @dataclass(frozen=True)
 class Role:
     """What a node is for.
 
     Attributes:
-        kind: The kind.
+        kind: The kind of node. The passes define kinds.
         number: Which of several: the choice of positions, or the reduction, that it belongs to.
     """
 
-    kind: Kind
+    kind: Enum
     number: int = 0
 
 
-def tag(node: fx.Node, kind: Kind, number: int = 0) -> fx.Node:
+def tag(node: fx.Node, kind: Enum, number: int = 0) -> fx.Node:
     """Notes what `node` is for, and returns it."""
     node.meta["role"] = Role(kind, number)
     return node
 
 
-def has_role(node: fx.Node, kind: Kind) -> bool:
+def has_role(node: fx.Node, kind: Enum) -> bool:
     """Whether `node` is of that kind."""
     role = node.meta.get("role")
     return isinstance(role, Role) and role.kind is kind
 
 
-def find(graph: fx.Graph, kind: Kind, number: int = 0) -> fx.Node:
+def find(graph: fx.Graph, kind: Enum, number: int = 0) -> fx.Node:
     """The node of that role.
 
     Raises:
@@ -61,6 +48,6 @@ def find(graph: fx.Graph, kind: Kind, number: int = 0) -> fx.Node:
     raise LookupError(f"the graph has no node for {kind.value}, number {number}")
 
 
-def find_all(graph: fx.Graph, kind: Kind) -> list[fx.Node]:
+def find_all(graph: fx.Graph, kind: Enum) -> list[fx.Node]:
     """All nodes of a kind, in the order in which they run."""
     return [node for node in graph.nodes if has_role(node, kind)]

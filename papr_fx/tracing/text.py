@@ -10,25 +10,28 @@ from torch import fx
 
 from .fakes import TRACED_BATCH
 from .graphs import descendants, shape_of
-from .roles import Kind, find_all
 
 # A repeated group of nodes is shown once. Its size lies between a residual branch and a large block.
 _MIN_GROUP, _MAX_GROUP = 3, 120
 
 
-def graph_text(graph: fx.Graph) -> str:
+def graph_text(graph: fx.Graph, *, shrinking: bool = False) -> str:
     """The graph as lines `name = operation(inputs)  # shape`. B is the batch size.
 
     A chain of like modules (`blocks.0` to `blocks.11`, each fed by the one before) is one line. Of repeated groups of nodes,
     such as opened blocks, only the first is shown.
+
+    Args:
+        graph: The graph.
+        shrinking: Whether a group repeats another one also if its sizes are smaller.
     """
-    return "".join(f"{line}\n" for line in _lines(graph))
+    return "".join(f"{line}\n" for line in _lines(graph, shrinking))
 
 
-def _lines(graph: fx.Graph) -> list[str]:
+def _lines(graph: fx.Graph, shrinking: bool) -> list[str]:
     batched = descendants(*graph.find_nodes(op="placeholder"))  # everything that depends on the images
     nodes = list(graph.nodes)
-    repeats = _Repeats(graph)
+    repeats = _Repeats(graph, shrinking)
     lines: list[str] = []
     start = 0
     while start < len(nodes):
@@ -54,10 +57,10 @@ def _chain_length(nodes: Sequence[fx.Node], start: int) -> int:
 class _Repeats:
     """Finds groups of nodes that repeat each other."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, shrinking: bool) -> None:
         self._nodes = list(graph.nodes)
         self._place = {node: index for index, node in enumerate(self._nodes)}
-        self._reduced = bool(find_all(graph, Kind.REDUCED))
+        self._shrinking = shrinking
 
     def at(self, start: int) -> tuple[int, int]:
         """Length of the repeated group at `start` and the number of its repetitions; (1, 0) if there is none."""
@@ -93,11 +96,11 @@ class _Repeats:
         return True
 
     def _fits(self, first: fx.Node, later: fx.Node) -> bool:
-        """Whether the shapes are equal. Where tokens are reduced, the later one may be smaller."""
+        """Whether the shapes are equal, or the later one is smaller where that is allowed."""
         shapes = shape_of(first) or (), shape_of(later) or ()
         if len(shapes[0]) != len(shapes[1]):
             return False
-        return all(b == a or (b < a and self._reduced) for a, b in zip(*shapes, strict=True))
+        return all(b == a or (b < a and self._shrinking) for a, b in zip(*shapes, strict=True))
 
 
 def _stem(target: Any) -> Any:

@@ -25,14 +25,14 @@ class OpenError(Exception):
 
     Attributes:
         modules: Their qualified names.
-        alike: Whether to trace through the other modules of their classes as well.
+        whole_class: Whether to trace through the other modules of their classes as well.
         reason: What to say if they cannot be traced through.
     """
 
-    def __init__(self, modules: set[str], reason: str, *, alike: bool = False) -> None:
+    def __init__(self, modules: set[str], reason: str, *, whole_class: bool = False) -> None:
         super().__init__(reason)
         self.modules = modules
-        self.alike = alike
+        self.whole_class = whole_class
         self.reason = reason
 
 

@@ -8,6 +8,7 @@ that the caller can refuse it.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
@@ -61,8 +62,7 @@ class ValueProxy(fx.Proxy):
         return (self[i] for i in range(len(self.known)))  # pyright: ignore[reportIndexIssue]
 
     def __contains__(self, item: object) -> bool:
-        self._read()
-        return item in self.known
+        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))  # a value that is read
 
     def __index__(self) -> int:
         return int(self._number())

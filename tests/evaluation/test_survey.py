@@ -26,7 +26,7 @@ def test_a_survey_proves_one_of_each_structure():
     assert rows["vit_tiny_patch16_384"].proof == "as vit_tiny_patch16_224"
     assert rows["vit_tiny_patch16_384"].positions == "577 -> 289"
     assert not rows["convit_tiny"].mode
-    assert "no gather mends" in rows["convit_tiny"].reason
+    assert "gathering cannot repair" in rows["convit_tiny"].reason
     text = page.document([*rows.values()], 0.5)
     assert "| convit" in text
     assert "reason 1: the blocks of ConVit" in text

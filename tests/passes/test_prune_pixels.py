@@ -5,7 +5,17 @@ import torch
 from torch import Tensor, nn
 
 from papr_fx.dataflow.positionwise import PositionwiseProbe
-from papr_fx.ops import gather_pixels, pixel_rows, resize_map, top_positions, write_pixels
+from papr_fx.ops import (
+    TokenRows,
+    gather_pixels,
+    moved_cells,
+    number_cells,
+    pixel_rows,
+    resize_map,
+    top_positions,
+    with_prefix,
+    write_pixels,
+)
 from papr_fx.passes import prune_pixels
 from papr_fx.passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from papr_fx.tracing.fakes import aliased_copy
@@ -65,6 +75,89 @@ def test_the_mlp_runs_on_kept_positions(background, training, expected):
     graph = graph_of(before, IMAGES)
     prune_pixels.rewrite(graph, [site], PixelChoice(0.5, background, training=training))
     assert_becomes(before, graph, Expected(expected), IMAGES)
+
+
+class ClassToken(nn.Module):
+    """Positions in one axis behind a class token, as in a ViT, and a residual MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 2, 2)
+        self.first = nn.Parameter(torch.randn(1, 1, 4))
+        self.widen, self.act, self.narrow = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+
+    def stream(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), self.stem(x).flatten(2).transpose(1, 2)], 1)  # (B, 17, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.stream(x)
+        return shortcut + self.narrow(self.act(self.widen(shortcut)))
+
+
+class ExpectedClassToken(ClassToken):
+    """The class token is kept beside half of the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.papr_proposal = Brightness()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = top_positions(resize_map(self.papr_proposal(x), (4, 4)), 0.5, 0)  # (B, 8)
+        rows = pixel_rows(with_prefix(keep, 1), (17,))  # (B * 9,)
+        shortcut = self.stream(x)
+        kept = gather_pixels(shortcut, rows, (17,), "BNC")  # (B, 9, 4)
+        return write_pixels(shortcut, self.narrow(self.act(self.widen(kept))), rows, "BNC", "keep")
+
+
+class Windowed(nn.Module):
+    """A residual MLP on positions that were moved into windows of 2 x 2, as in MaxViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 2, 2)
+        self.widen, self.act, self.narrow = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+
+    def windows(self, x: Tensor) -> Tensor:
+        sizes = x.shape  # (B, C, 4, 4)
+        x = x.reshape(sizes[0], sizes[1], sizes[2] // 2, 2, sizes[3] // 2, 2)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2, 3)  # (B, 4, 4, C): windows, positions in them
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.windows(self.stem(x))
+        return shortcut + self.narrow(self.act(self.widen(shortcut)))
+
+
+class ExpectedWindowed(Windowed):
+    """The cells of the grid are moved into the same windows. So the kept ones are known in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.papr_proposal = Brightness()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = top_positions(resize_map(self.papr_proposal(x), (4, 4)), 0.5, 0)  # (B, 8)
+        cells = self.windows(number_cells(keep, (4, 4), "BCHW"))  # (1, 4, 4, 1)
+        rows = pixel_rows(moved_cells(keep, cells), (4, 4))
+        shortcut = self.windows(self.stem(x))
+        kept = gather_pixels(shortcut, rows, (16,), "BHWC")  # (B, 8, 1, 4)
+        return write_pixels(shortcut, self.narrow(self.act(self.widen(kept))), rows, "BHWC", "keep")
+
+
+@pytest.mark.parametrize(
+    ("before", "expected", "rows"),
+    [
+        (ClassToken, ExpectedClassToken, TokenRows((4, 4), 1)),
+        (Windowed, ExpectedWindowed, TokenRows((4, 4))),
+    ],
+)
+def test_positions_behind_a_class_token_or_in_windows(before, expected, rows):
+    model = before()
+    (site,), _ = sites_of(model)
+    assert site.rows == rows
+    assert (site.placing.moves is not None) == (before is Windowed)
+    graph = graph_of(model, IMAGES)
+    prune_pixels.rewrite(graph, [site], PixelChoice(0.5, "auto"))
+    assert_becomes(model, graph, expected(), IMAGES)
 
 
 class Normed(Before):

@@ -21,10 +21,11 @@ from papr_fx.ops import (
     size_bias,
 )
 from papr_fx.passes import prune_tokens, reduce_tokens
+from papr_fx.passes.kinds import Kind
 from papr_fx.passes.reduce_tokens import Remaining
 from papr_fx.passes.reduction import Reduction
 from papr_fx.tracing.fakes import scratch_copy
-from papr_fx.tracing.roles import Kind, find_all
+from papr_fx.tracing.roles import find_all
 
 from .specification import assert_becomes, graph_of
 

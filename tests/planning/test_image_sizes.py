@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.planning import sizes
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Attention, Block, enliven, toy_proposal
@@ -133,3 +134,56 @@ def test_dynamic_image_size_prunes_each_size_by_its_own_grid():
         assert list(masks) == [grid]
         assert masks[grid].flatten(1).sum(1).tolist() == [int((grid[0] * grid[1] + 1) * 0.5)] * 2
         assert gm(x).shape == (2, 1000)
+
+
+class Located(nn.Module):
+    """An embedding that looks rows and columns up: shapes of larger images look right, but their indices are out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, 8, 4, 4)
+        self.rows, self.columns = nn.Embedding(4, 8), nn.Embedding(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+        return (x + (self.rows(rows)[:, None] + self.columns(columns)).permute(2, 0, 1)).flatten(2).transpose(1, 2)
+
+
+class Frozen(Located):
+    """Switches gradients inside, so that it cannot be traced through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class FrozenAnySize(DeepEmbedding):
+    """The same without positions: it takes any size, but where its grid is flattened cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("embedding", [Located, Frozen, FrozenAnySize])
+def test_one_size_only(embedding):
+    model = AnySize()
+    model.embed = embedding()
+    gm = papr_fx.transform(enliven(model).eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 16))
+    assert not gm.plan.target.dynamic
+    assert gm(torch.randn(2, 3, 16, 16)).shape[0] == 2
+    with pytest.raises(papr_fx.ArgumentError, match="images must be a tensor"):
+        papr_fx.keep_masks(gm, torch.randn(2, 3, 32, 16))
+
+
+def test_memory_that_runs_out_is_not_an_answer(monkeypatch):
+    """Otherwise a model would take other sizes on one machine and not on another."""
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(sizes, "_shapes_at", lambda part, images, shape: {})
+    monkeypatch.setattr(torch.fx.GraphModule, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sizes.takes_other_sizes(torch.fx.symbolic_trace(nn.Identity()), torch.zeros(1, 3, 4, 4), "BCHW")

@@ -97,13 +97,13 @@ def test_hidden_keys_equal_attention_over_the_rest(masked):
 def test_the_part_agrees_with_attention_cut_by_hand():
     """On the redrawn model, by an oracle that shares no code with the part."""
     case = case_of(ToyViT(Shape(pool="cls")))
-    (keep,) = case.indices(case.some)
+    (keep,) = case.indices(case.kept)
     hidden = torch.ones(1, 17, dtype=torch.bool).scatter(1, keep, False)
     with attention_without(hidden):
         expected = functional_call(case.model, case.values, (case.images[:1],))
-    assert relative_error(case.fewer, expected) < 1e-12
-    assert hidden_keys.error(case, case.some, case.some) < 1e-12
-    assert hidden_keys.error(case, case.some, [case.some[0][:, 1:]]) > 1e-4
+    assert relative_error(case.kept_output, expected) < 1e-12
+    assert hidden_keys.error(case, case.kept, case.kept) < 1e-12
+    assert hidden_keys.error(case, case.kept, [case.kept[0][:, 1:]]) > 1e-4
 
 
 class Columns(Attention):

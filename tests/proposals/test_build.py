@@ -140,3 +140,18 @@ def test_refusals(case):
     make, message = REFUSED[case]
     with pytest.raises(papr_fx.ProposalError, match=message):
         built(make())
+
+
+class Failing(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a"), OSError("b"), NameError("c"), KeyError("d"), RuntimeError("e")])
+def test_whatever_a_proposal_raises_is_a_refusal(error):
+    with pytest.raises(papr_fx.ProposalError, match="refused images"):
+        built(Failing(error))

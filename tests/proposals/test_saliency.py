@@ -56,7 +56,7 @@ def test_arguments(saliency):
 
 @pytest.mark.parametrize("saliency", ["cam", "expected-cam", "gradcam", "scorecam"])
 def test_a_proposal_without_classes_is_refused(saliency):
-    with pytest.raises(papr_fx.ProposalError, match="asks the classes of the proposal"):
+    with pytest.raises(papr_fx.ProposalError, match="needs the proposal's classifier"):
         papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5, saliency=saliency)
     flat = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.Flatten(1, 2))
     with pytest.raises(papr_fx.ProposalError, match="returns one map"):

@@ -1,12 +1,15 @@
 """Normalisation statistics: images are normalised again for the proposal."""
 
+import pytest
 import timm
 import torch
 from torch import nn
 
+import papr_fx
 from papr_fx.proposals.build import ImageSpec, ProposalOptions, build_proposal
 from papr_fx.tracing.numerics import relative_error
 
+from ..models import Shape, ToyViT
 from .networks import before_pooling, timm_model
 
 
@@ -28,3 +31,9 @@ def test_renormalises_between_the_two_networks():
         given = (((0.5,) * 3, (0.5,) * 3), (config["mean"], config["std"]))
         assert error(nn.Identity(), given, expected) < 1e-4
         assert error(model, "shared", before_pooling(network, "global_pool")(own).mean(1)) < 1e-4
+
+
+@pytest.mark.parametrize("given", [None, "none", 3])
+def test_other_forms_are_refused(given):
+    with pytest.raises(papr_fx.ArgumentError, match='input_stats must be "auto", "shared"'):
+        papr_fx.transform(ToyViT(Shape()), timm.create_model("resnet10t"), 0.5, input_stats=given)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import papr_fx
+from papr_fx.passes.kinds import Kind
 from papr_fx.tracing.graphs import same_graph
-from papr_fx.tracing.roles import Kind, find, find_all, has_role, tag
+from papr_fx.tracing.roles import find, find_all, has_role, tag
 
 from ..models import Shape, ToyViT, toy_proposal
 

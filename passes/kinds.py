@@ -1,0 +1,17 @@
+"""The kinds of node that passes insert and that are looked up later, see `papr_fx.tracing.roles`."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Kind(Enum):
+    """What a node is for."""
+
+    MAP = "the saliency map of the proposal network"
+    PSM = "the map, resized to a grid"
+    KEEP = "the indices that are kept of a grid"
+    DENSE_COUNT = "the number of tokens of the dense stream"
+    CHANNELS_LAST = "the images in channels-last memory"
+    MATCH = "which tokens a block merges"
+    REDUCED = "the tokens after a reduction"
