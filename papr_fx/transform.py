@@ -28,6 +28,7 @@ from .proposals.statistics import InputStats
 from .review.stages import print_stages
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 from .tracing.numerics import forked_random
+from .tracing.surroundings import plain_contexts
 
 Mode = Literal["auto", "tokens", "pixels"]
 
@@ -84,13 +85,14 @@ def transform(
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
     sight = ProposalOptions(size, input_stats, checked_saliency(saliency), verify)
-    _run_once(request)
 
     @cache
     def network() -> SignificanceNet:
         return build_proposal(proposal, request.model, ImageSpec.of(request.images, request.layout), sight)
 
-    return _Pipeline(request, network, options).run()
+    with plain_contexts(request.images.device):
+        _run_once(request)
+        return _Pipeline(request, network, options).run()
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class PositionwiseProbe:
     ) -> Verdict:
         varying = {n: self._sample(cast("tuple[int, ...]", shape_of(n)), layout) for n in node.all_input_nodes if n in layouts}
         try:
-            with torch.no_grad(), exact_float32():
+            with torch.no_grad(), exact_float32(), torch.device("cpu"):
                 fixed = {n: self._constant(n) for n in node.all_input_nodes if n not in layouts}
 
                 def run(change: Callable[[Tensor, Layout], Tensor]) -> Any:
@@ -131,7 +131,7 @@ class PositionwiseProbe:
     def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
         grid = _GRIDS[len(layout)]
         sizes = [shape[axis] if letter == "C" else grid[letter] for axis, letter in enumerate(layout)]
-        return torch.randn(sizes, generator=self._random)
+        return torch.randn(sizes, generator=self._random, dtype=torch.float32)
 
     def _constant(self, node: fx.Node) -> Any:
         """A value that does not depend on the images. Parameters are redrawn, everything else is computed."""
@@ -195,7 +195,7 @@ def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _masked(tensor: Tensor, layout: Layout) -> Tensor:
-    keep = torch.zeros(_COUNT).index_fill(0, torch.tensor(_KEPT), 1)
+    keep = torch.zeros(_COUNT, dtype=torch.float32).index_fill(0, torch.tensor(_KEPT), 1)
     grid = _GRIDS[len(layout)]
     sizes = [grid[letter] if letter in "THWN" else 1 for letter in layout]
     return tensor * keep.view(sizes)

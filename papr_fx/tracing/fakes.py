@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ArgumentError, first_line
+from .surroundings import without_log
 
 # Samples of the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
@@ -54,14 +54,8 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
 @contextmanager
 def faking(mode: FakeTensorMode) -> Generator[None]:
     """Runs the body on fake tensors, without gradients. A refused shape is a normal result here, so torch does not log it."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before = log.disabled
-    log.disabled = True
-    try:
-        with torch.no_grad(), mode:
-            yield
-    finally:
-        log.disabled = before
+    with without_log(FakeTensorMode.__module__), torch.no_grad(), mode:
+        yield
 
 
 def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .fakes import TRACED_BATCH, fake_like, faking, scratch_copy
+from .surroundings import SharedSetting
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -74,15 +74,14 @@ def count_module_macs(module: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // TRACED_BATCH
 
 
-@contextmanager
-def _spelled_out() -> Generator[None]:
-    """Makes torch.nn's attention modules run as operations that are counted, instead of one fused kernel that is not."""
+def _without_fastpath() -> Callable[[], None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
+
+
+# Makes torch.nn's attention modules run as operations that are counted, instead of one fused kernel that is not.
+_spelled_out = SharedSetting(_without_fastpath)
 
 
 def _detach(root: nn.Module) -> None:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from .surroundings import SharedSetting
 
-@contextmanager
-def exact_float32() -> Generator[None]:
-    """Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here."""
+
+def _full_products() -> Callable[[], None]:
     backends: Any = torch.backends  # its settings are made at run time
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+
+    return undo
+
+
+# Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here.
+exact_float32 = SharedSetting(_full_products)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
@@ -34,6 +35,10 @@ _FACTORIES = (
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace),
     *(torch.rand, torch.randn),
 )
+
+
+# Held while a model is traced.
+_TRACING = threading.RLock()
 
 
 class ValueProxy(fx.Proxy):
@@ -133,6 +138,7 @@ class ValueTracer(fx.Tracer):
         self._mode = mode
         self.evaluating = False
         self._contexts = _contexts()
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -164,8 +170,18 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", type(a), (), given)
         return super().create_arg(a)
 
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Traces in this thread. torch.fx patches `nn.Module` for all of them, so one trace runs at a time."""
+        with _TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def _is_foreign(self) -> bool:
+        """Whether a patched method was called by another thread, whose modules run as they are."""
+        return threading.get_ident() != self._thread
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.evaluating:
+        if self._is_foreign() or self.evaluating:
             return forward(*args, **kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -179,7 +195,8 @@ class ValueTracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        plain = self._is_foreign() or self.evaluating
+        return attr_val if plain else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         inside = next(reversed(self.module_stack), "")
