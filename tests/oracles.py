@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -32,7 +33,13 @@ def kept_tokens(mask: Tensor, prefix: int) -> Tensor:
 
 
 def with_hidden_keys(model: ToyViT, mask: Tensor, x: Tensor) -> Tensor:
-    """The model's output from the kept tokens after its last block, all others hidden from every attention."""
+    """The model's output from the kept tokens after its last block, all others hidden from every attention.
+
+    The model runs with fused attention, which computes the same.
+    """
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attn.fused = True
     hidden = torch.cat([torch.zeros(len(mask), model.shape.prefix, dtype=torch.bool), ~mask.flatten(1)], dim=1)
     seen: list[Tensor] = []
     handle = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))

@@ -60,7 +60,7 @@ def with_blocks(make):
     ("make", "reason"),
     [
         (lambda: Summed(Shape()), "merging: the output is off"),
-        (lambda: Skips(Shape()), "after which nothing reads the tokens from before it"),
+        (lambda: Skips(Shape()), "a skip connection carries tokens past it"),
         (lambda: ToyViT(Shape(fused=False)), "has no attention over the tokens"),
         (lambda: with_blocks(lambda: Block(8, Masked(8, 2, True))), "has a mask or a bias"),
         (Encoder, r"torch.nn.TransformerEncoderLayer\) attends to tokens"),
