@@ -43,7 +43,7 @@ NEAR_MISSES = {
     "norm over space": ((nn.GroupNorm(1, 8), *mlp()), "`1.branch.0` mixes positions"),
     "3x3 convolution": ((nn.Conv2d(8, 8, 3, padding=1), *mlp()), "`1.branch.0` mixes positions"),
     "pooling": ((*mlp(), nn.AvgPool2d(3, 1, 1)), "mixes positions"),
-    "layer over the width": ((nn.Linear(12, 12), *mlp()), "made for other inputs"),
+    "layer over the width": ((nn.Linear(12, 12), *mlp()), "failed on the small grid of the probe"),
 }
 
 
