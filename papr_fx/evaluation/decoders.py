@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..proposals.statistics import Statistics
 from ..video import read_video, sample_views
+from .image_file import read_image
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
 
@@ -38,8 +38,7 @@ class ImageDecoder:
     transform: Callable[[Any], Tensor]
 
     def __call__(self, source: IO[bytes]) -> Tensor:
-        with Image.open(source) as opened:
-            return self.transform(opened.convert("RGB"))
+        return self.transform(read_image(source))
 
 
 @dataclass(frozen=True)
