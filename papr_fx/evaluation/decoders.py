@@ -13,7 +13,9 @@ from ..proposals.statistics import Statistics
 from ..video import clip_frames, crop_views, read_video
 from .image_file import read_image
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
+)
 
 
 @dataclass(frozen=True)

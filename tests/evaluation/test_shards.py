@@ -34,7 +34,7 @@ def test_damaged_shards(shards):
     found = read_all(ShardReader(str(shards), "bad.tar"))
     assert [sample.error.split(": ")[-1] for sample in found[:4]] == [
         "",
-        "there is no image (jpg, png, webp)",
+        "there is no image among its files (cls)",
         "it has no class (.cls)",
         "b'x'",
     ]
