@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import papr_fx
@@ -47,7 +48,7 @@ def test_frames_of_several_sizes_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     write_video(path, moving_square())
     sizes = iter(range(40, 100))
-    monkeypatch.setattr("papr_fx.video.torch.from_numpy", lambda pixels: torch.zeros(next(sizes), 4, 3, dtype=torch.uint8))
+    monkeypatch.setattr("papr_fx.video_file.torch.from_numpy", lambda pixels: torch.zeros(next(sizes), 4, 3, dtype=torch.uint8))
     with pytest.raises(papr_fx.ArgumentError, match="its frames differ in size"):
         read_video(path)
 
@@ -93,6 +94,21 @@ def test_transparent_pixels_of_a_video_are_white(tmp_path):
     assert (read_video(tmp_path / "clear.mov") == 255).all()
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
+def test_animations(suffix, tmp_path):
+    """FFmpeg reads no frame of an animated WebP file, and one of an animated AVIF file."""
+    path = tmp_path / f"a.{suffix}"
+    frames = [Image.new("RGB", (64, 48), (level, 0, 0)) for level in (250, 100, 0, 50)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    found = read_video(path)
+    assert found.shape == (4, 3, 48, 64)
+    assert found[:, 0, 0, 0].tolist() == pytest.approx([250, 100, 0, 50], abs=4)
+    with path.open("rb") as source:
+        assert torch.equal(read_video(source, frames=2), found[[0, 3]])
+    with pytest.raises(papr_fx.ArgumentError, match="the clip has 4 frames, too few"):
+        read_video(path, frames=5)
+
+
 @pytest.mark.parametrize("frames", [1, 4, 24])
 def test_a_number_of_frames_is_that_of_the_whole_video(frames, tmp_path):
     write_video(tmp_path / "clip.mp4", moving_square())
@@ -118,13 +134,13 @@ def test_frames_that_a_video_does_not_hold(tmp_path):
 def test_frames_are_counted_where_packets_say_another_number(packets, tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", moving_square())
     whole = read_video(tmp_path / "clip.mp4")
-    monkeypatch.setattr("papr_fx.video._packets", lambda path: packets)
+    monkeypatch.setattr("papr_fx.video_file._packets", lambda path: packets)
     assert torch.equal(read_video(tmp_path / "clip.mp4"), whole)
     assert torch.equal(read_video(tmp_path / "clip.mp4", frames=8), sample_frames(whole, 8))
 
 
 def test_only_the_frames_in_use_become_pixels(tmp_path, monkeypatch):
-    import papr_fx.video as video
+    import papr_fx.video_file as video
 
     write_video(tmp_path / "clip.mp4", moving_square(200))
     shown = []
