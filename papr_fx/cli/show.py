@@ -25,6 +25,7 @@ def add_show(command: argparse.ArgumentParser) -> None:
 def run_show(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx show`."""
     check_picture(arguments.out)
+    _check_kept(arguments.file, arguments.out)
     if _is_clip(arguments.file, arguments.model):
         from .clips import show_clip
 
@@ -34,6 +35,13 @@ def run_show(arguments: argparse.Namespace) -> None:
     arguments.model = arguments.model or DEFAULT_MODEL
     print(f"model: {arguments.model}\nproposal: {arguments.proposal}")
     draw_image(arguments, prune_image(arguments, image))
+
+
+def _check_kept(file: Path, out: Path) -> None:
+    """Refuses to write over the file that is shown: of a clip, an annotated one is written beside the picture."""
+    written = (out, out.with_suffix(".mp4"))
+    if any(path.exists() and file.exists() and path.samefile(file) for path in written):
+        raise ArgumentError(f"--out {out} would write over {file}: give another name")
 
 
 def _is_clip(file: Path, model: str) -> bool:

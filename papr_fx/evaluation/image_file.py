@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,7 +20,10 @@ IMAGE_SUFFIXES = (
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
 # What Pillow raises for a file that is damaged, or too large.
-_DAMAGED = (OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
+_DAMAGED = (
+    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -120,7 +124,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, upright, if the file states none."""
     try:
         found = cast(object, image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_DAMAGED, KeyError):  # a photograph whose EXIF is damaged is still a photograph, as in browsers
+    except _DAMAGED:  # a photograph whose EXIF is damaged is still a photograph, as in browsers
         return 1
     return found if isinstance(found, int) else 1
 

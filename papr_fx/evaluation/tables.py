@@ -65,7 +65,7 @@ class TableReader:
 
 def _lines(table: Path) -> Sequence[tuple[str, str]]:
     """Path and class of each line."""
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         split = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
     wrong = next((number for number, line in enumerate(split, 1) if len(line) != 2), 0)
     if wrong or not split:

@@ -102,6 +102,36 @@ def test_files_that_do_not_fit_the_model(tmp_path, capsys):
     assert "timm knows no model named 'vit_of_my_own'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["shown.png", "clip.png"])
+def test_the_file_that_is_shown_is_not_written_over(out, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "shown.png")
+    (tmp_path / "clip.mp4").write_bytes(b"any bytes")
+    file = "shown.png" if out == "shown.png" else "clip.mp4"
+    before = (tmp_path / file).read_bytes()
+    assert main(["show", str(tmp_path / file), "--out", str(tmp_path / out)]) == 2
+    assert f"would write over {tmp_path / file}" in capsys.readouterr().err
+    assert (tmp_path / file).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "0"], "argument --threads: must be at least 1, not 0"),
+        (["--img-size", "-3"], "argument --img-size: must be at least 1, not -3"),
+        (["--num-warm-iter", "-1"], "argument --num-warm-iter: must be at least 0, not -1"),
+    ],
+)
+def test_bench_takes_no_negative_numbers(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_bench_names_a_device_that_is_not_there(capsys):
+    assert main(["bench", "--device", "gpu"]) == 2
+    assert "--device gpu: " in capsys.readouterr().err
+
+
 def test_photographs_are_shown_upright(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

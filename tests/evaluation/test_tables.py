@@ -53,3 +53,11 @@ def test_orders_of_names(folder):
         "3 classes in natural order: 0 = B, 1 = c2, 2 = c10; --class-order torchvision numbers them otherwise"
     ]
     assert [sample.label for sample in read_all(opened(str(folder / "table.csv"), order="torchvision"))] == [2, 1, 0]
+
+
+def test_a_table_that_a_spreadsheet_wrote(folder):
+    (folder / "table.csv").write_text("validation/class1/4.png,3\r\n", encoding="utf-8-sig")
+    assert [sample.label for sample in read_all(opened(str(folder / "table.csv")))] == [3]
+    (folder / "table.csv").write_bytes(b"validation/cl\xe4ss1/4.png,3\n")
+    with pytest.raises(papr_fx.ArgumentError, match="cannot read samples from .*utf-8"):
+        opened(str(folder / "table.csv"))
