@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tabulate import tabulate
 from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from papr_fx.evaluation.image_file import read_image
 from papr_fx.ops import keep_count, resize_map, top_positions
 from papr_fx.proposals.build import ImageSpec, ProposalOptions, build_proposal
 from papr_fx.proposals.named import LITE0_STATISTICS, lite0
@@ -56,7 +56,7 @@ def measure(folder: Path, sizes: list[int], ratios: list[float], maps: list[str]
     files = sorted((folder / "val").glob("*/*"))
     right = {key: torch.zeros(len(ratios), dtype=torch.int64) for key in networks}
     for file in tqdm(files, desc="photographs", leave=False):
-        image = preprocess(Image.open(file).convert("RGB")).unsqueeze(0)
+        image = preprocess(read_image(file)).unsqueeze(0)
         label = classes.index(file.parent.name)
         for key, network in networks.items():
             right[key] += recognised(judging, network, image, ratios) == label

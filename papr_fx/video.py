@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import IO, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentError
 from .tracing.numerics import tensors_of
+from .video_file import evenly_spread, pyav, read_video, write_video
 
-
-def read_video(path: str | Path | IO[bytes]) -> Tensor:
-    """Decodes all frames of the first video stream in a file (needs the `video` extra: PyAV).
-
-    Args:
-        path: A file that FFmpeg can read, by name or opened. Grey and other pixel formats become RGB.
-
-    Returns:
-        (T, 3, H, W) uint8.
-
-    Raises:
-        ArgumentError: The file cannot be read or holds no video frame, or PyAV is not installed.
-    """
-    av = pyav()
-    source, path = (str(path), path) if isinstance(path, str | Path) else (path, getattr(path, "name", "memory"))
-    try:
-        with av.open(source) as container:
-            if not container.streams.video:
-                raise ArgumentError(f"cannot read a clip from {path}: it has no video stream")
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    except (av.FFmpegError, OSError) as error:
-        raise ArgumentError(f"cannot read a clip from {path}: {error}") from error
-    if not frames:
-        raise ArgumentError(f"cannot read a clip from {path}: it has no frames")
-    if any(frame.shape != frames[0].shape for frame in frames):
-        raise ArgumentError(f"cannot read a clip from {path}: its frames differ in size")
-    return torch.stack(frames).permute(0, 3, 1, 2)
-
-
-def write_video(path: str | Path, frames: Tensor, *, rate: int = 8) -> None:
-    """Writes frames (T, 3, H, W) in [0, 1] to a video file as H.264 (needs the `video` extra: PyAV).
-
-    H.264 needs an even number of rows and columns: an odd last one is left out.
-
-    Args:
-        path: The file to write.
-        frames: RGB, floating point.
-        rate: Frames per second.
-
-    Raises:
-        ArgumentError: `frames` are not floating point, or PyAV is not installed.
-    """
-    if not frames.is_floating_point():
-        raise ArgumentError(f"frames must be floating point in [0, 1], not {frames.dtype}: divide bytes by 255")
-    av = pyav()
-    even = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]
-    pixels = (even.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()  # (T, H, W, 3)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
-        container.mux(stream.encode())
+__all__ = [
+    "average_views",
+    "clip_frames",
+    "crop_views",
+    "pyav",
+    "read_video",
+    "sample_frames",
+    "sample_views",
+    "write_video",
+]
 
 
 def sample_frames(video: Tensor, frames: int) -> Tensor:
@@ -73,9 +28,7 @@ def sample_frames(video: Tensor, frames: int) -> Tensor:
     Raises:
         ArgumentError: The video has fewer frames.
     """
-    if len(video) < frames:
-        raise ArgumentError(f"the clip has {len(video)} frames, too few: the model takes {frames}")
-    return video[torch.linspace(0, len(video) - 1, frames).round().long()]
+    return video[evenly_spread(len(video), frames)]
 
 
 def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, temporal: int = 5, spatial: int = 3) -> Tensor:
@@ -95,24 +48,49 @@ def sample_views(video: Tensor, frames: int, *, step: int = 4, size: int = 224, 
     Raises:
         ArgumentError: The video is too short for one view or of another dtype, or a number is below 1.
     """
-    if not video.is_floating_point() and video.dtype != torch.uint8:
-        raise ArgumentError(f"the video must be floating point or uint8, not {video.dtype}")
-    if min(frames, step, size, temporal, spatial) < 1:
-        raise ArgumentError("frames, step, size, temporal and spatial must be at least 1")
+    if spatial < 1 or size < 1:
+        raise ArgumentError("size and spatial must be at least 1")
+    clips = clip_frames(len(video), frames, step=step, temporal=temporal)
+    return torch.cat([crop_views(video[clip], size, spatial) for clip in clips])
+
+
+def clip_frames(length: int, frames: int, *, step: int, temporal: int) -> list[list[int]]:
+    """Which frames `sample_views` takes of a video of `length` frames: one list of indices per clip.
+
+    Raises:
+        ArgumentError: The video is too short for one view, or a number is below 1.
+    """
+    if min(frames, step, temporal) < 1:
+        raise ArgumentError("frames, step and temporal must be at least 1")
     span = (frames - 1) * step + 1
-    if len(video) < span:
-        raise ArgumentError(f"the clip has {len(video)} frames, too few: {frames} with a step of {step} span {span}")
-    height, width = video.shape[-2:]
+    if length < span:
+        raise ArgumentError(f"the clip has {length} frames, too few: {frames} with a step of {step} span {span}")
+    return [list(range(start, start + span, step)) for start in _spaced(length - span, temporal)]
+
+
+def crop_views(clip: Tensor, size: int, spatial: int) -> Tensor:
+    """Resizes and crops the frames of one clip as `sample_views` does.
+
+    Args:
+        clip: (frames, C, H, W), floating point or uint8.
+        size: Side of a view in pixels.
+        spatial: Crops per clip.
+
+    Returns:
+        (spatial, frames, C, size, size), floating point.
+
+    Raises:
+        ArgumentError: The clip is of another dtype.
+    """
+    if not clip.is_floating_point() and clip.dtype != torch.uint8:
+        raise ArgumentError(f"the video must be floating point or uint8, not {clip.dtype}")
+    height, width = clip.shape[-2:]
     scale = size / min(height, width)
     sides = round(height * scale), round(width * scale)
     longer = -2 if sides[0] > sides[1] else -1
-    views: list[Tensor] = []
-    for start in _spaced(len(video) - span, temporal):
-        picked = video[start : start + span : step]
-        picked = picked if picked.is_floating_point() else picked / 255
-        clip = F.interpolate(picked, size=sides, mode="bilinear", align_corners=False, antialias=True)  # (frames, C, h, w)
-        views += [clip.narrow(longer, offset, size) for offset in _spaced(max(sides) - size, spatial)]
-    return torch.stack(views)
+    clip = clip if clip.is_floating_point() else clip / 255
+    clip = F.interpolate(clip, size=sides, mode="bilinear", align_corners=False, antialias=True)  # (frames, C, h, w)
+    return torch.stack([clip.narrow(longer, offset, size) for offset in _spaced(max(sides) - size, spatial)])
 
 
 @torch.no_grad()
@@ -136,19 +114,6 @@ def average_views(model: nn.Module, views: Tensor, *, layout: str = "BTCHW", bat
     clips = views if layout == "BTCHW" else views.transpose(1, 2)
     scores = [tensors_of(model(batch))[0].softmax(dim=-1) for batch in clips.split(batch_size)]
     return torch.cat(scores).mean(dim=0)
-
-
-def pyav() -> Any:
-    """Imports PyAV.
-
-    Raises:
-        ArgumentError: PyAV is not installed.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise ArgumentError(f"videos need the video extra: pip install 'papr-fx[video]' ({error})") from error
-    return av
 
 
 def _spaced(end: int, count: int) -> list[int]:

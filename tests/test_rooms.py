@@ -15,7 +15,7 @@ ROOT = Path(papr_fx.__file__).parent
 # From the lowest to the highest. A name is a folder, or a file of the package itself.
 ROOMS = [
     *("errors", "ops", "tracing", "dataflow", "proposals", "passes", "planning", "review", "proof"),
-    *("queries", "video", "transform", "testing", "peers", "evaluation", "choose", "cli"),
+    *("queries", "video_file", "video", "transform", "testing", "peers", "evaluation", "choose", "cli"),
     *("__init__", "__main__"),
 ]
 FOLDERS = [ROOT, *(folder for folder in ROOT.iterdir() if (folder / "__init__.py").exists())]  # passes/ is a link

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import papr_fx
@@ -47,9 +48,105 @@ def test_frames_of_several_sizes_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     write_video(path, moving_square())
     sizes = iter(range(40, 100))
-    monkeypatch.setattr("papr_fx.video.torch.from_numpy", lambda pixels: torch.zeros(next(sizes), 4, 3, dtype=torch.uint8))
+    monkeypatch.setattr("papr_fx.video_file.torch.from_numpy", lambda pixels: torch.zeros(next(sizes), 4, 3, dtype=torch.uint8))
     with pytest.raises(papr_fx.ArgumentError, match="its frames differ in size"):
         read_video(path)
+
+
+def write_frames(path, frames, prepare=lambda stream: None, codec="libx264rgb", pix_fmt="rgb24"):
+    """Writes frames (T, H, W, C) uint8 without loss."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8, options={"qp": "0"} if "264" in codec else {})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        prepare(stream)
+        for frame in frames:
+            format = "rgba" if frames.shape[-1] == 4 else "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format=format).reformat(format=pix_fmt)))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", ["", "hflip", "vflip"])
+def test_videos_are_turned_as_they_are_to_be_shown(angle, mirrored, tmp_path):
+    """Phones store every video lying, and say by how much it is to be turned."""
+    stored = torch.randint(256, (3, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flips = {mirrored: True} if mirrored else {}
+    write_frames(tmp_path / "phone.mp4", stored, lambda stream: stream.set_display_rotation(angle, **flips))
+    shown = torch.rot90(stored, angle // 90, (1, 2))
+    if mirrored:
+        shown = shown.flip(2 if mirrored == "hflip" else 1)
+    assert torch.equal(read_video(tmp_path / "phone.mp4"), shown.permute(0, 3, 1, 2))
+
+
+def test_other_angles_are_refused(tmp_path):
+    path = tmp_path / "tilted.mp4"
+    write_frames(path, torch.zeros(2, 16, 24, 3, dtype=torch.uint8), lambda stream: stream.set_display_rotation(30))
+    with pytest.raises(papr_fx.ArgumentError, match=f"cannot read a clip from {path}: .*no multiple of 90 degrees"):
+        read_video(path)
+
+
+def test_transparent_pixels_of_a_video_are_white(tmp_path):
+    pixels = torch.full((2, 16, 24, 4), 255, dtype=torch.uint8)
+    pixels[:, 4:12, 4:12] = torch.tensor([10, 20, 30, 0], dtype=torch.uint8)
+    write_frames(tmp_path / "clear.mov", pixels, codec="qtrle", pix_fmt="argb")
+    assert (read_video(tmp_path / "clear.mov") == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
+def test_animations(suffix, tmp_path):
+    """FFmpeg reads no frame of an animated WebP file, and one of an animated AVIF file."""
+    path = tmp_path / f"a.{suffix}"
+    frames = [Image.new("RGB", (64, 48), (level, 0, 0)) for level in (250, 100, 0, 50)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    found = read_video(path)
+    assert found.shape == (4, 3, 48, 64)
+    assert found[:, 0, 0, 0].tolist() == pytest.approx([250, 100, 0, 50], abs=4)
+    with path.open("rb") as source:
+        assert torch.equal(read_video(source, frames=2), found[[0, 3]])
+    with pytest.raises(papr_fx.ArgumentError, match="the clip has 4 frames, too few"):
+        read_video(path, frames=5)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 24])
+def test_a_number_of_frames_is_that_of_the_whole_video(frames, tmp_path):
+    write_video(tmp_path / "clip.mp4", moving_square())
+    whole = read_video(tmp_path / "clip.mp4")
+    assert torch.equal(read_video(tmp_path / "clip.mp4", frames=frames), sample_frames(whole, frames))
+    with (tmp_path / "clip.mp4").open("rb") as source:
+        assert torch.equal(read_video(source, frames=lambda count: [count - 1, 2, 2]), whole[[23, 2, 2]])
+
+
+def test_frames_that_a_video_does_not_hold(tmp_path):
+    write_video(tmp_path / "clip.mp4", moving_square())
+    for frames, message in (
+        (25, "the clip has 24 frames, too few: the model takes 25"),
+        (0, "frames must be at least 1, not 0"),
+        (lambda count: [count], "indices from 0 to 23"),
+        (lambda count: [], "at least one frame"),
+    ):
+        with pytest.raises(papr_fx.ArgumentError, match=message):
+            read_video(tmp_path / "clip.mp4", frames=frames)
+
+
+@pytest.mark.parametrize("packets", [3, 60])
+def test_frames_are_counted_where_packets_say_another_number(packets, tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", moving_square())
+    whole = read_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr("papr_fx.video_file._packets", lambda path: packets)
+    assert torch.equal(read_video(tmp_path / "clip.mp4"), whole)
+    assert torch.equal(read_video(tmp_path / "clip.mp4", frames=8), sample_frames(whole, 8))
+
+
+def test_only_the_frames_in_use_become_pixels(tmp_path, monkeypatch):
+    import papr_fx.video_file as video
+
+    write_video(tmp_path / "clip.mp4", moving_square(200))
+    shown = []
+    monkeypatch.setattr(video, "_shown", lambda frame, show=video._shown: shown.append(frame.pts) or show(frame))
+    assert len(read_video(tmp_path / "clip.mp4", frames=5)) == 5
+    assert len(shown) == 5
 
 
 def sound_only(path):

@@ -19,9 +19,9 @@ from ..evaluation.bench_rows import Row
 from ..evaluation.models import image_model
 from ..planning import inputs
 from ..proposals.named import LITE0
-from .distributed import check_cuda
+from .distributed import checked_device
 from .networks import image_proposal
-from .options import PRECISIONS, add_ratios, positive_int
+from .options import PRECISIONS, add_ratios, nonnegative_int, positive_int
 
 _WEIGHTS = {"float32": torch.float32, **PRECISIONS}
 
@@ -34,7 +34,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         "--proposal", default="mobileone_s0", help=f"name of a timm ConvNet, or {LITE0} (default: %(default)s)"
     )
     command.add_argument(
-        "--proposal-size", type=int, help="shorter side of the proposal's images, in pixels (default: the model's)"
+        "--proposal-size", type=positive_int, help="shorter side of the proposal's images, in pixels (default: the model's)"
     )
     add_ratios(command, default=(0.5,))
     command.add_argument("--mode", choices=inputs.MODES, default="auto", help="what is pruned (default: %(default)s)")
@@ -46,22 +46,22 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         help=f"what to measure at the MACs of each keep ratio, any of {', '.join(METHODS)} (default: papr)",
     )
     command.add_argument("--batch-size", "-b", type=positive_int, nargs="+", default=[1, 8, 32], help="images per batch")
-    command.add_argument("--img-size", type=int, help="side of the images, in pixels (default: the model's)")
+    command.add_argument("--img-size", type=positive_int, help="side of the images, in pixels (default: the model's)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     command.add_argument("--precision", choices=_WEIGHTS, default="float32", help="of the weights (default: %(default)s)")
     command.add_argument("--amp", action="store_true", help="run under autocast")
     command.add_argument("--amp-dtype", choices=[*PRECISIONS], default="bfloat16", help="default: %(default)s")
     command.add_argument("--torchcompile", action="store_true", help="time compiled models too")
-    command.add_argument("--num-warm-iter", type=int, default=2, help="untimed calls (default: %(default)s)")
+    command.add_argument("--num-warm-iter", type=nonnegative_int, default=2, help="untimed calls (default: %(default)s)")
     command.add_argument("--num-bench-iter", type=positive_int, default=10, help="timed calls (default: %(default)s)")
-    command.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    command.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
     command.add_argument("--results-file", type=Path, help=".csv or .json file to write")
     command.add_argument("--pretrained", action="store_true", help="load pretrained weights; times do not depend on them")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx bench`."""
-    check_cuda(arguments.device)
+    checked_device(arguments.device)
     if arguments.results_file:
         bench_rows.check_suffix(arguments.results_file)
         bench_rows.write([], arguments.results_file)  # a file that cannot be written is refused before the work

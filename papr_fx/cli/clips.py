@@ -18,7 +18,7 @@ from ..queries import keep_masks, significance
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform
-from ..video import read_video, sample_frames, sample_views, write_video
+from ..video import read_video, sample_views, write_video
 
 
 def demo_clip(arguments: argparse.Namespace) -> None:
@@ -28,13 +28,13 @@ def demo_clip(arguments: argparse.Namespace) -> None:
     _resolve_model(arguments)
     source = Path(data.__file__).parent / "no_time_for_that_tiny.gif"
     print("clip: an animation of 24 frames, from scikit-image")
-    _show(arguments, read_video(source))
+    _show(arguments, source)
 
 
 def show_clip(arguments: argparse.Namespace, path: Path) -> None:
     """Draws what a video classifier keeps of a video file."""
     _resolve_model(arguments)
-    _show(arguments, read_video(path))
+    _show(arguments, path)
 
 
 def _resolve_model(arguments: argparse.Namespace) -> None:
@@ -44,13 +44,13 @@ def _resolve_model(arguments: argparse.Namespace) -> None:
     arguments.model = arguments.model or next(iter(VIDEO_MODELS))
 
 
-def _show(arguments: argparse.Namespace, video: Tensor) -> None:
-    """Prunes a video classifier on a video (T, 3, H, W) uint8, and draws `--out` with an annotated clip beside it."""
+def _show(arguments: argparse.Namespace, path: Path) -> None:
+    """Prunes a video classifier on a video file, and draws `--out` with an annotated clip beside it."""
     named = video_model(arguments.model, pretrained=arguments.pretrained)
     model = named.model
     example = inputs.example_images(model, None)  # (1, T, C, H, W)
     frames, size = example.shape[1], example.shape[-1]
-    shown = sample_views(sample_frames(video, frames), frames, step=1, size=size, temporal=1, spatial=1)[0]
+    shown = sample_views(read_video(path, frames=frames), frames, step=1, size=size, temporal=1, spatial=1)[0]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in named.statistics)
     clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
     proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)

@@ -17,11 +17,14 @@ def samples_of(arguments: argparse.Namespace, subject: Subject) -> Samples:
         arguments.data,
         split=arguments.split,
         class_map=arguments.class_map,
+        order=arguments.class_order,
         data_dir=arguments.data_dir,
         suffixes=subject.suffixes,
         keys={key: vars(arguments)[key] for key in ("input_key", "target_key") if vars(arguments)[key]},
     )
     reader = open_reader(source)
+    for note in getattr(reader, "notes", ()) if is_first() else ():
+        print(f"note: {note}", file=sys.stderr)
     classes = len(getattr(reader, "class_to_idx", ()))
     if classes and subject.classes and classes != subject.classes and is_first():
         print(

@@ -81,9 +81,19 @@ def _joined(name: str) -> torch.device:
                 f"WORLD_SIZE is set, but the processes cannot join (start them with torchrun): {error}"
             ) from error
         kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
+    return checked_device(kind)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of a name, made the current one if it is a CUDA device with a number.
+
+    Raises:
+        ArgumentError: There is no such device.
+    """
+    check_cuda(name)
     try:
-        if kind.startswith("cuda:"):
-            torch.cuda.set_device(kind)
-        return torch.empty(0, device=kind).device
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {kind}: {error}") from error
+        raise ArgumentError(f"--device {name}: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..evaluation.classes import ORDERS
 from ..evaluation.models import VIDEO_MODELS
 from ..planning.module import checked_z
 from ..proposals.named import LITE0
@@ -133,6 +134,13 @@ def add_data(command: argparse.ArgumentParser, *, optional: bool = False) -> Non
     )
     command.add_argument("--split", default="validation", help="default: %(default)s; also names of shards: val-{00..07}.tar")
     command.add_argument("--class-map", default="", help="file that lists the class folders in the model's order")
+    command.add_argument(
+        "--class-order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="how classes are numbered: natural, the innermost folders as timm does (2 before 10), or torchvision, the "
+        "outermost folders by character (10 before 2) (default: %(default)s)",
+    )
     command.add_argument("--data-dir", help="cache folder of hfds/ data; folder of the paths in a .csv file (default: its own)")
     command.add_argument("--input-key", help="column of the images in hfds/ data (default: image)")
     command.add_argument("--target-key", help="column of the classes in hfds/ data (default: label)")

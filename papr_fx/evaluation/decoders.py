@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..proposals.statistics import Statistics
-from ..video import read_video, sample_views
+from ..video import clip_frames, crop_views, read_video
+from .image_file import read_image
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm")
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,14 @@ class ImageDecoder:
     transform: Callable[[Any], Tensor]
 
     def __call__(self, source: IO[bytes]) -> Tensor:
-        with Image.open(source) as opened:
-            return self.transform(opened.convert("RGB"))
+        return self.transform(read_image(source))
 
 
 @dataclass(frozen=True)
 class ClipDecoder:
     """Decodes a video file to normalised views (V, T, C, H, W).
 
-    A video that is shorter than one view is padded with its last frame.
+    Only the frames that the views use are kept. A video that is shorter than one view is padded with its last frame.
 
     Attributes:
         frames: Frames per view.
@@ -61,11 +62,14 @@ class ClipDecoder:
     views: Views = Views()
 
     def __call__(self, source: IO[bytes]) -> Tensor:
-        video = read_video(source)  # (T, 3, H, W)
-        step, temporal, spatial = self.views.step, self.views.temporal, self.views.spatial
-        missing = (self.frames - 1) * step + 1 - len(video)
-        if missing > 0:
-            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        views = sample_views(video, self.frames, step=step, size=self.size, temporal=temporal, spatial=spatial)
+        temporal, step = self.views.temporal, self.views.step
+        span = (self.frames - 1) * step + 1
+
+        def chosen(count: int) -> list[int]:
+            clips = clip_frames(max(count, span), self.frames, step=step, temporal=temporal)
+            return [min(place, count - 1) for clip in clips for place in clip]
+
+        clips = read_video(source, frames=chosen).split(self.frames)
+        views = torch.cat([crop_views(clip, self.size, self.views.spatial) for clip in clips])
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
         return (views - mean) / std

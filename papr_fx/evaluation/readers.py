@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
-from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ..errors import ArgumentError
+from .classes import NATURAL
+from .folders import ClassRules, FolderReader
+from .image_file import IMAGE_SUFFIXES
 from .samples import Reader
 from .shards import ShardReader
 from .tables import TableReader
+from .trees import TRAIN_SPLITS, VALIDATION_SPLITS, Tree, folder_tree, split_name, tar_tree
 
-# timm's default split: timm also looks for `val` and the like, and reads a folder without splits as a whole.
+# The default split, as in timm: other names for it count too, and a folder without splits is read as a whole.
 DEFAULT_SPLIT = "validation"
-_SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
+_SPLITS = (*TRAIN_SPLITS, *VALIDATION_SPLITS, "test")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Source:
         split: The split to read. Of a folder, the one of that name if there is one; of shards also their file names, such as
             `val-{00..07}.tar`.
         class_map: A file that lists classes in the model's order, as timm reads it.
+        order: How folders are classes and are numbered, as in `ClassRules`; of a table, how names are numbered.
         data_dir: Cache folder of `hfds/`; folder of the shards if `wds/` names none; folder that the paths of a `.csv` file
             start from (default: its own folder).
         suffixes: Suffixes of the files to read (default: those of images).
@@ -42,6 +46,7 @@ class Source:
     data: str
     split: str = DEFAULT_SPLIT
     class_map: str = ""
+    order: str = NATURAL
     data_dir: str | None = None
     suffixes: Sequence[str] = ()
     keys: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -64,20 +69,18 @@ def open_reader(source: Source) -> Reader:
         if source.kind == "wds":
             return ShardReader(data.partition("/")[2] or source.data_dir or "", source.split)
         if data.endswith(".csv"):
-            return TableReader(Path(data), Path(source.data_dir or Path(data).parent), source.class_map)
-        reader = _timm_reader(source)
+            root = Path(source.data_dir or Path(data).parent)
+            return TableReader(Path(data), root, source.class_map, source.order)
+        return _hub_reader(source) if source.kind == "hfds" else _folder_reader(source)
     except ArgumentError:
         raise
     except ImportError as error:
         raise ArgumentError(f"{data} needs the hfds extra: pip install 'papr-fx[hfds]' ({error})") from error
     except (
-        *(OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError),
+        *(OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, TypeError),
         *(tarfile.TarError, pickle.UnpicklingError),
     ) as error:
         raise ArgumentError(f"cannot read samples from {data}: {type(error).__name__}: {error}") from error
-    if Path(data).is_dir():
-        _check_folder(source, Path(reader.root), reader.class_to_idx)
-    return reader
 
 
 def _check_source(source: Source) -> None:
@@ -89,36 +92,45 @@ def _check_source(source: Source) -> None:
         raise ArgumentError(
             f"there is no folder {data}: give one that holds a folder per class, or {source.split}/ with such folders"
         )
+    if kind in ("hfds", "wds") and source.order != NATURAL:
+        raise ArgumentError(f"--class-order numbers folders, and names in tables; {data} numbers its own classes")
     if kind == "wds" and source.class_map:
         raise ArgumentError("--class-map names folders; the classes of shards are numbers")
     if kind == "wds" and not find_spec("webdataset"):
         raise ArgumentError(f"{data} needs the eval extra: pip install 'papr-fx[eval]' (there is no webdataset)")
 
 
-def _timm_reader(source: Source) -> Any:
-    """Timm's reader of a folder, a tar file or a Hugging Face data set."""
-    name, root = (source.data, source.data_dir) if source.kind == "hfds" else ("", source.data)
+def _hub_reader(source: Source) -> Any:
+    """Timm's reader of a Hugging Face data set."""
     options: dict[str, Any] = {"class_map": source.class_map, **source.keys}
-    if source.suffixes:
-        options["input_key"] = ";".join(source.suffixes)
-    dataset: Any = create_dataset(name, root=root, split=source.split, **options)
-    if source.kind == "hfds":
-        dataset.reader[0][0].close()  # a missing column shows only when a sample is read
+    dataset: Any = create_dataset(source.data, root=source.data_dir, split=source.split, **options)
+    dataset.reader[0][0].close()  # a missing column shows only when a sample is read
     return dataset.reader
 
 
-def _check_folder(source: Source, root: Path, classes: Mapping[str, int]) -> None:
-    """Refuses what timm would skip without a word: a missing split, and classes that the class map does not list."""
+def _folder_reader(source: Source) -> FolderReader:
+    """The reader of a folder or a tar file."""
     data = Path(source.data)
-    if root == data and source.split != DEFAULT_SPLIT:
-        raise ArgumentError(f"{data} holds no {source.split}")
-    splits = [name for name in _SPLITS if (data / name).is_dir() and any(inner.is_dir() for inner in (data / name).iterdir())]
-    if root == data and splits:
-        raise ArgumentError(f"{data} holds {', '.join(splits)}, and none to evaluate on: name one with --split")
-    if source.class_map:
-        _, found = find_images_and_targets(str(root), types=list(source.suffixes) or None)
-        unknown = [name for name in found if name and name not in classes]
-        if unknown:
-            raise ArgumentError(
-                f"{source.class_map} does not list {len(unknown)} of the classes in {root}, such as {unknown[0]}"
-            )
+    rules = ClassRules(source.suffixes or IMAGE_SUFFIXES, source.order, source.class_map)
+    if data.is_dir():
+        split = split_name({path.name for path in data.iterdir() if path.is_dir()}, source.split)
+        tree = folder_tree(data / split)
+    elif data.suffix == ".tar":
+        whole = tar_tree(data)
+        split = split_name({path.parts[0] for path in whole.folders}, source.split)
+        tree = whole.below(split) if split else whole
+    else:
+        raise ArgumentError(f"{data} is neither a folder nor a .tar or .csv file")
+    if not split:
+        _check_splits(source, tree)
+    return FolderReader(tree, rules)
+
+
+def _check_splits(source: Source, tree: Tree) -> None:
+    """Refuses data without the split that was named, or with other splits only."""
+    if source.split != DEFAULT_SPLIT:
+        raise ArgumentError(f"{source.data} holds no {source.split}")
+    holding = {path.parts[0] for path in tree.folders if len(path.parts) > 1}
+    splits = [name for name in _SPLITS if name in holding]
+    if splits:
+        raise ArgumentError(f"{source.data} holds {', '.join(splits)}, and none to evaluate on: name one with --split")

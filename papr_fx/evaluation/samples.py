@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import PaprError
+
 # What decoders raise for a file that holds no image.
 _UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, struct.error),
@@ -70,7 +72,8 @@ class Samples(Dataset[Sample]):
             with source:
                 return Sample(self.decode(source), int(label), index, "")
         except _UNREADABLE as error:
-            return Sample(torch.zeros(self.shape), -1, index, f"{self.name(index)}: {type(error).__name__}: {error}")
+            reason = str(error) if isinstance(error, PaprError) else f"{type(error).__name__}: {error}"
+            return Sample(torch.zeros(self.shape), -1, index, f"{self.name(index)}: {reason}")
 
     def name(self, index: int) -> str:
         """The file name of a sample, as the reader gives it."""

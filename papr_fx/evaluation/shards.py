@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ArgumentError
+from .image_file import IMAGE_SUFFIXES
+from .trees import check_end
+
+_SUFFIXES = ("jpg", "png", "webp", *(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))  # timm's come first
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class ShardReader:
         except RuntimeError as error:
             raise ArgumentError(f"{error}; without an _info.json, name the shards: --split 'val-{{00..07}}.tar'") from error
         names: Sequence[str] = found.split_info.filenames
-        self._members = [member for name in names for member in _members(self.root / name, found.input_key.split(";"))]
+        self._members = [member for name in names for member in _members(self.root / name)]
         if not self._members:
             raise ArgumentError(f"there are no samples in {', '.join(names)} of {root}")
 
@@ -70,7 +74,7 @@ class ShardReader:
         return f"{member.shard}:{member.key}"
 
 
-def _members(shard: Path, image_suffixes: Sequence[str]) -> list[_Member]:
+def _members(shard: Path) -> list[_Member]:
     """The samples of a shard. The files of one sample share their name up to the first dot."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     repeated: dict[str, _Member] = {}
@@ -80,7 +84,7 @@ def _members(shard: Path, image_suffixes: Sequence[str]) -> list[_Member]:
             first = samples.setdefault(key, {}).setdefault(suffix, member)
             if first is not member:
                 repeated.setdefault(key, _Member(shard.name, key, error=f"the shard holds {member.name} twice"))
-        found = [_member(shard.name, key, files, file, image_suffixes) for key, files in samples.items()]
+        found = [_member(shard.name, key, files, file) for key, files in samples.items()]
     ends = [_Member(shard.name, "its end", error=damage)] if damage else []
     return [*found, *repeated.values(), *ends]
 
@@ -104,17 +108,13 @@ def _files(shard: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
             base, _, suffix = name.partition(".")
             if member.isfile() and base:
                 yield f"{folder}/{base}" if folder else base, suffix.lower(), member
-    shard.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
-    if any(shard.read()):  # a tar file ends with zeros; if it is cut inside a header, tarfile stops without an error
-        raise EOFError("it is cut off")
+    check_end(shard)
 
 
-def _member(
-    shard: str, key: str, files: Mapping[str, tarfile.TarInfo], file: IO[bytes], image_suffixes: Sequence[str]
-) -> _Member:
-    image = next((files[suffix] for suffix in image_suffixes if suffix in files), None)
+def _member(shard: str, key: str, files: Mapping[str, tarfile.TarInfo], file: IO[bytes]) -> _Member:
+    image = next((files[suffix] for suffix in _SUFFIXES if suffix in files), None)
     if image is None:
-        return _Member(shard, key, error=f"there is no image ({', '.join(image_suffixes)})")
+        return _Member(shard, key, error=f"there is no image among its files ({', '.join(files)})")
     if "cls" not in files:
         return _Member(shard, key, error="it has no class (.cls)")
     file.seek(files["cls"].offset_data)

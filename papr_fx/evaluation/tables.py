@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from timm.data.readers.class_map import load_class_map
-from timm.utils.misc import natural_key
-
 from ..errors import ArgumentError
+from .classes import NATURAL, numbered, order_note, read_class_map
 
 
 class TableReader:
@@ -19,31 +17,39 @@ class TableReader:
     Args:
         table: The table, without a header.
         root: The folder that relative paths start from.
-        class_map: A file that lists classes in the model's order. Without it, class names are numbered in natural order, and
-            numbers are used as they are.
+        class_map: A file that lists classes in the model's order. Without it, class names are numbered, and numbers are
+            used as they are.
+        order: How class names are numbered, as in `numbered`.
+
+    Attributes:
+        notes: How classes were numbered.
 
     Raises:
         ArgumentError: A line is not a path and a class, or `class_map` does not list its class.
     """
 
-    def __init__(self, table: Path, root: Path, class_map: str = "") -> None:
+    def __init__(self, table: Path, root: Path, class_map: str = "", order: str = NATURAL) -> None:
         lines = _lines(table)
-        names = sorted({label for _, label in lines}, key=natural_key)
+        self.notes: list[str] = []
+        names = [*numbered((label for _, label in lines), order)]
         numbers = [name for name in names if re.fullmatch(r"-?\d+", name)]
         if 0 < len(numbers) < len(names) and not class_map:
             other = next(name for name in names if name not in numbers)
             raise ArgumentError(f"{table}: classes are numbers or names, not both: {numbers[0]} and {other!r} (a header?)")
         if class_map:
-            classes: dict[str, int] = load_class_map(class_map)
+            classes = read_class_map(class_map, str(table.parent))
+        elif numbers:
+            classes = {name: int(name) for name in names}
         else:
-            classes = {name: int(name) if numbers else place for place, name in enumerate(names)}
+            classes = numbered(names, order)
+            self.notes.append(order_note(classes, order))
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise ArgumentError(f"{table}: {class_map} does not list the class {unknown[0]!r}")
         self._files = [(root / path, classes[label]) for path, label in lines]
         if not self._files[0][0].exists():
             raise ArgumentError(f"{table}, line 1: there is no file {self._files[0][0]} (a header? a table has none)")
-        self.class_to_idx = {} if numbers else classes
+        self.class_to_idx = {} if numbers and not class_map else classes
 
     def __len__(self) -> int:
         return len(self._files)
@@ -59,7 +65,7 @@ class TableReader:
 
 def _lines(table: Path) -> Sequence[tuple[str, str]]:
     """Path and class of each line."""
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         split = [line.strip().rsplit("," if "," in line else None, 1) for line in file if line.strip()]
     wrong = next((number for number, line in enumerate(split, 1) if len(line) != 2), 0)
     if wrong or not split:

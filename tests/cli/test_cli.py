@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from papr_fx.cli.main import _parser, main
 
@@ -62,13 +62,85 @@ def corrupt(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [lambda path: None, corrupt, lambda path: path.write_text("no image"), lambda path: path.mkdir()]
+    ("write", "reason"),
+    [
+        (lambda path: None, "No such file"),
+        (corrupt, ""),
+        (lambda path: path.write_text("no image"), "it holds text"),
+        (lambda path: path.touch(), "it is empty"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
 )
-def test_files_that_hold_no_image(write, tmp_path, capsys):
-    path = tmp_path / "photograph.png"
+@pytest.mark.parametrize("model", [TINY, []])
+def test_files_that_hold_no_image(write, reason, model, tmp_path, capsys):
+    path = tmp_path / "photograph.JPG"
     write(path)
-    assert main(["show", str(path), *TINY]) == 2
-    assert re.search(f"cannot read (an image|a clip) from {path}", capsys.readouterr().err)
+    assert main(["show", str(path), *model]) == 2
+    assert re.search(f"cannot read an image from {path}: .*{reason}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_image_model_is_shown_the_first_frame_of_an_animation(suffix, tmp_path, capsys):
+    path, out = tmp_path / f"animated.{suffix}", tmp_path / "shown.png"
+    frames = [Image.effect_noise((60, 50), 80).convert("RGB") for _ in range(4)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    arguments = ["show", str(path), *TINY, "--proposal", "resnet18", "--z", "0.4", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "its first frame is shown" in capsys.readouterr().err
+    with Image.open(out) as picture:
+        assert picture.width > picture.height
+
+
+def test_files_that_do_not_fit_the_model(tmp_path, capsys):
+    (tmp_path / "clip.mp4").write_bytes(b"any bytes")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photograph.png")
+    assert main(["show", str(tmp_path / "clip.mp4"), *TINY]) == 2
+    assert "vit_tiny_patch16_224 takes images, and Pillow finds none in" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "photograph.png"), "--model", "videomae_base"]) == 2
+    assert "videomae_base takes clips, and" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "photograph.png"), "--model", "vit_of_my_own"]) == 2
+    assert "timm knows no model named 'vit_of_my_own'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["shown.png", "clip.png"])
+def test_the_file_that_is_shown_is_not_written_over(out, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "shown.png")
+    (tmp_path / "clip.mp4").write_bytes(b"any bytes")
+    file = "shown.png" if out == "shown.png" else "clip.mp4"
+    before = (tmp_path / file).read_bytes()
+    assert main(["show", str(tmp_path / file), "--out", str(tmp_path / out)]) == 2
+    assert f"would write over {tmp_path / file}" in capsys.readouterr().err
+    assert (tmp_path / file).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "0"], "argument --threads: must be at least 1, not 0"),
+        (["--img-size", "-3"], "argument --img-size: must be at least 1, not -3"),
+        (["--num-warm-iter", "-1"], "argument --num-warm-iter: must be at least 0, not -1"),
+    ],
+)
+def test_bench_takes_no_negative_numbers(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_bench_names_a_device_that_is_not_there(capsys):
+    assert main(["bench", "--device", "gpu"]) == 2
+    assert "--device gpu: " in capsys.readouterr().err
+
+
+def test_photographs_are_shown_upright(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.effect_noise((300, 200), 80).save(tmp_path / "phone.jpg", exif=exif)
+    sizes = []
+    monkeypatch.setattr("papr_fx.cli.show.prune_image", lambda arguments, image: sizes.append(image.size))
+    monkeypatch.setattr("papr_fx.cli.show.draw_image", lambda *given: None)
+    assert main(["show", str(tmp_path / "phone.jpg"), *TINY, "--out", str(tmp_path / "out.png")]) == 0
+    assert sizes == [(200, 300)]
 
 
 @pytest.mark.parametrize(

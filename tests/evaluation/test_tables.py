@@ -42,3 +42,22 @@ def test_tables_of_paths(folder, tmp_path, between):
     assert torch.equal(read_all(opened(table(("a b.png", "1"))))[0].pixels, expected(4))
     moved = read_all(opened(table((files[0].removeprefix("validation/"), "1")), data_dir=str(folder / "validation")))
     assert torch.equal(moved[0].pixels, expected(4))
+
+
+def test_orders_of_names(folder):
+    files = ("validation/class1/4.png", "validation/class0/0.png", "validation/class0/0.png")
+    (folder / "table.csv").write_text("".join(f"{file},{name}\n" for file, name in zip(files, ("c2", "c10", "B"), strict=True)))
+    found = opened(str(folder / "table.csv"))
+    assert [sample.label for sample in read_all(found)] == [1, 2, 0]
+    assert found.notes == [
+        "3 classes in natural order: 0 = B, 1 = c2, 2 = c10; --class-order torchvision numbers them otherwise"
+    ]
+    assert [sample.label for sample in read_all(opened(str(folder / "table.csv"), order="torchvision"))] == [2, 1, 0]
+
+
+def test_a_table_that_a_spreadsheet_wrote(folder):
+    (folder / "table.csv").write_text("validation/class1/4.png,3\r\n", encoding="utf-8-sig")
+    assert [sample.label for sample in read_all(opened(str(folder / "table.csv")))] == [3]
+    (folder / "table.csv").write_bytes(b"validation/cl\xe4ss1/4.png,3\n")
+    with pytest.raises(papr_fx.ArgumentError, match="cannot read samples from .*utf-8"):
+        opened(str(folder / "table.csv"))
