@@ -55,7 +55,8 @@ def transform(
     Args:
         model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in either mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns features (B, K, h, w) or a map
-            (B, h, w), or a name in timm, torchvision.models.video or pytorchvideo.models.hub (pretrained weights are loaded).
+            (B, h, w), or a name in timm (`hf-hub:` and `local-dir:` too), torchvision.models.video or pytorchvideo.models.hub
+            (pretrained weights are loaded).
             For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently.
         z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, where N counts both; or
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
