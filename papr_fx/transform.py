@@ -6,6 +6,7 @@ Planning traces the model and finds the sites. The graph is rewritten where the 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
+from .errors import ArgumentError, NoSiteError, SiteError, StatisticsWarning, VerifyError
 from .passes.reduction import Reduction
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
@@ -67,7 +68,10 @@ def transform(
         proposal_size: Images are resized to it for the proposal, bilinear: the shorter side in pixels, or (rows, columns).
             For clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where both networks' (mean, std) are known and differ,
-            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both.
+            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both. "auto" reads
+            timm's metadata, also inside wrappers, a normalisation inside the model, and the defaults of torchvision,
+            transformers and open_clip. It warns (`StatisticsWarning`) where the proposal's are known and the model's are not,
+            or where the proposal is a classifier whose are unknown and the model's are known.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
         merge: `Merge(r, blocks, proportional)`: token merging after the pruning, or alone with z=1. Or a peer of it.
@@ -91,7 +95,10 @@ def transform(
     def network() -> SignificanceNet:
         return build_proposal(proposal, request.model, ImageSpec.of(request.images, request.layout), sight)
 
-    return _Pipeline(request, network, options).run()
+    gm = _Pipeline(request, network, options).run()
+    if gm.papr_proposal.doubt:
+        warnings.warn(gm.papr_proposal.doubt, StatisticsWarning, stacklevel=2)
+    return gm
 
 
 @dataclass(frozen=True)

