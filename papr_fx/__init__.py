@@ -2,7 +2,7 @@
 
 from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio
-from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, TraceError, VerifyError
+from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, StatisticsWarning, TraceError, VerifyError
 from .passes.merge_tokens import Merge
 from .planning.module import PrunedModule, set_keep_ratio
 from .queries import keep_masks, restore_grid, significance
@@ -19,6 +19,7 @@ __all__ = [
     "ProposalError",
     "PrunedModule",
     "Report",
+    "StatisticsWarning",
     "TraceError",
     "VerifyError",
     "choose_keep_ratio",

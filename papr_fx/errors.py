@@ -47,6 +47,10 @@ class SiteError(VerifyError):
         self.additions = additions
 
 
+class StatisticsWarning(UserWarning):
+    """The mean and std of one network's pixels are unknown, so the proposal gets images that are normalised for the model."""
+
+
 def first_line(error: BaseException) -> str:
     """The class of an error and the first line of its message."""
     lines = str(error).strip().splitlines()

@@ -6,6 +6,7 @@ Planning traces the model and finds the sites. The graph is rewritten where the 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, NoSiteError, SiteError, VerifyError
+from .errors import ArgumentError, NoSiteError, SiteError, StatisticsWarning, VerifyError
 from .passes.reduction import Reduction
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
@@ -56,7 +57,8 @@ def transform(
     Args:
         model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in either mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns features (B, K, h, w) or a map
-            (B, h, w), or a name in timm, torchvision.models.video or pytorchvideo.models.hub (pretrained weights are loaded).
+            (B, h, w), or a name in timm (`hf-hub:` and `local-dir:` too), torchvision.models.video or pytorchvideo.models.hub
+            (pretrained weights are loaded).
             For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently.
         z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, where N counts both; or
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
@@ -67,7 +69,10 @@ def transform(
         proposal_size: Images are resized to it for the proposal, bilinear: the shorter side in pixels, or (rows, columns).
             For clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where both networks' (mean, std) are known and differ,
-            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both.
+            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both. "auto" reads
+            timm's metadata, also inside wrappers, a normalisation inside the model, and the defaults of torchvision,
+            transformers and open_clip. It warns (`StatisticsWarning`) where the proposal's are known and the model's are not,
+            or where the proposal is a classifier whose are unknown and the model's are known.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
         merge: `Merge(r, blocks, proportional)`: token merging after the pruning, or alone with z=1. Or a peer of it.
@@ -92,7 +97,10 @@ def transform(
 
     with plain_contexts(request.images.device):
         _run_once(request)
-        return _Pipeline(request, network, options).run()
+        gm = _Pipeline(request, network, options).run()
+    if gm.papr_proposal.doubt:
+        warnings.warn(gm.papr_proposal.doubt, StatisticsWarning, stacklevel=2)
+    return gm
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Token models of `transformers`, called as users call them: against the unpruned models with hidden keys."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -98,11 +101,93 @@ def test_options_that_a_graph_cannot_follow(option):
         papr_fx.transform(model, toy_proposal(), 0.5)
 
 
-@pytest.mark.parametrize("argument", ["labels", "head_mask", "interpolate_pos_encoding", "output_hidden_states"])
-def test_arguments_that_a_graph_does_not_take(argument):
+OTHERS = {
+    "labels": torch.zeros(1, dtype=torch.long),
+    "interpolate_pos_encoding": True,
+    "output_hidden_states": True,
+    "return_dict": False,
+    "of_my_own": 0,
+}
+
+
+@pytest.mark.parametrize("argument", OTHERS)
+@torch.no_grad()
+def test_arguments_of_a_graph(argument):
     gm = papr_fx.transform(build("ViTForImageClassification"), toy_proposal(), 0.5, verify=False)
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
-        gm(pixel_values=torch.randn(1, 3, 64, 64, dtype=torch.float64), **{argument: None})
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for ratio in (0.3, 1.0):
+        papr_fx.set_keep_ratio(gm, ratio)
+        for called in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+            assert torch.equal(called(pixel_values=x, **{argument: None}).logits, gm(x).logits)
+            with pytest.raises(papr_fx.ArgumentError, match=f"ViTForImageClassification is a graph in which `{argument}` is "):
+                called(x, **{argument: OTHERS[argument]})
+
+
+TEXT = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 48, "vocab_size": 99},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8},
+}
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
+@torch.no_grad()
+def test_a_tower_put_back(name):
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(text_config=TEXT, vision_config={**SMALL, **PATCH_16})).eval()
+    inputs = {"input_ids": torch.tensor([[1, 5, 2]]), "pixel_values": torch.randn(2, 3, 64, 64)}
+    dense = model(**inputs).logits_per_image
+    model.vision_model = papr_fx.transform(model.vision_model, toy_proposal(), 0.5)
+    pruned = model(**inputs).logits_per_image
+    assert pruned.shape == dense.shape
+    assert not torch.equal(pruned, dense)
+    papr_fx.set_keep_ratio(model.vision_model, 1.0)
+    assert torch.equal(model(**inputs).logits_per_image, dense)
+    with pytest.raises(papr_fx.ArgumentError, match="`interpolate_pos_encoding` is None or False, not True"):
+        model(**inputs, interpolate_pos_encoding=True)
+
+
+class Speaks(nn.Module):
+    """Calls a vision tower as LLaVA does."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.vision_tower = tower
+
+    def forward(self, pixels):
+        return self.vision_tower(pixels, output_hidden_states=None, return_dict=True).last_hidden_state
+
+
+@torch.no_grad()
+def test_a_tower_in_a_compiled_model():
+    gm = papr_fx.transform(build("CLIPVisionModel"), toy_proposal(), 0.5)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for called in (gm, Speaks(gm)):
+        compiled = torch.compile(called, fullgraph=True, backend="eager")
+        output = compiled(pixel_values=x, interpolate_pos_encoding=False, return_dict=True) if called is gm else compiled(x)
+        assert torch.equal(output.last_hidden_state if called is gm else output, gm(x).last_hidden_state)
+    program = torch.export.export(gm, (), {"pixel_values": x})
+    assert program.graph_signature.user_inputs == ("pixel_values",)
+
+
+class Adapted(nn.Module):
+    """Passes its arguments on, as the wrappers of peft do."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_wrappers_that_pass_arguments_on():
+    model = build("ViTForImageClassification")
+    gm = papr_fx.transform(Adapted(Adapted(model)), toy_proposal(), 1.0, example_input=torch.zeros(1, 3, 64, 64))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(gm(pixel_values=x, labels=None, return_dict=True).logits, model(x).logits)
+    with pytest.raises(papr_fx.ArgumentError, match="`interpolate_pos_encoding` is None or False, not True"):
+        gm(pixel_values=x, interpolate_pos_encoding=True)
 
 
 class Given(nn.Module):

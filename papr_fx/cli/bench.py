@@ -21,7 +21,7 @@ from ..planning import inputs
 from ..proposals.named import LITE0
 from .distributed import checked_device
 from .networks import image_proposal
-from .options import PRECISIONS, add_ratios, nonnegative_int, positive_int
+from .options import PRECISIONS, TIMM_SOURCES, add_ratios, nonnegative_int, positive_int
 
 _WEIGHTS = {"float32": torch.float32, **PRECISIONS}
 
@@ -29,7 +29,9 @@ _WEIGHTS = {"float32": torch.float32, **PRECISIONS}
 def add_bench(command: argparse.ArgumentParser) -> None:
     """Adds the options of `papr-fx bench`."""
     command.set_defaults(run=run_bench)
-    command.add_argument("--model", "-m", nargs="+", default=["vit_base_patch16_224"], help="names of timm models")
+    command.add_argument(
+        "--model", "-m", nargs="+", default=["vit_base_patch16_224"], help=f"names of timm models; {TIMM_SOURCES}"
+    )
     command.add_argument(
         "--proposal", default="mobileone_s0", help=f"name of a timm ConvNet, or {LITE0} (default: %(default)s)"
     )

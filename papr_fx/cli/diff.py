@@ -7,13 +7,13 @@ import argparse
 from ..review.diff import graph_diff
 from ..transform import transform
 from .networks import image_proposal, model_of
-from .options import add_lite0, add_weights
+from .options import TIMM_SOURCES, add_lite0, add_weights
 
 
 def add_diff(command: argparse.ArgumentParser) -> None:
     """Adds the options of `papr-fx diff`."""
     command.set_defaults(run=run_diff)
-    command.add_argument("model", help="name of a timm model")
+    command.add_argument("model", help=f"name of a timm model; {TIMM_SOURCES}")
     add_lite0(command)
     command.add_argument("--z", type=float, default=0.5, help="keep ratio (default: %(default)s)")
     add_weights(command)

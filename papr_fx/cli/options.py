@@ -17,6 +17,7 @@ from ..proposals.named import LITE0
 from ..proposals.saliency import NAMES
 
 DEFAULT_MODEL = "vit_small_patch16_224"
+TIMM_SOURCES = "hf-hub:OWNER/NAME and local-dir:FOLDER name one that timm saved"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CLIP_MODELS = (
@@ -89,7 +90,9 @@ def add_ratios(command: argparse.ArgumentParser, *, default: tuple[float, ...]) 
 
 def add_picture(command: argparse.ArgumentParser) -> None:
     """Adds the options of a command that draws a picture: a model, several keep ratios, a file."""
-    command.add_argument("--model", default="", help=f"name of a timm model (default: {DEFAULT_MODEL}); {_CLIP_MODELS}")
+    command.add_argument(
+        "--model", default="", help=f"name of a timm model (default: {DEFAULT_MODEL}); {TIMM_SOURCES}; {_CLIP_MODELS}"
+    )
     command.add_argument("--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)")
     add_lite0(command)
     add_ratios(command, default=(0.7, 0.5, 0.3))
@@ -112,8 +115,8 @@ def add_lite0(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--proposal",
         default=LITE0,
-        help=f"name of a timm ConvNet, for clips also of torchvision or pytorchvideo, or {LITE0}: EfficientNet-Lite0 with "
-        "ImageNet weights from its package (default)",
+        help=f"name of a timm ConvNet ({TIMM_SOURCES}), for clips also of torchvision or pytorchvideo, or {LITE0}: "
+        "EfficientNet-Lite0 with ImageNet weights from its package (default)",
     )
 
 
@@ -169,12 +172,13 @@ def add_networks(command: argparse.ArgumentParser) -> None:
         "--model",
         "-m",
         default="vit_base_patch16_224",
-        help=f"name of a timm model (default: %(default)s); {_CLIP_MODELS}",
+        help=f"name of a timm model (default: %(default)s); {TIMM_SOURCES}; {_CLIP_MODELS}",
     )
     command.add_argument(
         "--proposal",
         default="mobileone_s0",
-        help=f"name of a timm ConvNet, for clips also of torchvision or pytorchvideo, or {LITE0} (default: %(default)s)",
+        help=f"name of a timm ConvNet ({TIMM_SOURCES}), for clips also of torchvision or pytorchvideo, or {LITE0} "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--proposal-size", type=positive_int, help="shorter side of the proposal's images, in pixels (default: the model's)"

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..errors import ArgumentError, ProposalError
-from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, lite0
+from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, is_timm_name, lite0
 from ..proposals.statistics import InputStats, Statistics, statistics_of
 
 VIDEO_MODELS = {
@@ -36,24 +36,29 @@ class VideoModel:
 
 
 def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options: Any) -> nn.Module:
-    """Loads a timm model in eval mode; `options` are passed to timm.
+    """Loads a timm model in eval mode.
+
+    Args:
+        name: Its name in timm's registry, or `hf-hub:` or `local-dir:` and where a model that timm saved lies.
+        pretrained: Whether to load its published or saved weights.
+        checkpoint: A local file of weights to load instead.
+        **options: Further options of `timm.create_model`.
 
     Raises:
         ArgumentError: timm knows no such model, or its weights cannot be loaded.
     """
-    if not timm.is_model(name):
+    if not is_timm_name(name):
         raise ArgumentError(
-            f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them"
+            f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them, and "
+            "hf-hub:OWNER/NAME or local-dir:FOLDER names one that timm saved"
         )
     if checkpoint and not Path(checkpoint).is_file():
         raise ArgumentError(f"there is no checkpoint {checkpoint}")
     try:
         return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **options).eval()
     except Exception as error:  # a loader may raise anything for a file that is no checkpoint of this model
-        source = checkpoint or "timm's hub"
-        raise ArgumentError(
-            f"the weights of {name!r} could not be loaded from {source}: {type(error).__name__} {error}"
-        ) from error
+        source = f" from {checkpoint}" if checkpoint else "" if ":" in name else " from timm's hub"
+        raise ArgumentError(f"the weights of {name!r} could not be loaded{source}: {type(error).__name__} {error}") from error
 
 
 def video_model(name: str, *, pretrained: bool) -> VideoModel:

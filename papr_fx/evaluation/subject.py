@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-import timm
 import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
 from ..planning import inputs
+from ..proposals.named import is_timm_name
 from ..proposals.statistics import Statistics
 from ..tracing.fakes import MODEL_ERRORS
 from ..video import pyav
@@ -28,7 +28,7 @@ class ModelSpec:
     classifiers only.
 
     Attributes:
-        name: Name of a timm model, else of a video classifier as `video_model` takes it.
+        name: Name of a timm model as `image_model` takes it, else of a video classifier as `video_model` takes it.
         device: Where it runs; on the meta device it has no weights.
         pretrained: Whether weights may be loaded from a hub.
         checkpoint: A local file of weights.
@@ -87,7 +87,7 @@ def named_subject(spec: ModelSpec) -> Subject:
     Raises:
         ArgumentError: There is no such model, or it does not take one of the options.
     """
-    if timm.is_model(spec.name):
+    if is_timm_name(spec.name):
         return image_subject(spec)
     given = {"checkpoint": spec.checkpoint, "channels_last": spec.channels_last, **spec.preprocessing, **spec.options}
     unused = [option for option, value in given.items() if value]

@@ -21,6 +21,7 @@ from ..tracing.trace import Traced, trace
 from . import inputs
 from .module import PrunedModule
 from .plan import PixelPlan, Plan, Refused, Target
+from .signature import Signature
 from .sizes import grids_follow
 
 
@@ -60,7 +61,8 @@ def prune_by_pixels(
     whole = cut(scratch_copy(root), traced.graph, *traced.graph.output_node().all_input_nodes)
     dynamic = grids_follow(whole, images, layout, [(site.rows, site.placing.origin) for site in found.sites])
     target = Target(z, layout, dynamic)
-    plan = Plan(type(model).__name__, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target)
+    name, signature = type(model).__name__, Signature.of(model)
+    plan = Plan(name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()
     try:

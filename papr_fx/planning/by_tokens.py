@@ -22,6 +22,7 @@ from ..tracing.trace import OpenError, Traced, trace
 from . import inputs
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
+from .signature import Signature
 from .sizes import takes_other_sizes
 
 _REFUSED = (
@@ -106,7 +107,7 @@ class _Planner:
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
         target = Target(z, layout, dynamic)
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target)
+        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target, Signature.of(model))
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 

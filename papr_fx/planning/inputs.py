@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..passes import splice_proposal
 from ..proposals.network import takes_clips
 from .module import PrunedModule
+from .signature import TRACED_OPTIONS
 
 MODES = ("auto", "tokens", "pixels")
 _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
@@ -86,7 +87,7 @@ def checked_model(model: object) -> nn.Module:
         )
     check_no_hooks(model, "model")
     config = getattr(model, "config", None)
-    for option, wanted in (("output_hidden_states", False), ("output_attentions", False), ("return_dict", True)):
+    for option, wanted in TRACED_OPTIONS.items():
         if getattr(config, option, wanted) is not wanted:
             raise ArgumentError(
                 f"model.config.{option} is {not wanted}: a graph returns what the model does with {option}={wanted}. Set it so"

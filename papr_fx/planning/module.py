@@ -31,7 +31,7 @@ class PrunedModule(fx.GraphModule):
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
         """Builds the graph that `plan` describes over the modules of `root`, which holds `papr_proposal`."""
-        super().__init__(root, plan.rewrite(root.training), plan.name)
+        super().__init__(root, plan.signature.on(plan.rewrite(root.training)), plan.name)
         self._modules = dict(root._modules)  # all of them, where GraphModule copies only what its graph calls
         self._parameters.update(root._parameters)
         self._buffers.update(root._buffers)
@@ -88,7 +88,7 @@ class PrunedModule(fx.GraphModule):
         """
         known = self._compiled.get((plan.z, training))
         if known is None:
-            self.graph = self._runnable(plan.rewrite(training))
+            self.graph = plan.signature.on(self._runnable(plan.rewrite(training)))
             self._compiled[plan.z, training] = _Compiled.of(self)
         else:
             known.restore(self)

@@ -19,6 +19,7 @@ from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import find
+from .signature import Signature
 
 # Called with the name of a pass and the graph after it.
 Stage = Callable[[str, fx.Graph], None]
@@ -182,6 +183,7 @@ class Plan:
         opened: Qualified names of the modules that were traced through.
         shape: Shape of the images that the graphs were traced with.
         target: Keep ratio and geometry.
+        signature: The arguments that the module is called with.
         output: What the module returns: "logits", as the model's forward does, or "features".
         fallback: Why a model was pruned by pixels although tokens come first; empty otherwise.
     """
@@ -192,6 +194,7 @@ class Plan:
     opened: frozenset[str]
     shape: tuple[int, ...]
     target: Target
+    signature: Signature
     output: str = "logits"
     fallback: str = ""
 

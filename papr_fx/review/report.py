@@ -60,6 +60,7 @@ class Report:
         reduced: Where tokens are reduced after that: (block, tokens before, tokens after), prefix tokens included.
         per_frame: Whether the proposal is a network of images, which sees each frame of a clip independently.
         fallback: Why tokens were not pruned although they come first; empty if they were, or if pixels were asked for.
+        statistics: Mean and std of both networks' pixels, or for which they are unknown.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Report:
     reduced: tuple[tuple[str, int, int], ...]
     per_frame: bool
     fallback: str = ""
+    statistics: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -106,6 +108,8 @@ class Report:
             left = f"\nreduced: {before} tokens to {after}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
+        if self.statistics:
+            left = f"\nstatistics: {self.statistics}{left}"
         if self.fallback:
             left = f"\nnot by tokens: {self.fallback}{left}"
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
@@ -142,6 +146,7 @@ def report(gm: fx.GraphModule) -> Report:
         _reductions(module),
         module.papr_proposal.per_frame,
         plan.fallback,
+        module.papr_proposal.statistics,
     )
 
 

@@ -151,6 +151,7 @@ def test_photographs_are_shown_upright(tmp_path, monkeypatch):
         (["diff", "vit_tiny_patch16_224", "--z", "1.5"], "must lie in (0, 1]"),
         (["diff", "vit_tiny_patch16_224", "--proposal", "vit_tiny_patch16_224"], "no significance map"),
         (["diff", "resnet18"], "spatial layout"),
+        (["diff", "local-dir:/no/such/folder"], "weights of 'local-dir:/no/such/folder' could not be loaded"),
         (["diff", "vit_tiny_patch16_224", "--checkpoint", "/no/such/file.pth"], "there is no checkpoint /no/such/file.pth"),
     ],
 )
