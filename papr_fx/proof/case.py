@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SiteError, VerifyError
 from ..planning.module import PrunedModule, shell
 from ..tracing.blocks import is_inside
-from ..tracing.fakes import MODEL_ERRORS, aliased_copy
+from ..tracing.fakes import MODEL_ERRORS, aliased_copy, flags_of, set_flags
 from ..tracing.numerics import redraw, relative_error, tensors_of
 from .places import Place, find_place, reorder
 from .rewrite import Rewrite, Stream
@@ -79,8 +79,8 @@ class Case:
         rewrite = replace(self.rewrite, training=True)
         called = {str(node.target) for node in rewrite.dense_graph().find_nodes(op="call_module")}
         model = aliased_copy(self.model)
-        for name, module in model.named_modules():  # a flag for each module: methods besides forward read it too
-            module.training = not any(is_inside(name, target) for target in called)
+        opened = {name: not any(is_inside(name, target) for target in called) for name in flags_of(model)}
+        set_flags(model, opened)  # a flag for each module: methods besides forward read it too
         random = torch.Generator(self.images.device)
         random.set_state(self.random.get_state())
         return replace(self, model=model, rewrite=rewrite, random=random)._drawn()

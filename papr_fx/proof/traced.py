@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..errors import VerifyError
+from ..planning.module import PrunedModule
+from ..tracing.fakes import flags_of
 from ..tracing.numerics import relative_error, tensors_of
 from .case import Case, PrecisionError
 
@@ -23,6 +26,25 @@ def check(case: Case) -> None:
     compare(case.run(case.dense, case.images), case.expected, case.rewrite.name)
     image = case.images[:1]
     compare(case.run(case.dense, image), case.run(case.model, image), case.rewrite.name)
+
+
+def check_flags(model: nn.Module, gm: PrunedModule) -> None:
+    """Compares the training flags of the result, of each module, with those of the model. The other parts set their own.
+
+    Raises:
+        VerifyError: They differ.
+    """
+    wanted, found = flags_of(model), flags_of(gm)
+    wrong = [name for name, flag in wanted.items() if found.get(name, flag) != flag]
+    if wrong:
+        raise VerifyError(
+            f"tracing: `{wrong[0] or 'the result'}` is in {_mode(found[wrong[0]])} mode, where the model's is in "
+            f"{_mode(wanted[wrong[0]])} mode ({len(wrong)} modules): its copy changes flags"
+        )
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "eval"
 
 
 def compare(actual: object, expected: object, name: str) -> None:
