@@ -53,9 +53,7 @@ def test_the_proof_compares_flags():
     gm = pruned(model)
     traced.check_flags(model, gm)
     gm.blocks[0].mlp[2].training = True
-    with pytest.raises(
-        papr_fx.VerifyError, match=r"tracing: `blocks.0.mlp.2` is in training mode"
-    ):
+    with pytest.raises(papr_fx.VerifyError, match=r"tracing: `blocks.0.mlp.2` is in training mode"):
         traced.check_flags(model, gm)
 
 
