@@ -57,6 +57,13 @@ def test_the_proof_compares_flags():
         traced.check_flags(model, gm)
 
 
+def test_choose_keep_ratio_leaves_such_a_model_in_its_mode():
+    model = Extracted().train()
+    papr_fx.choose_keep_ratio(model, toy_proposal(), [images(Shape(), 2, dtype=torch.float32)], gmacs=1.0, verify=False)
+    assert set(flags_of(model).values()) == {True}
+    assert model.inner.graph is model.inner.train_graph
+
+
 class Frozen(ToyViT):
     """Keeps its first block in eval mode."""
 
