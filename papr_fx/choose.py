@@ -12,6 +12,7 @@ from .errors import ArgumentError
 from .evaluation.timing import median_times
 from .planning.module import PrunedModule, sibling
 from .review.report import report
+from .tracing.fakes import flags_of, set_flags
 from .tracing.macs import count_module_macs
 from .tracing.numerics import tensors_of
 from .transform import transform
@@ -92,7 +93,7 @@ def choose_keep_ratio(
         raise ArgumentError(
             f"{name} must be a number {'from 0 to 1' if name == 'max_drop' else 'of at least 0'}, not {value!r}"
         )
-    flags = {module: module.training for module in model.modules()}
+    flags = flags_of(model)
     model.eval()
     try:
         proved = transform(model, proposal, 0.5, **options)
@@ -100,8 +101,7 @@ def choose_keep_ratio(
             return _by_drop(model, proved, loader, value)
         return _by_macs(model, proved, value) if name == "gmacs" else _by_speed(model, proved, loader, value)
     finally:
-        for module, flag in flags.items():
-            module.training = flag
+        set_flags(model, flags)
 
 
 def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float) -> KeepRatio:

@@ -77,7 +77,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     """
     batch, count, width = tokens.shape
     rows = tokens.reshape(batch * count, width).index_select(0, _flat_rows(keep, count))
-    return rows.reshape(batch, -1, width)
+    return rows.reshape(batch, keep.shape[1], width)  # not -1, which an empty batch leaves open
 
 
 def kept_patches(keep: Tensor, prefix: int) -> Tensor:
@@ -157,7 +157,8 @@ def gather_pixels(x: Tensor, rows: Tensor, grid: Sequence[int], layout: str) -> 
     if spatial != list(grid) and (prod(spatial) != prod(grid) or len(spatial) == len(grid)):
         raise ValueError(f"positions were chosen for a grid of {tuple(grid)}, but the value has {spatial}")
     kept = _as_rows(x, channels).index_select(0, rows)  # (B * k, C)
-    return kept.view(x.shape[0], -1, *[1] * (x.ndim - 3), kept.shape[1]).movedim(-1, channels)
+    count = rows.shape[0] // x.shape[0] if x.shape[0] else 1  # of an empty batch any count: no value has it
+    return kept.view(x.shape[0], count, *[1] * (x.ndim - 3), kept.shape[1]).movedim(-1, channels)
 
 
 def write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, background: str) -> Tensor:

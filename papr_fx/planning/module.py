@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Collection
 from numbers import Real
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
-from ..tracing.fakes import scratch_copy
+from ..tracing.fakes import flags_of, scratch_copy, set_flags
 from ..tracing.graphs import propagate, remove_dead_code
+from .attributes import add_class_attributes, flags_by_mode, importable, plain_attributes
 from .plan import PixelPlan, Plan
 
 
@@ -31,6 +35,8 @@ class PrunedModule(fx.GraphModule):
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
         """Builds the graph that `plan` describes over the modules of `root`, which holds `papr_proposal`."""
+        flags, by_mode = flags_of(root), flags_by_mode(root)
+        set_flags(root, flags)
         super().__init__(root, plan.signature.on(plan.rewrite(root.training)), plan.name)
         self._modules = dict(root._modules)  # all of them, where GraphModule copies only what its graph calls
         self._parameters.update(root._parameters)
@@ -38,11 +44,15 @@ class PrunedModule(fx.GraphModule):
         constants = set(self._buffers) - set(root._buffers)  # plain tensors of the model, not part of its state
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         self.plan = plan
+        self._model_flags = by_mode
         self._compiled: dict[tuple[float, bool], _Compiled] = {}
         remove_dead_code(self.graph)  # dense values that kept ones replace
         self.recompile()
         propagate(self.for_shapes(), self.graph, self.example())
         self._compiled[plan.z, root.training] = _Compiled.of(self)
+        self._model_class = type(root)
+        own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
+        self.__setstate__(own)
 
     def example(self) -> Tensor:
         """Uninitialised images of the traced shape, in the model's dtype and on its device."""
@@ -76,10 +86,24 @@ class PrunedModule(fx.GraphModule):
         return True
 
     def train(self, mode: bool = True) -> PrunedModule:
-        """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode."""
-        if mode != self.training and not self.plan.one_graph:
-            self._follow(self.plan, mode)
-        return cast(PrunedModule, super().train(mode))
+        """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode.
+
+        Where the model's class has a `train` of its own, such as one that keeps a part frozen, flags are those that it sets.
+        """
+        flags = self._model_flags.get(mode, {})
+        training = flags.get("", mode)
+        if training != self.training and not self.plan.one_graph:
+            self._follow(self.plan, training)
+        super().train(training)
+        set_flags(self, flags)
+        return self
+
+    def recompile(self) -> PythonCode:
+        """Makes the code of the graph. A `forward` that others hold, as wrappers of it do, runs the new code too."""
+        replaced = type(self).forward
+        code = super().recompile()
+        _hand_over(replaced)
+        return code
 
     def _follow(self, plan: Plan, training: bool) -> None:
         """Puts the graph of `plan` in place, once it is known to run. A graph that was here before keeps its code.
@@ -109,12 +133,41 @@ class PrunedModule(fx.GraphModule):
         return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
-        copied = PrunedModule(copy.deepcopy(shell(self), memo), self.plan)
-        memo[id(self)] = copied
+        _Compiled.of(self).restore(self)  # a wrapper of `forward` is shared with the copy, and then asks each for its own
+        copied = PrunedModule.__new__(PrunedModule)
+        memo[id(self)] = copied  # hooks may refer to it
+        root = copy.deepcopy(shell(self), memo)
+        set_flags(root, flags_of(self))
+        PrunedModule.__init__(copied, root, self.plan)
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
+        return copied
+
+    def __copy__(self) -> PrunedModule:
+        _Compiled.of(self).restore(self)
+        copied = PrunedModule(shell(self), self.plan)
+        copied.__setstate__({name: copy.copy(value) if name in _HOOKS else value for name, value in self._state().items()})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PrunedModule, (shell(self), self.plan)
+        state = {**self._state(), "_model_class": importable(self._model_class)}
+        return PrunedModule, (shell(self), self.plan), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Adds attributes to those that the constructor made, and what the model's class defines."""
+        vars(self).update(state)
+        add_class_attributes(type(self), self._model_class)
+
+    def _state(self) -> dict[str, Any]:
+        """All that copies must keep and the constructor does not make: attributes, hooks, `meta`."""
+        return {name: value for name, value in vars(self).items() if name not in _BUILT}
+
+
+# What the constructor makes.
+_BUILT = frozenset(
+    {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "plan", "_compiled"}
+    | {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras"}
+)
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 
 
 class _Compiled(NamedTuple):
@@ -122,18 +175,40 @@ class _Compiled(NamedTuple):
 
     graph: fx.Graph
     code: str
-    forward: Callable[..., Any]
+    forward: FunctionType
 
     @classmethod
     def of(cls, gm: PrunedModule) -> _Compiled:
         """What is in place now."""
-        return cls(gm.graph, gm._code, type(gm).forward)
+        return cls(gm.graph, gm._code, _same_code(type(gm).forward))
 
     def restore(self, gm: PrunedModule) -> None:
         """Puts it in place again."""
+        replaced = type(gm).forward
         gm._graph = self.graph
         gm._code = self.code
-        type(gm).forward = self.forward
+        type(gm).forward = _same_code(self.forward)
+        _hand_over(replaced)
+
+
+def _same_code(function: Callable[..., Any]) -> FunctionType:
+    """Another function with the same code object, for which `torch.compile` finds what it compiled."""
+    known = cast(FunctionType, function)
+    same = FunctionType(known.__code__, known.__globals__, known.__name__, known.__defaults__)
+    same.__kwdefaults__ = known.__kwdefaults__
+    return same
+
+
+def _hand_over(replaced: Callable[..., Any]) -> None:
+    """Makes a replaced `forward` call the one that is in place: `gm.forward = wrapped(gm.forward)` holds it."""
+    if isinstance(replaced, FunctionType) and replaced is not nn.Module.forward:
+        cast(Any, replaced).__signature__ = inspect.signature(replaced)
+        replaced.__code__ = _call_current.__code__
+        replaced.__defaults__ = replaced.__kwdefaults__ = None  # those of the code in place hold
+
+
+def _call_current(self: PrunedModule, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
 
 
 def shell(gm: PrunedModule) -> nn.Module:

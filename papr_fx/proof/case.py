@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from ..errors import SiteError, VerifyError
 from ..planning.module import PrunedModule, shell
 from ..tracing.blocks import is_inside
-from ..tracing.fakes import MODEL_ERRORS, aliased_copy
+from ..tracing.fakes import MODEL_ERRORS, aliased_copy, flags_of, set_flags
 from ..tracing.numerics import redraw, relative_error, tensors_of
 from .places import Place, find_place, reorder
 from .rewrite import Rewrite, Stream
@@ -79,8 +78,8 @@ class Case:
         rewrite = replace(self.rewrite, training=True)
         called = {str(node.target) for node in rewrite.dense_graph().find_nodes(op="call_module")}
         model = aliased_copy(self.model)
-        for name, module in model.named_modules():  # a flag for each module: methods besides forward read it too
-            module.training = not any(is_inside(name, target) for target in called)
+        opened = {name: not any(is_inside(name, target) for target in called) for name in flags_of(model)}
+        set_flags(model, opened)  # a flag for each module: methods besides forward read it too
         random = torch.Generator(self.images.device)
         random.set_state(self.random.get_state())
         return replace(self, model=model, rewrite=rewrite, random=random)._drawn()
@@ -149,6 +148,11 @@ class Case:
         return self.run(self.model, self.images)
 
     @cached_property
+    def expected_first(self) -> Any:
+        """The model's output for the first image alone. It is no part of `expected` where tensors have no batch axis."""
+        return self.run(self.model, self.images[:1])
+
+    @cached_property
     def kept(self) -> list[Tensor]:
         """Two thirds of each grid's cells in random order, (1, k)."""
         return [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in self.orders]
@@ -171,14 +175,14 @@ class Case:
         try:
             return [
                 find_place(dense.shape, pruned.shape, choice.rows, kept)
-                for dense, pruned in zip(tensors_of(first_of(self.expected)), tensors_of(self.kept_output), strict=True)
+                for dense, pruned in zip(tensors_of(self.expected_first), tensors_of(self.kept_output), strict=True)
             ]
         except ValueError as error:
             raise VerifyError(f"lengths: {error} with {kept} of {choice.rows.grid} patches kept") from error
 
     @cached_property
-    def permuted(self) -> Any:
-        """The model's output, with values per token in the random order."""
+    def permuted(self) -> list[Tensor]:
+        """The tensors of the model's output, with values per token in the random order."""
         return reorder(self.expected, self.places, self.orders[0])
 
     @cached_property
@@ -199,7 +203,7 @@ class Case:
             if self.rewrite.choices[number].layout != "BNC":
                 return None  # a convolution does not run without positions
             wrong[number] = wrong[number][:, :0]
-        return relative_error(self.run_pruned(wrong), first_of(self.permuted))
+        return relative_error(self.run_pruned(wrong), reorder(self.expected_first, self.places, self.orders[0][:1]))
 
     @property
     def least_effect(self) -> float:
@@ -210,8 +214,3 @@ class Case:
     def allowed(self) -> float:
         """The relative error that is allowed with fewer positions: one wrong position causes more."""
         return min(self.tolerance, self.least_effect)
-
-
-def first_of(output: Any) -> Any:
-    """The output for the first image."""
-    return pytree.tree_map_only(Tensor, lambda t: t[:1], output)

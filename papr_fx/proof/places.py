@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..ops import TokenRows, with_prefix
+from ..tracing.numerics import tensors_of
 
 
 class Place(NamedTuple):
@@ -48,13 +48,9 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], rows: TokenRows, kep
     raise ValueError(f"an output {tuple(dense)} becomes {tuple(pruned)}")
 
 
-def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> Any:
-    """An output whose patches are picked by `cells` (B, k), counted in the order of the output without prefix tokens."""
-    leaves, structure = pytree.tree_flatten(output)
-    remaining = iter(places)
-    return pytree.tree_unflatten(
-        [_picked(leaf, next(remaining, None), cells) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
-    )
+def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> list[Tensor]:
+    """The tensors of an output, whose patches are picked by `cells` (B, k), counted in its order without prefix tokens."""
+    return [_picked(tensor, place, cells) for tensor, place in zip(tensors_of(output), places, strict=True)]
 
 
 def _picked(tensor: Tensor, place: Place | None, cells: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A rewritten graph in which the kept positions are an input is compared with the model. Parameters are redrawn at unit scale
 first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables of zeros) that a wrong rewrite passes.
 
-1. Tracing (`traced`): the dense graph gives the model's output to the bit.
+1. Tracing (`traced`): the dense graph gives the model's output to the bit. The result is in the model's mode.
 2. Permutation: given all positions in random order, the rewritten graph gives the model's output.
 3. Negative control (`control`): with one position replaced by another, it does not. Else the proof sees nothing.
 4. Geometry: changing one patch of the image moves the position that the map scores for it, and no prefix token.
@@ -52,6 +52,7 @@ def prove(model: nn.Module, gm: PrunedModule) -> Proof:
     Raises:
         VerifyError: A part of the proof fails; the message names the part, the site and the error.
     """
+    traced.check_flags(model, gm)
     example = gm.example()
     if example.dtype == torch.float64:
         return _prove(model, gm, torch.float64)

@@ -10,13 +10,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..ops.reduction import Matching
 from ..passes.kinds import Kind
 from ..tracing.blocks import last_tokens
 from ..tracing.graphs import nodes_by_name
-from ..tracing.numerics import relative_error
+from ..tracing.numerics import relative_error, tensors_of
 from ..tracing.roles import find, find_all
 from .case import Case, ComparisonError
 
@@ -106,8 +105,8 @@ def _average(tokens: Tensor, groups: Tensor) -> Tensor:
     return members @ means
 
 
-def _spread(output: Any, groups: Tensor, prefix: int) -> Any:
-    """Outputs that still hold tokens, or only patches, with each merged one repeated for all of its group."""
+def _spread(output: Any, groups: Tensor, prefix: int) -> list[Tensor]:
+    """The tensors of outputs that still hold tokens, or only patches, with each merged one repeated for all of its group."""
     count = int(groups.max()) + 1
 
     def spread(tensor: Tensor) -> Tensor:
@@ -117,4 +116,4 @@ def _spread(output: Any, groups: Tensor, prefix: int) -> Any:
                 return tensor.gather(1, places.expand(-1, -1, tensor.shape[-1]))
         return tensor
 
-    return pytree.tree_map_only(Tensor, spread, output)
+    return [spread(tensor) for tensor in tensors_of(output)]

@@ -36,7 +36,7 @@ def check(case: Case) -> None:
     traced.compare(dense, expected, trained.rewrite.name)
     if relative_error(other, expected) > 0:
         return
-    error = relative_error(permuted, reorder(expected, case.places, trained.orders[0]))
+    error = relative_error(permuted, reorder(expected, trained.places, trained.orders[0]))
     if not error <= trained.tolerance:
         raise ComparisonError(
             f"training: in training mode, with all positions kept in random order, the output is off by {error:.1e} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError,
 
 
 def aliased_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, but not flags and hooks.
+    """A copy of the module tree that shares every parameter and buffer, but not flags and hooks. Its flags are the model's.
 
     Raises:
         ArgumentError: The model holds something that cannot be copied.
@@ -46,9 +46,30 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ArgumentError(f"{type(model).__name__} holds something that cannot be copied: {first_line(error)}") from error
+    set_flags(copied, flags_of(model))
+    return copied
+
+
+def flags_of(model: nn.Module) -> dict[str, bool]:
+    """The training flag of every module, by qualified name."""
+    return {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def set_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Gives modules these training flags, by qualified name. Names that the model does not have are ignored.
+
+    A class may copy itself in another mode, as graph modules do that hold a graph for each. So `train` is called where a flag
+    changes: such a class changes more than its flag.
+    """
+    modules = [(module, flags[name]) for name, module in model.named_modules(remove_duplicate=False) if name in flags]
+    for module, flag in modules:  # parents first
+        if module.training != flag:
+            module.train(flag)
+    for module, flag in modules:  # what parents did to their children
+        module.training = flag
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -40,8 +41,31 @@ def forked_random(like: torch.Tensor) -> Generator[None]:
 
 
 def tensors_of(output: object) -> list[torch.Tensor]:
-    """The tensors in a model's output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    """The tensors in a model's output, in order. Dataclasses and classes of dictionaries that torch does not know count too."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = parts_of(output)
+    if parts is None:
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return [tensor for part in parts.values() for tensor in tensors_of(part)]
+
+
+def parts_of(output: object) -> dict[Any, Any] | None:
+    """The parts of a dictionary, sequence or dataclass, by key, place or name; None for any other value."""
+    if isinstance(output, Mapping):
+        return dict(cast("Mapping[Any, Any]", output))
+    if isinstance(output, tuple | list):
+        return dict(enumerate(cast("list[Any]", output)))
+    if is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name, None) for field in fields(output)}
+    return None
+
+
+def structure_of(output: object) -> object:
+    """The classes and keys of an output and its parts, to compare: equal outputs differ in tensors only."""
+    parts = parts_of(output)
+    kind = "tensor" if isinstance(output, torch.Tensor) else type(output).__qualname__
+    return kind if parts is None else (kind, [(key, structure_of(part)) for key, part in parts.items()])
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -54,6 +78,8 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.numel():
+        return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)).item()

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TraceError, first_line
+from .containers import is_container, rebuilt
 from .fakes import faking
 from .graphs import annotate, is_in_place
 from .joins import RecordJoins
@@ -164,10 +165,13 @@ class ValueTracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
     def create_arg(self, a: Any) -> Any:
-        """Keeps the class of a dataclass that is also a dictionary, such as the outputs of transformers' models."""
-        if is_dataclass(a) and isinstance(a, dict):
+        """Keeps the class of containers: `fx` makes a plain dictionary or list of its subclasses."""
+        if is_dataclass(a) and isinstance(a, dict):  # such as the outputs of transformers' models
             given = {field.name: self.create_arg(value) for field in fields(a) if (value := getattr(a, field.name)) is not None}
             return self.create_node("call_function", type(a), (), given)
+        if is_container(a):
+            made, parts = rebuilt(a)
+            return self.create_node("call_function", made, tuple(self.create_arg(part) for part in parts), {})
         return super().create_arg(a)
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
