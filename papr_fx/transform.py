@@ -51,28 +51,25 @@ def transform(
 ) -> PrunedModule:
     """Rewrites a vision model to compute only for the most significant patches (PaPr, ECCV 2024, Sec. 3).
 
-    In a ViT the kept tokens are gathered before the first block. In a hierarchical model (ConvNeXt, Swin) each block's pixel
-    operator runs on the kept positions. `model` itself is not changed; the result shares its tensors.
+    A ViT gathers the kept tokens before its first block; the pixel operators of a ConvNeXt or Swin run on kept positions.
+    `model` itself is not changed; the result shares its tensors.
 
     Args:
         model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in either mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns features (B, K, h, w) or a map
-            (B, h, w), or a name in timm (`hf-hub:` and `local-dir:` too), torchvision.models.video or pytorchvideo.models.hub
-            (pretrained weights are loaded).
+            (B, h, w), or a name in timm (`hf-hub:`, `local-dir:` too), torchvision.models.video or pytorchvideo (with weights).
             For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently.
         z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, where N counts both; or
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
         example_input: Images such as the model takes; only the shape matters. Default: the size that the model states.
         mode: "tokens" gathers tokens, "pixels" prunes pixel operators, "auto" takes tokens where that is sound, else pixels.
-        background: What dropped positions hold after a pixel operator: "keep" leaves the residual, "zero" zeroes it. "auto"
-            zeroes after depthwise convolutions, except in training, and keeps elsewhere. Token models have none.
-        proposal_size: Images are resized to it for the proposal, bilinear: the shorter side in pixels, or (rows, columns).
-            For clips also (frames, rows, columns), trilinear.
+        background: What dropped positions hold after a pixel operator: "keep" leaves the residual, "zero" zeroes it, "auto"
+            zeroes after depthwise convolutions, except in training, and keeps elsewhere.
+        proposal_size: Images are resized to it for the proposal: the shorter side in pixels, or (rows, columns), bilinear;
+            for clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where both networks' (mean, std) are known and differ,
-            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both. "auto" reads
-            timm's metadata, also inside wrappers, a normalisation inside the model, and the defaults of torchvision,
-            transformers and open_clip. It warns (`StatisticsWarning`) where the proposal's are known and the model's are not,
-            or where the proposal is a classifier whose are unknown and the model's are known.
+            "shared" leaves them as they are, ((mean, std) of the model, (mean, std) of the proposal) gives both. What "auto"
+            reads, and where it warns: see `papr_fx.proposals.statistics`.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
         merge: `Merge(r, blocks, proportional)`: token merging after the pruning, or alone with z=1. Or a peer of it.
@@ -82,8 +79,7 @@ def transform(
     Raises:
         ArgumentError: An argument is out of range or of the wrong kind.
         ProposalError: `proposal` yields no saliency map.
-        TraceError: The model's forward cannot be recorded, or refuses these images.
-        NoSiteError: The model has no place where pruning is sound.
+        TraceError, NoSiteError: The model's forward cannot be recorded, or has no place where pruning is sound.
         VerifyError: The rewritten model failed its proof.
     """
     options = _Options(checked_z(z), mode, background, merge, output, verify).checked()
@@ -95,11 +91,9 @@ def transform(
     def network() -> SignificanceNet:
         return build_proposal(proposal, request.model, ImageSpec.of(request.images, request.layout), sight)
 
-    with plain_contexts(request.images.device):
-        _run_once(request)
-        gm = _Pipeline(request, network, options).run()
-    if gm.papr_proposal.doubt:
-        warnings.warn(gm.papr_proposal.doubt, StatisticsWarning, stacklevel=2)
+    gm = _Pipeline(request, network, options).run()
+    if doubt := gm.papr_proposal.doubt:
+        warnings.warn(doubt, StatisticsWarning, stacklevel=2)
     return gm
 
 
@@ -130,7 +124,12 @@ class _Pipeline:
     options: _Options
 
     def run(self) -> PrunedModule:
-        """The rewritten model."""
+        """The rewritten model, whatever contexts the caller is in."""
+        with plain_contexts(self.request.images.device):
+            _run_once(self.request)
+            return self._proved()
+
+    def _proved(self) -> PrunedModule:
         if self.options.mode == "pixels":
             return self._finished(self._by_pixels())
         try:

@@ -1,4 +1,9 @@
-"""Normalisation statistics: how pixels normalised for the model are normalised again for the proposal."""
+"""Normalisation statistics: how pixels normalised for the model are normalised again for the proposal.
+
+`input_stats="auto"` reads timm's metadata, also inside wrappers, a normalisation inside a network, and the defaults of
+torchvision, transformers and open_clip. `transform` warns (`StatisticsWarning`) where only one of the two is known: where the
+model's are unknown, or those of a proposal that is a classifier.
+"""
 
 from __future__ import annotations
 
