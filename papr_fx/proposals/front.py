@@ -52,6 +52,8 @@ def normalisation_inside(network: nn.Module, images: Tensor, channel_axis: int) 
     channels = images.shape[channel_axis]
     random = torch.Generator().manual_seed(0)
     colours = torch.rand((3, channels), generator=random, dtype=torch.float64) * 0.8 + 0.1
+    if not images.is_floating_point():
+        colours = (255 * colours).round()
     copied = scratch_copy(network).eval()
     arrived: list[Tensor] = []
     for colour in colours:

@@ -147,6 +147,15 @@ def test_normalisation_inside(normalise, expected, stated):
     assert relative_error((pixels - mean) / std * scale + shift, (pixels - own_mean) / own_std) < 1e-4
 
 
+def test_bytes_that_the_model_converts():
+    model = Around(vit(), lambda x: x.float() / 255 * 2 - 1)
+    proposal = Network(timm_model("resnet10t"), torch.zeros(1, 3, 64, 64), 1)
+    found = renormalisation(Network(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 1), proposal, "auto")
+    pixels = torch.tensor([10.0, 100.0, 250.0], dtype=torch.float64)
+    own_mean, own_std = (torch.tensor(part, dtype=torch.float64) for part in IMAGENET)
+    assert relative_error(pixels * found.factors[0] + found.factors[1], (pixels / 255 - own_mean) / own_std) < 1e-4
+
+
 def test_unknown_statistics_are_said_once():
     unknown = vit()
     unknown.pretrained_cfg = {}
