@@ -86,11 +86,8 @@ def transform(
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
     sight = ProposalOptions(size, input_stats, checked_saliency(saliency), verify)
-
-    @cache
-    def network() -> SignificanceNet:
-        return build_proposal(proposal, request.model, ImageSpec.of(request.images, request.layout), sight)
-
+    spec = ImageSpec.of(request.images, request.layout)
+    network = cache(lambda: build_proposal(proposal, request.model, spec, sight))
     gm = _Pipeline(request, network, options).run()
     if doubt := gm.papr_proposal.doubt:
         warnings.warn(doubt, StatisticsWarning, stacklevel=2)
