@@ -231,7 +231,8 @@ def sibling(gm: PrunedModule, *, z: float | None = None, reduction: Reduction | 
 def set_keep_ratio(gm: fx.GraphModule, z: float) -> None:
     """Changes the keep ratio of a transformed module in place. At 1.0 its graph is the dense model's.
 
-    A module that was given to `torch.compile` is compiled again at its next call.
+    A module that was given to `torch.compile` is compiled again at its next call. A compiled module that only contains `gm` is
+    not: it goes on with the old ratio until it is compiled again (`torch.compiler.reset()`).
 
     Args:
         gm: A module returned by `transform`.

@@ -59,11 +59,14 @@ def without_log(name: str) -> Generator[None]:
 
 @contextmanager
 def plain_contexts(device: torch.device) -> Generator[None]:
-    """No autocast and no inference mode of the caller, and `device` as the default: a model is planned alike everywhere."""
+    """No autocast and no inference mode of the caller, and `device` as the default: a model is planned alike everywhere.
+
+    Of a model on the meta device only shapes are known, but probes need values: for it the CPU is the default.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in dict.fromkeys(("cpu", "cuda", device.type)):
             if kind != "meta":
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(device)
+        stack.enter_context(torch.device("cpu") if device.type == "meta" else device)
         yield
