@@ -103,9 +103,9 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
             "images"
         )
     sample = _sample(network, images, options.size)
+    halves = split_network(network, source, sample, verify=options.verify)
     target = Network(model, torch.empty(images.shape, dtype=images.dtype, device=images.device), images.layout.index("C"))
     normalised = renormalisation(target, Network(source, sample, 1), options.input_stats)
-    halves = split_network(network, source, sample, verify=options.verify)
     maps = build_map(options.saliency, halves, sample, type(source).__name__)
     trunk = halves.trunk
     if images.device.type != "meta":
