@@ -25,7 +25,7 @@ from .proof.prove import prove
 from .proposals.build import ImageSpec, ProposalOptions, build_proposal
 from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
-from .proposals.statistics import InputStats
+from .proposals.statistics import InputStats, checked_stats
 from .review.stages import print_stages
 from .tracing.fakes import MODEL_ERRORS, scratch_copy
 from .tracing.numerics import forked_random
@@ -85,8 +85,8 @@ def transform(
     options = _Options(checked_z(z), mode, background, merge, output, verify).checked()
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
-    sight = ProposalOptions(size, input_stats, checked_saliency(saliency), verify)
     spec = ImageSpec.of(request.images, request.layout)
+    sight = ProposalOptions(size, checked_stats(input_stats, spec.channels), checked_saliency(saliency), verify)
     network = cache(lambda: build_proposal(proposal, request.model, spec, sight))
     gm = _Pipeline(request, network, options).run()
     if doubt := gm.papr_proposal.doubt:

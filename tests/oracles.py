@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
@@ -55,10 +56,14 @@ def resized_by_hand(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return F.interpolate(maps.unsqueeze(1), grid, mode="trilinear", align_corners=True).squeeze(1)
 
 
+def count_by_hand(positions: int, z: float, prefix: int = 0) -> int:
+    """How many of the positions are kept, with z as the decimal that it is written as."""
+    return max(1, min(positions, int((positions + prefix) * Decimal(repr(z)))))
+
+
 def kept_by_hand(psm: Tensor, z: float, prefix: int) -> Tensor:
     """Mask of the kept positions of maps (B, t, h, w), by a full sort."""
-    count = max(1, min(psm[0].numel(), int((psm[0].numel() + prefix) * z)))
-    order = psm.flatten(1).argsort(dim=1, descending=True)[:, :count]
+    order = psm.flatten(1).argsort(dim=1, descending=True)[:, : count_by_hand(psm[0].numel(), z, prefix)]
     return torch.zeros_like(psm, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(psm)
 
 

@@ -30,7 +30,8 @@ SLOW = "torch.export and AOTInductor"
 
 def recipes() -> dict[str, list[str]]:
     sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    return {text.splitlines()[0]: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for text in sections}
+    found = {text.splitlines()[0]: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for text in sections}
+    return {name: blocks for name, blocks in found.items() if blocks}
 
 
 def cases():

@@ -67,7 +67,7 @@ class ProposalOptions:
 
     Attributes:
         size: `proposal_size`.
-        input_stats: "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal).
+        input_stats: "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal); see `checked_stats`.
         saliency: The source of the map.
         verify: Whether to compare the fused network with the one given.
     """
@@ -91,7 +91,6 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
 
     Raises:
         ProposalError: `proposal` yields no significance map; the message says why.
-        ArgumentError: `input_stats` has the wrong form.
         VerifyError: Fusing the proposal changed its output.
     """
     source = _load(proposal)

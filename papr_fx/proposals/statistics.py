@@ -65,21 +65,38 @@ def statistics_of(module: nn.Module) -> Statistics | None:
     return None if found is None else (found.mean, found.std)
 
 
+def checked_stats(given: object, channels: int) -> InputStats:
+    """`input_stats` of `transform`: one of its words, or a user's statistics as numbers, for images of that many channels.
+
+    Raises:
+        ArgumentError: It has another form, or another number of channels.
+    """
+    if isinstance(given, str) and given in ("auto", "shared"):
+        return given
+    try:
+        (mean, std), (own_mean, own_std) = cast(Any, given)
+        lists = [[float(v) for v in part] for part in (mean, std, own_mean, own_std)]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f'input_stats must be "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal), not {given!r}'
+        ) from error
+    if any(len(part) != channels for part in lists) or not all(0 < v < math.inf for v in lists[1] + lists[3]):
+        raise ArgumentError(f"input_stats: each mean and std needs {channels} numbers, each std above 0; got {given!r}")
+    return (lists[0], lists[1]), (lists[2], lists[3])
+
+
 def renormalisation(model: Network, proposal: Network, given: InputStats) -> Renormalisation:
     """How pixels normalised for `model` become pixels normalised for `proposal`.
 
     Args:
         model: The target, which "auto" reads.
         proposal: The network, which "auto" reads.
-        given: `input_stats` of `transform`.
-
-    Raises:
-        ArgumentError: `given` is not one of the forms that `transform` takes.
+        given: `input_stats` of `transform`, checked.
     """
     if given == "shared":
         return Renormalisation(None, "shared: the proposal gets the model's images")
     if given != "auto":
-        (mean, std), (own_mean, own_std) = _checked(given, model.channels)
+        (mean, std), (own_mean, own_std) = given
         return _between(Known(tuple(mean), tuple(std), "given"), Known(tuple(own_mean), tuple(own_std), "given"))
     known, own = _of(model), _of(proposal)
     if known is not None and own is not None:
@@ -136,17 +153,3 @@ def _outermost(module: nn.Module) -> list[Known]:
     if known := stated(module):
         return [known]
     return [known for child in module.children() for known in _outermost(child)]
-
-
-def _checked(given: object, channels: int) -> tuple[Statistics, Statistics]:
-    """A user's statistics as numbers."""
-    try:
-        (mean, std), (own_mean, own_std) = cast(Any, given)
-        lists = [[float(v) for v in part] for part in (mean, std, own_mean, own_std)]
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f'input_stats must be "auto", "shared" or ((mean, std) of the model, (mean, std) of the proposal), not {given!r}'
-        ) from error
-    if any(len(part) != channels for part in lists) or not all(0 < v < math.inf for v in lists[1] + lists[3]):
-        raise ArgumentError(f"input_stats: each mean and std needs {channels} numbers, each std above 0; got {given!r}")
-    return (lists[0], lists[1]), (lists[2], lists[3])

@@ -17,6 +17,7 @@ from papr_fx.testing import check
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
+from ..oracles import count_by_hand
 
 
 @st.composite
@@ -48,8 +49,7 @@ def by_hand(model: ToyViT, proposal: nn.Module, x: Tensor, z: float) -> Tensor:
     for sample in x:
         features = proposal(sample[None])[0]  # (K, h, w)
         psm = F.interpolate(features.mean(0)[None, None], size=(rows, columns), mode="bicubic", align_corners=True).flatten()
-        k = min(rows * columns, max(1, int((rows * columns + prefix) * z)))
-        best = psm.argsort(descending=True)[:k].tolist()
+        best = psm.argsort(descending=True)[: count_by_hand(rows * columns, z, prefix)].tolist()
         tokens = model.tokens(sample[None])[:, [*range(prefix), *(prefix + i for i in best)]]
         for block in model.blocks:
             tokens = block(tokens)
@@ -71,8 +71,9 @@ def test_equals_a_transcription_by_hand(shape, several, batch, seed):
 @settings(max_examples=12)
 @given(shapes(), ratios)
 def test_equals_the_model_with_hidden_keys(shape, z):
-    kept = max(1, int((shape.grid[0] * shape.grid[1] + shape.prefix) * z))
-    if kept + shape.prefix < 2:  # a single token leaves nothing to corrupt
+    if (
+        count_by_hand(shape.grid[0] * shape.grid[1], z, shape.prefix) + shape.prefix < 2
+    ):  # a single token leaves nothing to corrupt
         z = 0.9
     found = check(ToyViT(shape), toy_proposal(), z)
     assert found.hidden_keys < 1e-9
