@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, NoSiteError, SiteError, StatisticsWarning, VerifyError
+from .passes.prune_tokens import SeveralTrunksError
 from .passes.reduction import Reduction
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
@@ -133,7 +134,7 @@ class _Pipeline:
             planning_z = min(self.options.z, 0.9)  # at 1 there is nothing to plan
             return self._finished(prune_by_tokens(self.request, self.network, planning_z, self.options.merge))
         except (NoSiteError, VerifyError) as error:
-            if self.options.mode == "tokens":
+            if self.options.mode == "tokens" or isinstance(error, SeveralTrunksError):
                 raise
             gm = self._instead(error)
             reason = str(error).splitlines()[0]
@@ -148,7 +149,7 @@ class _Pipeline:
             gm = self._by_pixels()
         except NoSiteError as other:
             raise type(error)(f"{error}\nAs for pixels: {other}") from other
-        if not keeps_space(self.request.model, gm):
+        if not keeps_space(self.request.model, gm, self.request.images):
             hint = "mode='pixels' would prune its MLPs only, where that is sound"
             raise type(error)(f"{error} ({hint})") from error
         return gm

@@ -183,7 +183,7 @@ def _match(reader: BranchReader, branch: Branch) -> PixelSite | str | None:
     if isinstance(found, str):
         return f"{layer}: {found}"
     source, layout = branch.sources[-1], found.layouts[branch.end]
-    moves = find_moves(source, reader.root) if len(layout) == 4 else None
+    moves = find_moves(source, layout, reader.root) if len(layout) == 4 else None
     grid = grid_of(nodes_by_name(source.graph)[moves.origin], moves.layout) if moves else grid_of(source, layout)
     if grid is None:
         return f"{layer}: the positions of `{source}` {shape_of(source)} cannot be traced back to rows and columns"

@@ -24,7 +24,7 @@ Left alone:
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -41,8 +41,8 @@ from .kinds import Kind
 from .splice_proposal import read_sizes
 
 
-class UnusedError(NoSiteError):
-    """The blocks do not run: the trunk is another part of the model."""
+class SeveralTrunksError(NoSiteError):
+    """Two parts of the model run on tokens of their own."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> TokenSite:
         blocks: Qualified names of the trunk's repeated blocks.
 
     Raises:
-        UnusedError: None of the blocks runs.
         NoSiteError: No stream is found, with the nearest miss.
     """
     block, stream = _single_stream(graph, blocks)
@@ -84,6 +83,28 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> TokenSite:
         )
     patches = TokenRows(flattening.join.grid)
     return TokenSite(stream, block, TokenRows(patches.grid, count - patches.count), flattening)
+
+
+def check_one_trunk(graph: fx.Graph, blocks: Collection[str], others: Iterable[Collection[str]]) -> None:
+    """Refuses a model in which other blocks run on tokens that neither come from those of the trunk nor lead to them.
+
+    Args:
+        graph: A traced graph that calls all of them.
+        blocks: Qualified names of the trunk's blocks.
+        others: Qualified names of other repeated blocks, a family each.
+
+    Raises:
+        SeveralTrunksError: There are such blocks.
+    """
+    block, stream = _single_stream(graph, blocks)
+    later = {stream, *descendants(stream)}
+    for names in others:
+        calls = [(name, nodes) for name, nodes in block_calls(graph, names) if _stream(nodes) is not None]
+        if not calls:
+            continue
+        name, nodes = calls[0]
+        if _stream(nodes) not in later and stream not in descendants(nodes[0]):
+            raise _several(block, name)
 
 
 def runtime_grid(graph: fx.Graph, site: TokenSite, before: fx.Node) -> tuple[fx.Node, ...]:
@@ -133,7 +154,7 @@ def _single_stream(graph: fx.Graph, blocks: Collection[str]) -> tuple[str, fx.No
     """The first block that maps tokens to tokens, and the stream that it reads."""
     calls = block_calls(graph, blocks)
     if not calls:
-        raise UnusedError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
+        raise NoSiteError(f"the traced graph calls none of the repeated blocks ({', '.join(blocks)})")
     streams = [(name, nodes, stream) for name, nodes in calls if (stream := _stream(nodes)) is not None]
     if not streams:
         name, nodes = calls[0]
@@ -146,11 +167,23 @@ def _single_stream(graph: fx.Graph, blocks: Collection[str]) -> tuple[str, fx.No
     after = descendants(first[-1])
     for other, _, later in streams[1:]:
         if later not in after:
+            if other.rpartition(".")[0] != block.rpartition(".")[0]:
+                raise _several(block, other)
             raise NoSiteError(
                 f"two token streams: `{other}` reads `{later.name}`, which does not come from the first block "
                 f"`{block}`; a trunk that runs twice, or in parallel branches, is not pruned"
             )
     return block, stream
+
+
+def _several(block: str, other: str) -> SeveralTrunksError:
+    """Names two trunks by the largest modules around their first blocks that do not hold the other one."""
+    one, two = block.split("."), other.split(".")
+    depth = 1 + next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    return SeveralTrunksError(
+        f"two parts of the model run on tokens of their own: `{'.'.join(one[:depth])}` (before `{block}`) and "
+        f"`{'.'.join(two[:depth])}` (before `{other}`). Transform each by itself, and put the results in their places"
+    )
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -61,8 +61,8 @@ def residual_of(addition: fx.Node) -> fx.Node | None:
     return min(operands(addition) or (), key=work, default=None)
 
 
-def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
-    """How the positions of `source` left the order of the image; None if nothing is found that moved them.
+def find_moves(source: fx.Node, layout: Layout, root: nn.Module) -> Moves | None:
+    """How the positions of `source`, with these axes, left the order of the image; None if nothing is found that moved them.
 
     The search goes up through nodes that move values and through residual additions. Then the path from the last value in
     image order down to `source` is replayed on cell numbers.
@@ -75,8 +75,8 @@ def find_moves(source: fx.Node, root: nn.Module) -> Moves | None:
             path.insert(0, node)
         node = before or residual_of(node)
     for start in range(len(path)):
-        for layout in ("BCHW", "BHWC"):
-            found = _replayed(path[start:], layout, root)
+        for first in ("BCHW", "BHWC"):
+            found = _replayed(path[start:], first, layout, root)
             if found is not None:
                 return found if found.path else None
     return None
@@ -117,8 +117,8 @@ def _moved_from(node: fx.Node, root: nn.Module) -> fx.Node | None:
     return before if called(node) in _MOVES else None
 
 
-def _replayed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves | None:
-    """The moves of `path` from the last value in image order, if it starts at a grid of that layout and only moves values."""
+def _replayed(path: Sequence[fx.Node], layout: Layout, last: Layout, root: nn.Module) -> Moves | None:
+    """The moves of `path` from the last value in image order; None if more happens than moves, from axes `layout` to `last`."""
     origin = next(n for n in path[0].all_input_nodes if shape_of(n) is not None)
     sizes = shape_of(origin) or ()
     if len(sizes) != 4:
@@ -135,7 +135,8 @@ def _replayed(path: Sequence[fx.Node], layout: Layout, root: nn.Module) -> Moves
     except MODEL_ERRORS:
         return None
     cells = values[-1].flatten()
-    if not torch.equal(cells.sort().values, numbers):
+    one_channel = values[-1].ndim == len(last) and values[-1].shape[last.index("C")] == 1
+    if not one_channel or not torch.equal(cells.sort().values, numbers):
         return None
     start = 0
     for place, value in enumerate(values):

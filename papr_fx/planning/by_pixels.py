@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable
 from math import prod
 from typing import NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
-from ..tracing.blocks import block_calls, find_blocks
+from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.trace import Traced, trace
+from ..tracing.trunk import find_trunk
 from . import inputs
 from .module import PrunedModule
 from .plan import PixelPlan, Plan, Refused, Target
@@ -71,13 +72,13 @@ def prune_by_pixels(
         raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
 
 
-def keeps_space(model: nn.Module, gm: PrunedModule) -> bool:
+def keeps_space(model: nn.Module, gm: PrunedModule, images: Tensor) -> bool:
     """Whether a model keeps a spatial layout: several grids, values with a grid, or convolutions in its blocks."""
     mode = gm.plan.mode(gm.training)
     choices = mode.choices()
     if len(choices) > 1 or any(len(choice.layout) > 3 for choice in choices):
         return True
-    blocks = find_blocks(model)
+    blocks = find_trunk(model, images).blocks
     if any(len(shape_of(nodes[-1]) or ()) > 3 for _, nodes in block_calls(mode.dense, blocks)):
         return True
     inside = (module for name in blocks for module in model.get_submodule(name).modules())

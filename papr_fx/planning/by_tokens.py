@@ -15,10 +15,11 @@ from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
-from ..tracing.blocks import ancestors_of, find_blocks, is_inside
+from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of
 from ..tracing.trace import OpenError, Traced, trace
+from ..tracing.trunk import Trunk, find_trunk
 from . import inputs
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
@@ -40,35 +41,31 @@ def prune_by_tokens(
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    unused: set[str] = set()
-    while True:
-        blocks = tuple(find_blocks(request.model, unused))
-        planner = _Planner(request, blocks, merge)
-        try:
-            root, plan, recorded = planner.plan(z)
-            break
-        except prune_tokens.UnusedError:
-            unused.update(blocks)
-            if not find_blocks(request.model, unused):
-                raise
+    planner = _Planner(request, find_trunk(request.model, request.images), merge)
+    root, plan, recorded = planner.plan(z)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
-    _check_reads(gm, blocks, recorded)
+    _check_reads(gm, planner.blocks, recorded)
     return gm
 
 
 @dataclass(frozen=True)
 class _Planner:
-    """Finds the plan of a token model for its blocks. Modules are traced through where a pass asks for it."""
+    """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it."""
 
     request: inputs.Request
-    blocks: tuple[str, ...]
+    trunk: Trunk
     merge: Reduction | None
 
     @property
     def name(self) -> str:
         """Class name of the model."""
         return type(self.request.model).__name__
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Qualified names of the trunk's blocks."""
+        return self.trunk.blocks
 
     def plan(self, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
         """The modules that the graphs call, the plan, and all that was recorded in eval and training mode."""
@@ -92,6 +89,7 @@ class _Planner:
 
         traced = trace(model, images, is_opened)
         site = prune_tokens.find_site(traced.graph, self.blocks)
+        self._check_others(opened)
         dynamic = takes_other_sizes(cut(scratch_copy(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
         join = site.flattening.node
         if dynamic and join.op == "call_module" and join.target not in opened:
@@ -110,6 +108,14 @@ class _Planner:
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target, Signature.of(model))
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
+
+    def _check_others(self, opened: set[str]) -> None:
+        """Refuses a model with another trunk."""
+        if not self.trunk.others:
+            return
+        wider = opened | ancestors_of(name for names in self.trunk.others for name in names)
+        traced = trace(self.request.model, self.request.images, lambda _, name: name in wider)
+        prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
 
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""

@@ -1,50 +1,13 @@
-"""The repeated blocks of a model's trunk, read from its module tree, and where a traced graph calls them."""
+"""Where a traced graph calls the blocks of a trunk."""
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from torch import fx, nn
+from torch import fx
 
 from .graphs import shape_of
-
-Family = tuple[str, type[nn.Module]]
-
-
-def find_blocks(model: nn.Module, unused: Collection[str] = ()) -> list[str]:
-    """Qualified names of the trunk's blocks, in order: the largest family of composite modules of one class under one parent.
-
-    In a list, composite modules of other classes belong to the family too. So do families of as many members beside it, such
-    as attentions and MLPs in lists of their own. Where nothing is repeated, the blocks are the model's composite children.
-
-    Args:
-        model: The model.
-        unused: Names of modules that are known not to run. They are no blocks.
-    """
-    families: dict[Family, list[str]] = defaultdict(list)
-    sizes: dict[Family, int] = defaultdict(int)
-    lists: dict[str, list[str]] = defaultdict(list)
-    for name, parent in model.named_modules():
-        for child_name, child in parent._modules.items():  # named_children() skips a child that is listed twice
-            if child is None or not any(True for _ in child.children()):
-                continue
-            member = f"{name}.{child_name}" if name else child_name
-            if member in unused:
-                continue
-            families[name, type(child)].append(member)
-            sizes[name, type(child)] += sum(p.numel() for p in child.parameters())
-            if isinstance(parent, nn.ModuleList | nn.Sequential):
-                lists[name].append(member)
-    repeated = [key for key, names in families.items() if len(names) > 1 or len(lists.get(key[0], ())) == 1]
-    if not repeated:
-        return [name for name, child in model.named_children() if any(True for _ in child.children()) and name not in unused]
-    winner = max(repeated, key=lambda key: sizes[key])
-    chosen = lists.get(winner[0], families[winner])
-    beside = [key for key in repeated if len(families[key]) == len(chosen) > 1 and not _inside_any(key[0], chosen)]
-    members = {*chosen, *(name for key in beside for name in families[key])}
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name in members]
 
 
 def is_inside(name: str, module: str) -> bool:
@@ -87,7 +50,3 @@ def last_tokens(graph: fx.Graph, stream: fx.Node, blocks: Collection[str]) -> fx
         if shape_of(node) == shape and (source.target in blocks or block_of(source, blocks)):
             return node
     return stream
-
-
-def _inside_any(name: str, blocks: Iterable[str]) -> bool:
-    return any(is_inside(name, block) for block in blocks)

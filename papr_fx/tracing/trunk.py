@@ -1,0 +1,166 @@
+"""The trunk of a model: the repeated blocks through which its tokens run.
+
+It is found by what runs. The model runs once on fake images, and each composite module (a module of modules) that maps tokens
+(B, N, C) to as many is noted. So a wrapper, a head, a decoder or a part that does not run is not taken for the trunk.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .blocks import is_inside
+from .fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking, scratch_copy
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Repeated blocks.
+
+    Attributes:
+        blocks: Qualified names of the blocks, in the order of the module tree.
+        others: Other repeated blocks that map tokens to tokens: those of a decoder, or of another trunk.
+    """
+
+    blocks: tuple[str, ...]
+    others: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass
+class _Calls:
+    """The calls of one module: when the first one began, and the tokens N of each that maps tokens to as many."""
+
+    order: int
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Composite modules under one parent: all those in a list, otherwise those of one class.
+
+    Attributes:
+        members: Their qualified names.
+        calls: How often they map tokens to as many.
+        listed: Whether they are in a list.
+        order: When the first of them first runs.
+        tokens: The most tokens that one of them takes.
+        cost: Multiply-accumulates of their layers on tokens, about. Where they take none, their parameters.
+    """
+
+    members: tuple[str, ...]
+    calls: int
+    listed: bool
+    order: int
+    tokens: int
+    cost: int
+
+    def is_apart(self, other: _Family) -> bool:
+        """Whether neither lies in the other."""
+        pairs = [(a, b) for a in self.members for b in other.members]
+        return not any(is_inside(a, b) or is_inside(b, a) for a, b in pairs)
+
+
+def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
+    """Finds the trunk: the family of blocks that is the first to run on as many tokens as the most expensive one.
+
+    Families of as many members beside it belong to it, such as attentions and MLPs in lists of their own. Where no block is
+    repeated, one block will do. Where no block maps tokens to tokens, the largest family is returned.
+
+    Args:
+        model: The model. It is not changed.
+        images: Images such as it takes. Only shape, dtype and device matter.
+    """
+    calls = _calls(model, images)
+    families = list(_families(model, calls))
+    on_tokens = [family for family in families if family.calls]
+    candidates = [f for f in on_tokens if f.calls > 1] or [f for f in on_tokens if f.listed] or on_tokens
+    if not candidates:
+        return Trunk(_largest(model, families))
+    heaviest = max(candidates, key=lambda family: family.cost)
+    as_many = [f for f in candidates if f is heaviest or (f.tokens == heaviest.tokens and f.is_apart(heaviest))]
+    chosen = min(as_many, key=lambda family: family.order)
+    others = [family for family in candidates if family.is_apart(chosen)]
+    same = [f for f in others if f.tokens == chosen.tokens and len(f.members) == len(chosen.members) > 1]
+    return Trunk(
+        _in_order(model, [name for family in (chosen, *same) for name in family.members]),
+        tuple(family.members for family in others if family not in same and len(family.members) > 1),
+    )
+
+
+def _calls(model: nn.Module, images: Tensor) -> dict[nn.Module, _Calls]:
+    """How the composite modules of `model` are called. Of a model that does not run, as far as it does."""
+    found: dict[nn.Module, _Calls] = {}
+    copied = scratch_copy(model).eval()
+    for module, watched in zip(model.modules(), copied.modules(), strict=True):
+        if _is_composite(module) and not isinstance(watched, torch.jit.ScriptModule):
+            _watch(watched, module, found)
+    mode, fake = fake_like(images, TRACED_BATCH)
+    with faking(mode), suppress(*MODEL_ERRORS):  # tracing meets the same error, and names its node
+        copied(fake)
+    return found
+
+
+def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]) -> None:
+    """Notes the calls of `watched`, which is a copy of `module`."""
+
+    def begin(_: nn.Module, args: object) -> None:
+        found.setdefault(module, _Calls(len(found)))
+
+    def end(_: nn.Module, args: object, kwargs: object, result: object) -> None:
+        tokens = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != TRACED_BATCH:
+            return
+        if any(isinstance(given, Tensor) and given.shape == tokens.shape for given in tree_leaves((args, kwargs))):
+            found[module].tokens.append(tokens.shape[1])
+
+    watched.register_forward_pre_hook(begin)
+    watched.register_forward_hook(end, with_kwargs=True)
+
+
+def _families(model: nn.Module, calls: Mapping[nn.Module, _Calls]) -> Iterator[_Family]:
+    """The families of a model. A module that runs, but never on tokens, is left out of a family whose others do."""
+    for name, parent in model.named_modules():
+        listed = isinstance(parent, nn.ModuleList | nn.Sequential)
+        groups: dict[object, dict[str, nn.Module]] = defaultdict(dict)
+        for child_name, child in parent._modules.items():  # named_children() skips a child that is listed twice
+            if child is not None and _is_composite(child):
+                groups[None if listed else type(child)][f"{name}.{child_name}" if name else child_name] = child
+        for group in groups.values():
+            on_tokens = {member: child for member, child in group.items() if child in calls and calls[child].tokens}
+            yield _family(on_tokens or group, calls, listed=listed)
+
+
+def _family(members: Mapping[str, nn.Module], calls: Mapping[nn.Module, _Calls], *, listed: bool) -> _Family:
+    known = {module: calls[module] for module in members.values() if module in calls}
+    tokens = {module: call.tokens for module, call in known.items() if call.tokens}
+    sizes = {module: sum(p.numel() for p in module.parameters()) for module in members.values()}
+    return _Family(
+        members=tuple(members),
+        calls=sum(len(counts) for counts in tokens.values()),
+        listed=listed,
+        order=min((call.order for call in known.values()), default=len(calls)),
+        tokens=max((max(counts) for counts in tokens.values()), default=0),
+        cost=sum(sum(counts) * sizes[module] for module, counts in tokens.items()) or sum(sizes.values()),
+    )
+
+
+def _largest(model: nn.Module, families: Collection[_Family]) -> tuple[str, ...]:
+    """The blocks of a model in which none maps tokens to tokens."""
+    repeated = [family for family in families if len(family.members) > 1] or [f for f in families if f.listed]
+    if not repeated:
+        return tuple(name for name, child in model.named_children() if _is_composite(child))
+    return _in_order(model, max(repeated, key=lambda family: family.cost).members)
+
+
+def _in_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, _ in model.named_modules(remove_duplicate=False) if name in names)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
