@@ -51,7 +51,7 @@ def measure(name: str, proposal: str, size: tuple[int, ...] | None, run: Run) ->
     model = video_model(name, pretrained=False).model.to(run.device)
     network = create_network(proposal, pretrained=False)
     pruned = {z: papr_fx.transform(model, network, z, proposal_size=size, verify=False) for z in PAPER[name]}
-    clips = torch.randn((run.batch, *next(iter(pruned.values())).plan.shape[1:]), device=run.device)
+    clips = torch.randn((run.batch, *next(iter(pruned.values())).plan.example.shape[1:]), device=run.device)
     variants: dict[Any, Any] = {"dense": model, **pruned}
     if run.compiled:
         variants = {key: torch.compile(module, fullgraph=True) for key, module in variants.items()}

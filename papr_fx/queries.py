@@ -117,7 +117,7 @@ def _chosen(module: PrunedModule, images: Tensor) -> list[_Chosen]:
 
 
 def _checked_images(gm: PrunedModule, images: object) -> Tensor:
-    shape, layout = gm.plan.shape, gm.plan.target.layout
+    shape, layout = gm.plan.example.shape, gm.plan.target.layout
     axis = layout.index("C")
     free = isinstance(images, Tensor) and gm.plan.target.dynamic and images.ndim == len(layout)
     free = free and cast(Tensor, images).shape[axis] == shape[axis]

@@ -14,12 +14,14 @@ from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
+from ..tracing.asked import trace_asking
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from ..tracing.trunk import find_trunk
 from . import inputs
+from .example import Example
 from .module import PrunedModule
 from .plan import PixelPlan, Plan, Refused, Target
 from .signature import Signature
@@ -51,8 +53,8 @@ def prune_by_pixels(
     def is_opened(_: nn.Module, name: str) -> bool:
         return name in opened
 
-    traced = trace(model, images, is_opened)
-    in_training = trace(model, images, is_opened, training=True).beside(traced)
+    traced = trace_asking(model, images, is_opened)
+    in_training = trace_asking(model, images, is_opened, training=True).beside(traced)
     found = _find(model, traced, cache, training=False)
     if not found.sites:
         raise _no_site(model, found.skipped)
@@ -63,7 +65,7 @@ def prune_by_pixels(
     dynamic = grids_follow(whole, images, layout, [(site.rows, site.placing.origin) for site in found.sites])
     target = Target(z, layout, dynamic)
     name, signature = type(model).__name__, Signature.of(model)
-    plan = Plan(name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target, signature)
+    plan = Plan(name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()
     try:

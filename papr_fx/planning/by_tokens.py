@@ -15,12 +15,14 @@ from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
+from ..tracing.asked import trace_asking
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk, find_trunk
 from . import inputs
+from .example import Example
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
 from .signature import Signature
@@ -87,7 +89,7 @@ class _Planner:
         def is_opened(_: nn.Module, name: str) -> bool:
             return name in opened
 
-        traced = trace(model, images, is_opened)
+        traced = trace_asking(model, images, is_opened)
         site = prune_tokens.find_site(traced.graph, self.blocks)
         self._check_others(opened)
         dynamic = takes_other_sizes(cut(scratch_copy(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
@@ -97,7 +99,7 @@ class _Planner:
                 raise OpenError({str(join.target)}, "its sizes must be values of this graph")
             dynamic = False
         eval_plan = self._mode(traced)
-        in_training = trace(model, images, is_opened, training=True).beside(traced)
+        in_training = trace_asking(model, images, is_opened, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
         if train_plan is not eval_plan and len(flags) > 1:
@@ -105,7 +107,7 @@ class _Planner:
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
         target = Target(z, layout, dynamic)
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), tuple(images.shape), target, Signature.of(model))
+        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, Signature.of(model))
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 

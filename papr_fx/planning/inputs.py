@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -126,7 +127,7 @@ def check_no_hooks(module: nn.Module, name: str) -> None:
 
 
 def example_images(model: nn.Module, given: object) -> Tensor:
-    """Images or clips of the shape to trace with, in the model's dtype and on its device. Their content does not matter.
+    """Images or clips to trace with, in a dtype that the model takes and on its device. Their content does not matter.
 
     Args:
         model: The model.
@@ -136,7 +137,6 @@ def example_images(model: nn.Module, given: object) -> Tensor:
     Raises:
         ArgumentError: `given` is no such batch, or None and the model states no size.
     """
-    parameter = next((t for t in _tensors(model) if t.is_floating_point()), torch.empty(0))
     if given is None:
         shape = (1, *_frames(model), _channels(model), *_image_size(model))
     elif not isinstance(given, Tensor):
@@ -148,7 +148,8 @@ def example_images(model: nn.Module, given: object) -> Tensor:
         )
     else:
         shape = tuple(given.shape)
-    return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    device = next((t.device for t in _tensors(model)), None)
+    return torch.zeros(shape, dtype=_dtype(model, given), device=device)
 
 
 def layout_of(model: nn.Module, images: Tensor) -> str:
@@ -196,6 +197,17 @@ def checked_size(size: object, images: Tensor) -> int | tuple[int, ...] | None:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _dtype(model: nn.Module, given: Tensor | None) -> torch.dtype:
+    """The dtype of a model's images: that of `given` if it is no floating one or if parameters have it, else that of most."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in _tensors(model):
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    if given is not None and (not given.is_floating_point() or given.dtype in sizes):
+        return given.dtype
+    return next((dtype for dtype, _ in sizes.most_common(1)), torch.get_default_dtype())
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from numbers import Real
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
@@ -55,10 +54,8 @@ class PrunedModule(fx.GraphModule):
         self.__setstate__(own)
 
     def example(self) -> Tensor:
-        """Uninitialised images of the traced shape, in the model's dtype and on its device."""
-        tensors = (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
-        like = next(tensors, torch.empty(0))
-        return torch.empty(self.plan.shape, dtype=like.dtype, device=like.device)
+        """Uninitialised images of the traced shape, in the dtype that the model now takes and on its device."""
+        return self.plan.example.images(self)
 
     def retarget(self, z: float) -> None:
         """Rewrites the graph for keep ratio `z`, in place.

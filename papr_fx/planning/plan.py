@@ -19,6 +19,7 @@ from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import find
+from .example import Example
 from .signature import Signature
 
 # Called with the name of a pass and the graph after it.
@@ -181,7 +182,7 @@ class Plan:
         eval: The plan for eval mode.
         train: The plan for training mode. It is that for eval mode itself where both have the same graph.
         opened: Qualified names of the modules that were traced through.
-        shape: Shape of the images that the graphs were traced with.
+        example: The images that the graphs were traced with.
         target: Keep ratio and geometry.
         signature: The arguments that the module is called with.
         output: What the module returns: "logits", as the model's forward does, or "features".
@@ -192,7 +193,7 @@ class Plan:
     eval: ModePlan
     train: ModePlan | Refused
     opened: frozenset[str]
-    shape: tuple[int, ...]
+    example: Example
     target: Target
     signature: Signature
     output: str = "logits"

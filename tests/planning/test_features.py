@@ -22,7 +22,7 @@ def test_features_of_the_kept_tokens(name, prefix, how):
     headless = {"num_classes": 0, "global_pool": ""} if how == "headless" else {}
     model = timm.create_model(name, **{**options, "depth": 2, **headless}).double().eval()
     gm = papr_fx.transform(model, toy_proposal().double(), 0.5, output="features" if how == "output" else "logits")
-    x = torch.randn(3, *model.pretrained_cfg["input_size"][:1], *gm.plan.shape[2:], dtype=torch.float64)
+    x = torch.randn(3, *model.pretrained_cfg["input_size"][:1], *gm.plan.example.shape[2:], dtype=torch.float64)
     ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
     tokens = gm(x)
     assert tokens.shape[:2] == (3, prefix + int(mask[0].sum()))
