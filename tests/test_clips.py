@@ -141,7 +141,9 @@ def test_every_oracle_of_the_public_check(make):
     assert check(model, clip_proposal(), 0.5, example_input=example).hidden_keys < 1e-9
 
 
-@pytest.mark.parametrize("model", PAPER)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow if name == "videomae_large" else ()) for name in PAPER]
+)
 def test_multiply_accumulates_of_the_paper(model):
     ours = {("videomae_base", 0.45): 75.6, ("videomae_base", 0.35): 58.6}
     ours |= {("videomae_large", 0.5): 274.1, ("videomae_large", 0.3): 159.9}

@@ -66,8 +66,12 @@ def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
     return backend.count
 
 
+COUNTED = [*((name, False) for name in MODELS), *((name, True) for name in ("ViT", "ConvNeXt"))]
+QUICK = (("ViT", False), ("ConvNeXt", True))
+
+
 @pytest.mark.parametrize(
-    ("name", "training"), [*((name, False) for name in MODELS), *((name, True) for name in ("ViT", "ConvNeXt"))]
+    ("name", "training"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in COUNTED]
 )
 def test_no_more_compilations_than_model_and_proposal(name, training):
     """One for a batch of 1, one for larger ones, and on a CPU one more from 16 on, for a convolution with stride 1."""
@@ -77,7 +81,9 @@ def test_no_more_compilations_than_model_and_proposal(name, training):
     assert count <= compilations(Both(model).train(training), batches) <= 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "ViT" in name or name == "Swin" else pytest.mark.slow) for name in MODELS]
+)
 def test_one_compilation_for_a_dynamic_batch(name):
     _, gm, shape = pair(name)
     batches = [torch.randn(size, *shape) for size in (2, 7, 15)]
@@ -102,7 +108,11 @@ def test_another_keep_ratio_is_compiled_once_more():
 
 
 @pytest.mark.parametrize(
-    ("name", "channels_last"), [("ViT", False), ("rotary ViT", False), ("ConvNeXt", False), ("ConvNeXt", True), ("Swin", True)]
+    ("name", "channels_last"),
+    [
+        *(("ViT", False), ("rotary ViT", False), ("ConvNeXt", True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ConvNeXt", False), ("Swin", True))),
+    ],
 )
 @torch.no_grad()
 def test_inductor_keeps_the_same_positions(name, channels_last):
@@ -121,7 +131,7 @@ def test_inductor_keeps_the_same_positions(name, channels_last):
     assert relative_error(out, reference) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt", "torchvision Swin"])
+@pytest.mark.parametrize("name", [pytest.param("ConvNeXt", marks=pytest.mark.slow), "torchvision Swin"])
 @torch.no_grad()
 def test_compiles_as_one_graph_in_inductor(name):
     family = FAMILIES[name]

@@ -159,7 +159,14 @@ def small_tables(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's reader
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "deployment.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name == "evaluation.md" else ())
+        for page in PAGES
+        if page.name != "deployment.md"
+    ],
+)
 def test_page(page, data, tmp_path, small_tables):
     torch.compiler.reset()
     batch = images(Shape(), 4, dtype=torch.float32)

@@ -25,7 +25,10 @@ MODELS = {
 }
 # Compilers in C++ take their time: not for every model.
 FOR_ALL = ("torch.export and AOTInductor", "ONNX", "Half precision", "Saving and loading", "int8 weights")
-SLOW = "torch.export and AOTInductor"
+SLOW = {("torch.export and AOTInductor", model) for model in MODELS if model != "ViT"} | {
+    ("ONNX", "rotary ViT"),
+    ("ONNX", "ConvNeXt"),
+}
 
 
 def recipes() -> dict[str, list[str]]:
@@ -41,7 +44,7 @@ def cases():
         for model in MODELS if name in FOR_ALL else ["ViT"]:
             if (name, model) == ("int8 weights", "rotary ViT"):
                 continue  # the page says why
-            slow = [pytest.mark.slow] if name == SLOW and model != "ViT" else []
+            slow = [pytest.mark.slow] if (name, model) in SLOW else []
             yield pytest.param(name, model, marks=slow, id=f"{name}, {model}")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import NoSiteError
 from ..tracing.blocks import block_of
 from ..tracing.graphs import ancestors, called, shape_of
 from .repairs import Count, Numbering, View
@@ -16,8 +19,14 @@ from .token_run import TokenRun
 
 # Calls that number positions, given how many there are.
 NUMBERING_CALLS = (torch.arange, torch.linspace)
+# ATen operations on windows of neighbours, by the start of their names.
+_ON_WINDOWS = ("conv", "avg_pool", "max_pool", "upsample", "grid_sampler", "im2col", "reflection_pad", "replication_pad")
 # Calls that pick entries of their first argument.
 _PICKS = ("getitem", "index_select", "gather", "take_along_dim", "index")
+
+
+class MixingError(NoSiteError):
+    """What follows the blocks needs all tokens in their places."""
 
 
 class RenumberError(Exception):
@@ -137,15 +146,37 @@ class Numberings:
 class Views:
     """Reshapes after the blocks that lay the tokens out as their grid, (B, h, w, C).
 
-    The kept ones become a grid of k rows and one column, so that position-wise operations and pooling still run.
+    The kept ones become a grid of k rows and one column, so that position-wise operations and pooling over all still run.
 
     Attributes:
         found: The reshapes.
+        later: The reshapes and what is computed from them.
     """
 
     def __init__(self, run: TokenRun) -> None:
         self._run = run
         self.found: list[View] = []
+        self.later: set[fx.Node] = set()
+
+    def follow(self, node: fx.Node, run: Callable[[], Any]) -> Any:
+        """The result of `run`, which runs `node`.
+
+        Raises:
+            MixingError: `node` mixes neighbours on a grid that was laid out: in one column, others are neighbours.
+        """
+        if self.later.isdisjoint(node.all_input_nodes):
+            return run()
+        self.later.add(node)
+        with _WatchNeighbours() as watched:
+            out = run()
+        if watched.mixing:
+            name = node.target if node.op == "call_module" else node.name
+            view = self.found[-1].user
+            raise MixingError(
+                f"tokens cannot be dropped: `{name}` mixes neighbours ({watched.mixing}) on the grid that `{view}` makes of "
+                "them"
+            )
+        return out
 
     def repair(self, node: fx.Node) -> Tensor | None:
         """What the reshape `node` makes of the kept patches; None if it is no such reshape."""
@@ -155,6 +186,7 @@ class Views:
             out = self._viewed(node, place)
             if out is not None:
                 self.found.append(View(node.name, place, len(self._run.stream.rows.grid)))
+                self.later.add(node)
                 return out
         return None
 
@@ -174,6 +206,25 @@ class Views:
         except RuntimeError:
             return None
         return out if tuple(out.shape) == (*dense[:place], *column, *dense[end:]) else None
+
+
+class _WatchNeighbours(TorchDispatchMode):
+    """Notes an operation on windows of several positions.
+
+    Attributes:
+        mixing: Its name; empty if there is none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        pointwise = "conv" in name and prod(args[1].shape[2:]) == 1
+        if name.startswith(_ON_WINDOWS) and not pointwise:
+            self.mixing = name
+        return func(*args, **(kwargs or {}))
 
 
 def view_sizes(node: fx.Node) -> list[Any]:

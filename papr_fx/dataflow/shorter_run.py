@@ -72,7 +72,8 @@ class ShorterRun(TokenRun):
         recorder = _RecordNumberings()
         try:
             with recorder:
-                out = self.numberings.run(n) if self.numberings.applies(n) else self.plain(n)
+                numbers = self.numberings.applies(n)
+                out = self.numberings.run(n) if numbers else self.views.follow(n, lambda: self.plain(n))
         except RunError as failed:
             out = self._repaired(n, failed.error)
         else:

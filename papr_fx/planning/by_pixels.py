@@ -14,7 +14,7 @@ from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
-from ..tracing.asked import trace_asking
+from ..tracing.asked import with_questions
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
@@ -53,13 +53,16 @@ def prune_by_pixels(
     def is_opened(_: nn.Module, name: str) -> bool:
         return name in opened
 
-    traced = trace_asking(model, images, is_opened)
-    in_training = trace_asking(model, images, is_opened, training=True).beside(traced)
+    traced = trace(model, images, is_opened)
+    in_training = trace(model, images, is_opened, training=True).beside(traced)
     found = _find(model, traced, cache, training=False)
     if not found.sites:
         raise _no_site(model, found.skipped)
-    eval_plan = PixelPlan(traced.graph, found.sites, skipped, background, training=False)
-    train_plan = _training_plan(eval_plan, in_training, _find(model, in_training, cache, training=True))
+    dense = train_dense = with_questions(traced.graph, model, images, is_opened)
+    if not same_graph(in_training.graph, traced.graph):
+        train_dense = with_questions(in_training.graph, model, images, is_opened, training=True)
+    eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
+    train_plan = _training_plan(eval_plan, train_dense, _find(model, in_training, cache, training=True))
     root = traced.root(model, in_training)
     whole = cut(scratch_copy(root), traced.graph, *traced.graph.output_node().all_input_nodes)
     dynamic = grids_follow(whole, images, layout, [(site.rows, site.placing.origin) for site in found.sites])
@@ -87,10 +90,9 @@ def keeps_space(model: nn.Module, gm: PrunedModule, images: Tensor) -> bool:
     return any(isinstance(module, nn.Conv2d | nn.Conv3d) and prod(module.kernel_size) > 1 for module in inside)
 
 
-def _training_plan(eval_plan: PixelPlan, traced: Traced, found: _Found) -> PixelPlan | Refused:
+def _training_plan(eval_plan: PixelPlan, dense: fx.Graph, found: _Found) -> PixelPlan | Refused:
     if not found.sites:
         return Refused(f"none of its pixel operators is position-wise in training: {found.skipped[-1].reason}")
-    dense = eval_plan.dense if same_graph(traced.graph, eval_plan.dense) else traced.graph
     return PixelPlan(dense, found.sites, found.skipped, eval_plan.background, training=True)
 
 

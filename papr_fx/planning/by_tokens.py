@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import gather_positions, prune_tokens, reduce_tokens
@@ -15,7 +16,7 @@ from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
-from ..tracing.asked import trace_asking
+from ..tracing.asked import with_questions
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of
@@ -89,7 +90,7 @@ class _Planner:
         def is_opened(_: nn.Module, name: str) -> bool:
             return name in opened
 
-        traced = trace_asking(model, images, is_opened)
+        traced = trace(model, images, is_opened)
         site = prune_tokens.find_site(traced.graph, self.blocks)
         self._check_others(opened)
         dynamic = takes_other_sizes(cut(scratch_copy(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
@@ -99,17 +100,31 @@ class _Planner:
                 raise OpenError({str(join.target)}, "its sizes must be values of this graph")
             dynamic = False
         eval_plan = self._mode(traced)
-        in_training = trace_asking(model, images, is_opened, training=True).beside(traced)
+        in_training = trace(model, images, is_opened, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
         if train_plan is not eval_plan and len(flags) > 1:
             raise ArgumentError(
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
+        eval_plan, train_plan = self._asking(eval_plan, train_plan, is_opened)
         target = Target(z, layout, dynamic)
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, Signature.of(model))
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
+
+    def _asking(
+        self, eval_plan: TokenPlan, train_plan: TokenPlan | Refused, is_opened: Callable[[nn.Module, str], bool]
+    ) -> tuple[TokenPlan, TokenPlan | Refused]:
+        """The plans of both modes for graphs that ask for dtype and device."""
+        model, images, _ = self.request
+        asking = replace(eval_plan, dense=with_questions(eval_plan.dense, model, images, is_opened))
+        if train_plan is eval_plan:
+            return asking, asking
+        if isinstance(train_plan, TokenPlan):
+            dense = with_questions(train_plan.dense, model, images, is_opened, training=True)
+            return asking, replace(train_plan, dense=dense)
+        return asking, train_plan
 
     def _check_others(self, opened: set[str]) -> None:
         """Refuses a model with another trunk."""
@@ -133,6 +148,8 @@ class _Planner:
         root = scratch_copy(traced.root(self.request.model))
         try:
             repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
+        except MixingError:
+            raise
         except NoSiteError as error:
             raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
         return TokenPlan(traced.graph, self.blocks, repairs, self.merge, self._reduced(root, site, repairs))

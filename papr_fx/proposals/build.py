@@ -31,7 +31,7 @@ class ImageSpec:
     Attributes:
         layout: Axes of a batch: BCHW, BCTHW or BTCHW.
         shape: Shape of a batch.
-        dtype: Their dtype, which the significance network takes on.
+        dtype: Their dtype.
         device: Their device, which the significance network moves to, unless it is meta.
     """
 
@@ -44,6 +44,11 @@ class ImageSpec:
     def of(cls, images: Tensor, layout: str = "BCHW") -> ImageSpec:
         """The specification of images like these."""
         return cls(layout, tuple(images.shape), images.dtype, images.device)
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """The dtype of a network for them: theirs, or float32 for bytes."""
+        return self.dtype if self.dtype.is_floating_point else torch.float32
 
     @property
     def channels(self) -> int:
@@ -108,7 +113,7 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
     maps = build_map(options.saliency, halves, sample, type(source).__name__)
     trunk = halves.trunk
     if images.device.type != "meta":
-        trunk, maps = (part.to(device=images.device, dtype=images.dtype) for part in (trunk, maps))
+        trunk, maps = (part.to(device=images.device, dtype=images.network_dtype) for part in (trunk, maps))
     _lay_out(trunk, torch.channels_last_3d if clips else torch.channels_last)
     doubt = _doubt(normalised, classifies=halves.classifier is not None)
     scaling = _as_images(normalised.factors, images)
@@ -164,16 +169,16 @@ def _sample(network: nn.Module, images: ImageSpec, size: int | tuple[int, ...] |
     """One empty image or clip as the network takes it, with the dtype and device of its weights."""
     extent = images.extent if size is None else resized(images.extent, size)
     weights = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), None)
-    dtype, device = (images.dtype, images.device) if weights is None else (weights.dtype, weights.device)
+    dtype, device = (images.network_dtype, images.device) if weights is None else (weights.dtype, weights.device)
     return torch.empty((1, images.channels, *(extent if takes_clips(network) else extent[-2:])), dtype=dtype, device=device)
 
 
 def _as_images(renormalise: tuple[Tensor, Tensor] | None, images: ImageSpec) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift (C, 1, 1), in the dtype of the images and on their device."""
+    """Scale and shift (C, 1, 1), in the dtype of the network for the images and on their device."""
     if renormalise is None:
         return None
     device = None if images.device.type == "meta" else images.device
-    scale, shift = (t.to(device, images.dtype).view(-1, 1, 1) for t in renormalise)
+    scale, shift = (t.to(device, images.network_dtype).view(-1, 1, 1) for t in renormalise)
     return scale, shift
 
 

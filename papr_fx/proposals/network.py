@@ -77,6 +77,8 @@ class SignificanceNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        like = next(self.trunk.parameters(), images if images.is_floating_point() else images.new_empty(0).float())
+        images = images.to(like.dtype)  # bytes, or images that the model itself converts
         if self.layout == "BCTHW":
             images = images.transpose(1, 2)  # channels before rows and columns, as in the other layouts
         if self.scale is not None and self.shift is not None:

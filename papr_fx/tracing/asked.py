@@ -17,26 +17,32 @@ from torch.fx.node import map_aggregate
 from ..errors import TraceError
 from .fakes import scratch_copy
 from .graphs import annotate
-from .trace import Traced, trace
+from .trace import trace
 
 _Answers = Mapping[object, str]  # a dtype or device, and the attribute that was asked for
 
 
-def trace_asking(
-    model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False
-) -> Traced:
-    """Traces a model as `trace` does, but each dtype and device that its code asks for is asked of one of its parameters.
+def with_questions(
+    graph: fx.Graph, model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False
+) -> fx.Graph:
+    """The graph with each dtype and device that the model's code asked for read from one of its parameters.
 
-    They stay answers where the code takes another path in another dtype.
+    Answers stay where the code takes another path in another dtype. Names of nodes stay.
+
+    Args:
+        graph: A traced graph of the model.
+        model: The model.
+        images: The images that it was traced with.
+        opened: The modules that it was traced through.
+        training: The mode in which it was traced.
     """
-    traced = trace(model, images, opened, training=training)
     like = like_images(model, images)
     if like is None:
-        return traced
+        return graph
     name, parameter = like
     answers: _Answers = {parameter.dtype: "dtype", parameter.device: "device"}
-    if not any(answer in answers for node in traced.graph.nodes for answer in _leaves(node)):
-        return traced
+    if not any(answer in answers for node in graph.nodes for answer in _leaves(node)):
+        return graph
     other = torch.float32 if parameter.dtype == torch.bfloat16 else torch.bfloat16
     for device in (torch.device("meta"), parameter.device):  # code that reads a table's content does not run on meta
         moved = _moved_copy(model, device, other)
@@ -45,10 +51,10 @@ def trace_asking(
             again = trace(moved, there, opened, training=training)
         except TraceError:
             continue
-        asked = _asked(traced.graph, again.graph, answers)
+        asked = _asked(graph, again.graph, answers)
         if asked:
-            return Traced(_asking(traced.graph, asked, answers, name, parameter), traced.constants, traced.recorded)
-    return traced
+            return _asking(graph, asked, answers, name, parameter)
+    return graph
 
 
 def like_images(model: nn.Module, images: Tensor) -> tuple[str, Tensor] | None:

@@ -34,10 +34,17 @@ class Trunk:
 
 @dataclass
 class _Calls:
-    """The calls of one module: when the first one began, and the tokens N of each that maps tokens to as many."""
+    """The calls of one module.
+
+    Attributes:
+        order: When the first one began.
+        tokens: The tokens N of each call that maps tokens to as many.
+        keeps_grid: Whether one maps a value with a grid, such as (B, H, W, C), to one of the same shape.
+    """
 
     order: int
     tokens: list[int] = field(default_factory=list)
+    keeps_grid: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     """Finds the trunk: the family of blocks that is the first to run on as many tokens as the most expensive one.
 
     Families of as many members beside it belong to it, such as attentions and MLPs in lists of their own. Where no block is
-    repeated, one block will do. Where no block maps tokens to tokens, the largest family is returned.
+    repeated, one block will do. Where no block maps tokens to tokens, the largest family is returned: an MLP that takes tokens
+    inside a block that keeps a grid, as in Swin, is no block.
 
     Args:
         model: The model. It is not changed.
@@ -78,7 +86,8 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     """
     calls = _calls(model, images)
     families = list(_families(model, calls))
-    on_tokens = [family for family in families if family.calls]
+    spatial = [name for name, module in model.named_modules() if module in calls and calls[module].keeps_grid]
+    on_tokens = [f for f in families if f.calls and not any(is_inside(f.members[0], name) for name in spatial)]
     candidates = [f for f in on_tokens if f.calls > 1] or [f for f in on_tokens if f.listed] or on_tokens
     if not candidates:
         return Trunk(_largest(model, families))
@@ -113,11 +122,14 @@ def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]
         found.setdefault(module, _Calls(len(found)))
 
     def end(_: nn.Module, args: object, kwargs: object, result: object) -> None:
-        tokens = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
-        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != TRACED_BATCH:
+        value = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
+        if not isinstance(value, Tensor) or value.ndim < 3 or len(value) != TRACED_BATCH:
             return
-        if any(isinstance(given, Tensor) and given.shape == tokens.shape for given in tree_leaves((args, kwargs))):
-            found[module].tokens.append(tokens.shape[1])
+        if any(isinstance(given, Tensor) and given.shape == value.shape for given in tree_leaves((args, kwargs))):
+            if value.ndim == 3:
+                found[module].tokens.append(value.shape[1])
+            else:
+                found[module].keeps_grid = True
 
     watched.register_forward_pre_hook(begin)
     watched.register_forward_hook(end, with_kwargs=True)

@@ -10,7 +10,7 @@ import papr_fx
 from papr_fx.cli.main import main
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("suffix", [pytest.param(".csv", marks=pytest.mark.slow), ".json"])
 def test_rows(tmp_path, capsys, suffix):
     file = tmp_path / f"bench{suffix}"
     arguments = [

@@ -24,9 +24,7 @@ def rows_of(text):
 OFF = {("mae-b", 2), ("mae-l", 2), ("mae-h", 2), ("vit-l", 3)}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("mae-b", "swin-b") else pytest.mark.slow) for name in TABLES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "mae-b" else pytest.mark.slow) for name in TABLES])
 def test_multiply_accumulates_of_the_paper(name, capsys):
     """What the method takes, within 1 % of the printed figures."""
     assert main(["reproduce", name]) == 0

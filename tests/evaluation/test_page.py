@@ -73,7 +73,21 @@ def again(row: Row) -> Row:
     return survey.transformed(row.architecture, 0.5, mode=row.mode or "auto", output=row.output, weights=False)
 
 
-@pytest.mark.parametrize("row", FIRST.values(), ids=FIRST.keys())
+# One of each kind: tokens, pixels, windows, clips; the others take minutes.
+QUICK = {
+    *("timm, vision_transformer", "timm, convnext", "timm, cait", "timm, pvt_v2", "timm, volo", "timm, naflexvit"),
+    *("torchvision, vision_transformer", "torchvision, swin_transformer"),
+    *("transformers, clip", "transformers, dinov2_with_registers", "transformers, vivit", "transformers, convnextv2"),
+}
+
+
+def test_the_quick_families_are_on_the_page():
+    assert FIRST.keys() >= QUICK
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, row in FIRST.items()]
+)
 def test_one_of_every_family(row):
     found = again(row)
     assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason

@@ -66,7 +66,7 @@ MERGED = st.builds(
 
 
 @hypothesis.given(MERGED)
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=6, deadline=None)
 @torch.no_grad()
 def test_merging_against_a_transcription(case):
     pool = "avg" if case.pool == "cls" and not case.prefix else case.pool
@@ -242,7 +242,10 @@ def test_features_cannot_be_put_back_on_the_grid():
         papr_fx.restore_grid(gm, gm(x), x)
 
 
-@pytest.mark.parametrize(("name", "r", "expected"), [("small", 16, 2.19), ("base", 12, 8.21), ("large", 8, 26.33)])
+@pytest.mark.parametrize(
+    ("name", "r", "expected"),
+    [("small", 16, 2.19), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("base", 12, 8.21), ("large", 8, 26.33)))],
+)
 def test_macs_of_the_paper(name, r, expected):
     with torch.device("meta"):
         model = timm.create_model(f"vit_{name}_patch16_224").eval()
@@ -250,7 +253,13 @@ def test_macs_of_the_paper(name, r, expected):
     assert papr_fx.report(gm).total_macs / 1e9 == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("merge", [papr_fx.Merge(2), *(reduction for reduction, _ in PEERS.values())], ids=["merge", *PEERS])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        pytest.param(papr_fx.Merge(2), id="merge"),
+        *(pytest.param(reduction, id=name, marks=pytest.mark.slow) for name, (reduction, _) in PEERS.items()),
+    ],
+)
 @torch.no_grad()
 def test_compiled(merge):
     model = ToyViT(Shape(depth=DEPTH)).eval()

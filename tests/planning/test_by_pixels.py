@@ -65,3 +65,13 @@ def test_drop_path_and_dropout_work_in_training():
     assert not torch.equal(gm(x), gm(x))
     gm.eval()
     assert torch.equal(gm(x), gm(x))
+
+
+def test_a_model_that_was_traced_before_loses_no_site():
+    model = timm.create_model("convnext_atto", num_classes=5).eval()
+    found = [
+        papr_fx.report(papr_fx.transform(m, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64), verify=False))
+        for m in (model, torch.fx.symbolic_trace(model))
+    ]
+    assert [site.grid for site in found[0].sites] == [site.grid for site in found[1].sites]
+    assert len(found[0].sites) == 12
