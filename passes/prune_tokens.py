@@ -107,36 +107,63 @@ def check_one_trunk(graph: fx.Graph, blocks: Collection[str], others: Iterable[C
             raise _several(block, name)
 
 
-def runtime_grid(graph: fx.Graph, site: TokenSite, before: fx.Node) -> tuple[fx.Node, ...]:
-    """Inserts nodes before `before` that read the grid where it is flattened, for models that take several image sizes.
+def runtime_grid(graph: fx.Graph, site: TokenSite, before: fx.Node, layout: str) -> tuple[fx.Node, ...]:
+    """Inserts nodes before `before` that read the grid, for models that take several image sizes.
 
-    Raises:
-        NoSiteError: The node that flattens it takes no tensor with these axes.
+    It is read where it is flattened. If that is inside a module, sizes of the images are divided by those of a patch.
+
+    Args:
+        graph: The graph.
+        site: The token stream.
+        before: The node before which the sizes are needed.
+        layout: Axes of the images.
     """
+    with graph.inserting_before(before):
+        return _read_flattened(graph, site) if grid_is_readable(site) else _read_images(graph, site, layout)
+
+
+def grid_is_readable(site: TokenSite) -> bool:
+    """Whether the sizes of the grid can be read where it is flattened: in a value of the graph with these axes."""
     flatten, join = site.flattening
-    source = flatten.all_input_nodes[0]
-    known = cast("tuple[int, ...]", shape_of(source))
-    folded = join.axes[0] == 0  # frames are in the batch axis
-    if folded:
+    known = cast("tuple[int, ...]", shape_of(flatten.all_input_nodes[0]))
+    if join.axes[0] == 0:  # frames are in the batch axis
         known = (known[0] // TRACED_BATCH, *known[1:])
     windows = join.windows or ((-1, 1),) * len(join.grid)  # one window per position
-    if tuple(count_windows(known[axis], *window) for axis, window in zip(join.axes, windows, strict=True)) != join.grid:
-        raise NoSiteError(
-            f"the model takes several image sizes, but the sizes of its grid {join.grid} cannot be read before "
-            f"`{flatten.name}`: flatten a tensor such as (B, C, h, w) there, or fix the image size"
-        )
-    with graph.inserting_before(before):
-        sizes = list(read_sizes(graph, source, join.axes))
-        if folded:
-            (images,) = graph.find_nodes(op="placeholder")
-            batch = graph.create_node("call_method", "size", (images, 0), name="papr_batch")
-            sizes[0] = graph.create_node("call_function", operator.floordiv, (sizes[0], batch), name="papr_frames_each")
-        if not join.windows:
-            return tuple(sizes)
-        return tuple(
-            graph.create_node("call_function", count_windows, (size, *window), name=f"{size.name}_unfolded")
-            for size, window in zip(sizes, join.windows, strict=True)
-        )
+    pairs = zip(join.axes, windows, strict=True)
+    return tuple(count_windows(known[axis], *window) if axis < len(known) else 0 for axis, window in pairs) == join.grid
+
+
+def patch_sizes(images: Sequence[int], rows: TokenRows, layout: str) -> tuple[int, ...] | None:
+    """The sizes of a patch, if patches of one size cover images of a shape; otherwise None."""
+    sides = [images[layout.index(letter)] for letter in "THW" if letter in layout]
+    whole = all(side % count == 0 for side, count in zip(sides, rows.grid, strict=True))
+    return tuple(side // count for side, count in zip(sides, rows.grid, strict=True)) if whole else None
+
+
+def _read_flattened(graph: fx.Graph, site: TokenSite) -> tuple[fx.Node, ...]:
+    flatten, join = site.flattening
+    sizes = list(read_sizes(graph, flatten.all_input_nodes[0], join.axes))
+    if join.axes[0] == 0:
+        (images,) = graph.find_nodes(op="placeholder")
+        batch = graph.create_node("call_method", "size", (images, 0), name="papr_batch")
+        sizes[0] = graph.create_node("call_function", operator.floordiv, (sizes[0], batch), name="papr_frames_each")
+    if not join.windows:
+        return tuple(sizes)
+    return tuple(
+        graph.create_node("call_function", count_windows, (size, *window), name=f"{size.name}_unfolded")
+        for size, window in zip(sizes, join.windows, strict=True)
+    )
+
+
+def _read_images(graph: fx.Graph, site: TokenSite, layout: str) -> tuple[fx.Node, ...]:
+    (images,) = graph.find_nodes(op="placeholder")
+    axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
+    patch = cast("tuple[int, ...]", patch_sizes(cast("tuple[int, ...]", shape_of(images)), site.rows, layout))
+    sizes = read_sizes(graph, images, axes, "_of_images")
+    return tuple(
+        graph.create_node("call_function", operator.floordiv, (size, pixels), name=size.name.removesuffix("_of_images"))
+        for size, pixels in zip(sizes, patch, strict=True)
+    )
 
 
 def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node) -> None:

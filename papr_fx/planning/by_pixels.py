@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
@@ -17,15 +18,16 @@ from ..proposals.network import SignificanceNet
 from ..tracing.asked import with_questions
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import cut, same_graph, shape_of
+from ..tracing.graphs import same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from ..tracing.trunk import find_trunk
 from . import inputs
 from .example import Example
 from .module import PrunedModule
 from .plan import PixelPlan, Plan, Refused, Target
+from .reads import check_batch_reads
 from .signature import Signature
-from .sizes import grids_follow
+from .sizes import grids_follow, taken_sizes
 
 
 class _Found(NamedTuple):
@@ -54,6 +56,7 @@ def prune_by_pixels(
         return name in opened
 
     traced = trace(model, images, is_opened)
+    check_batch_reads(traced, model, images)
     in_training = trace(model, images, is_opened, training=True).beside(traced)
     found = _find(model, traced, cache, training=False)
     if not found.sites:
@@ -64,10 +67,15 @@ def prune_by_pixels(
     eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
     train_plan = _training_plan(eval_plan, train_dense, _find(model, in_training, cache, training=True))
     root = traced.root(model, in_training)
-    whole = cut(scratch_copy(root), traced.graph, *traced.graph.output_node().all_input_nodes)
-    dynamic = grids_follow(whole, images, layout, [(site.rows, site.placing.origin) for site in found.sites])
+    whole = fx.GraphModule(scratch_copy(root).eval(), copy.deepcopy(traced.graph))
+    grids = [(site.rows, site.placing.origin) for site in found.sites]
+    step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
+    odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
+    taken = taken_sizes(scratch_copy(model).eval(), whole, images, layout, odd)
+    dynamic = bool(taken) and grids_follow(whole, images, taken, layout, grids)
     target = Target(z, layout, dynamic)
-    name, signature = type(model).__name__, Signature.of(model)
+    name = type(model).__name__
+    signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
     plan = Plan(name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()

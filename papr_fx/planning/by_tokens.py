@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,15 +20,16 @@ from ..proposals.network import SignificanceNet
 from ..tracing.asked import with_questions
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import cut, descendants, fixed_value, propagate, same_graph, shape_of
+from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk, find_trunk
 from . import inputs
 from .example import Example
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
+from .reads import check_batch_reads, check_token_reads
 from .signature import Signature
-from .sizes import takes_other_sizes
+from .sizes import counts_follow, taken_sizes
 
 _REFUSED = (
     "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that gathering cannot "
@@ -48,7 +50,7 @@ def prune_by_tokens(
     root, plan, recorded = planner.plan(z)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
-    _check_reads(gm, planner.blocks, recorded)
+    check_token_reads(gm, planner.blocks, recorded)
     return gm
 
 
@@ -91,14 +93,10 @@ class _Planner:
             return name in opened
 
         traced = trace(model, images, is_opened)
+        check_batch_reads(traced, model, images)
         site = prune_tokens.find_site(traced.graph, self.blocks)
         self._check_others(opened)
-        dynamic = takes_other_sizes(cut(scratch_copy(traced.root(model)).eval(), traced.graph, site.stream), images, layout)
-        join = site.flattening.node
-        if dynamic and join.op == "call_module" and join.target not in opened:
-            if self._can_open(opened | {str(join.target)}):
-                raise OpenError({str(join.target)}, "its sizes must be values of this graph")
-            dynamic = False
+        dynamic = self._takes_other_sizes(traced, site, opened)
         eval_plan = self._mode(traced)
         in_training = trace(model, images, is_opened, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
@@ -109,7 +107,8 @@ class _Planner:
             )
         eval_plan, train_plan = self._asking(eval_plan, train_plan, is_opened)
         target = Target(z, layout, dynamic)
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, Signature.of(model))
+        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 
@@ -133,6 +132,25 @@ class _Planner:
         wider = opened | ancestors_of(name for names in self.trunk.others for name in names)
         traced = trace(self.request.model, self.request.images, lambda _, name: name in wider)
         prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
+
+    def _takes_other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> bool:
+        """Whether the graph holds for images of other sizes, and the grid can be read there.
+
+        Raises:
+            OpenError: The module that flattens the grid must be traced through for that.
+        """
+        model, images, layout = self.request
+        root = scratch_copy(traced.root(model)).eval()
+        whole = fx.GraphModule(root, copy.deepcopy(traced.graph))
+        taken = taken_sizes(scratch_copy(model).eval(), whole, images, layout)
+        if not taken or prune_tokens.grid_is_readable(site):
+            return bool(taken)
+        if counts_follow(cut(root, traced.graph, site.stream), images, taken, site.rows, layout):
+            return True
+        join = site.flattening.node
+        if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
+            raise OpenError({str(join.target)}, "its sizes must be values of this graph")
+        return False
 
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""
@@ -220,30 +238,6 @@ def _patch_dropout(graph: fx.Graph, site: TokenSite, training: fx.Graph) -> str:
         if node is site.stream:
             break
     return ""
-
-
-def _check_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Graph]) -> None:
-    """Refuses a model whose code reads a number that pruning changes: the graph would hold the dense one."""
-    for graph, training in zip(recorded, (False, True), strict=True):
-        if training and isinstance(gm.plan.train, Refused):
-            continue
-        stream = prune_tokens.find_site(graph, blocks).stream
-        reads = [node for node in descendants(stream) if "read" in node.meta]
-        before = {node: fixed_value(node) for node in reads}
-        if not reads:
-            continue
-        hint = "which would be a constant of the graph: compute with tensors or with `x.shape` itself there"
-        try:
-            propagate(gm.for_shapes(), gm.plan.prune(graph, training), gm.example())
-        except TraceError as error:
-            names = ", ".join(f"`{node.name}`" for node in reads)
-            raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {hint}") from error
-        for node, value in before.items():
-            if fixed_value(node) != value:
-                raise NoSiteError(
-                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
-                    f"{fixed_value(node)} pruned), {hint}"
-                )
 
 
 def _built(root: nn.Module, plan: Plan) -> PrunedModule:

@@ -88,7 +88,7 @@ class TokenPlan:
         """Rewrites `graph`, a traced graph of the model, in place."""
         site = prune_tokens.find_site(graph, self.blocks)
         before = site.stream.next
-        grid = prune_tokens.runtime_grid(graph, site, before) if target.dynamic else site.rows.grid
+        grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
         keep = None
         if target.z < 1:
             images = splice_proposal.find_site(graph)

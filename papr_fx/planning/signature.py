@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from ..errors import ArgumentError
@@ -34,6 +34,8 @@ class Signature:
         accepted: By name, the values that the graph stands for. Not for parameters whose default is no plain value.
         named: Names of the parameters that take one value each.
         rest: Names of `*args` and `**kwargs` among the parameters.
+        sides: (H, W), or (T, H, W), of the only images that the graph holds for; empty if it takes several sizes.
+        axes: Their axes.
     """
 
     model: str
@@ -42,6 +44,8 @@ class Signature:
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, "tuple[object, ...]"])
     named: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
+    sides: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -60,9 +64,14 @@ class Signature:
             tuple(p.name for p in others if p not in named),
         )
 
+    def for_size(self, shape: Sequence[int], layout: str) -> Signature:
+        """The same for images of this size only."""
+        axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
+        return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes)
+
     def on(self, graph: fx.Graph) -> fx.Graph:
         """The same graph, whose code takes these arguments."""
-        if self.parameters or self.images != next(iter(graph.nodes)).target:
+        if self.parameters or self.sides or self.images != next(iter(graph.nodes)).target:
             graph.set_codegen(CallCode(self))
         return graph
 
@@ -81,6 +90,17 @@ class Signature:
                     self._check(str(name), value)
             elif isinstance(values, tuple) and values:
                 raise ArgumentError(f"{self.model} as a graph takes the images, and other arguments by name")
+
+    def check_size(self, images: object) -> None:
+        """Raises `ArgumentError` for images of another size than the graph holds for."""
+        if not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
+            return
+        sides = tuple(images.shape[axis] for axis in self.axes)
+        if sides != self.sides:
+            raise ArgumentError(
+                f"{self.model} was transformed for images of {_by(self.sides)}, not {_by(sides)}: call transform with an "
+                "example_input of that size, on a model that takes it"
+            )
 
     def _check(self, name: str, value: object) -> None:
         known = self.accepted.get(name, (None,) if name not in self.named else ())
@@ -106,16 +126,19 @@ class CallCode(CodeGen):
         images = free_vars[-1].split("#")[0].split(":")[0].strip()
         head = super().gen_fn_def([signature.images, *signature.parameters], maybe_return_annotation, expanded_def=expanded_def)
         values = ", ".join(f"{name!r}: {name}" for name in signature.named)
-        lines = [f"    {_CHECK}({', '.join(['{' + values + '}', *signature.rest])})"]
+        lines = [f"    {_CHECK}({', '.join(['{' + values + '}', *signature.rest])})"] if signature.parameters else []
+        if signature.sides:
+            lines.append(f"    {_CHECK_SIZE}({signature.images})")
         if images != signature.images:
             lines.append(f"    {images} = {signature.images}")
         return "\n".join([head, *lines])
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(_CHECK, self._signature.check)]
+        return [(_CHECK, self._signature.check), (_CHECK_SIZE, self._signature.check_size)]
 
 
 _CHECK = "papr_check_arguments"
+_CHECK_SIZE = "papr_check_size"
 
 
 def _parameters(model: nn.Module) -> tuple[nn.Module, list[inspect.Parameter]]:
@@ -161,3 +184,7 @@ def _is_plain(value: object) -> bool:
 def _shown(value: object) -> str:
     """A value as it is shown in a message."""
     return repr(value) if _is_plain(value) else f"a {type(value).__name__}"
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))

@@ -1,79 +1,139 @@
-"""Whether a model takes images of other sizes than the traced one."""
+"""Which other image sizes a traced graph takes: those for which it gives the model's output."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from ..dataflow.grids import Origin
 from ..errors import TraceError
 from ..ops import TokenRows
+from ..passes.prune_tokens import patch_sizes
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.graphs import propagate, shape_of
+from ..tracing.numerics import exact_float32, forked_random, redraw, relative_error
+
+_TOLERANCE = 1e-3
 
 
-def takes_other_sizes(part: fx.GraphModule, images: Tensor, layout: str) -> bool:
-    """Whether a part of a model runs on images of at least one other size.
+def taken_sizes(
+    model: nn.Module, whole: fx.GraphModule, images: Tensor, layout: str, *more: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    """Shapes of images of other sizes for which a graph gives the model's output; none if it differs for one of them.
 
-    Shapes say most, but not whether an index is in range. So a size that they allow is run, unless the model has no weights.
+    One size has as many pixels as the traced one and another aspect, one has fewer or more. Code may keep a size of the traced
+    images, so shapes do not tell: both run on random images, with parameters at unit scale. Only shapes count on meta.
 
     Args:
-        part: The part, over a scratch copy of the model's modules.
+        model: A scratch copy of the model, in eval mode.
+        whole: Its graph, over a scratch copy of its modules.
         images: Images of the traced shape.
         layout: Their axes.
+        *more: Further (H, W) to try.
     """
-    allowed = (shape for shape in other_sizes(images, layout) if _shapes_at(part, images, shape) is not None)
-    return any(images.is_meta or _runs(part, images.new_zeros(shape)) for shape in allowed)
+    groups = _other_sizes(images, layout, more)
+    if images.is_meta:
+        return [shape for group in groups for shape in group[:1] if _shapes_at(whole, images, shape) is not None]
+    random = torch.Generator(images.device).manual_seed(0)
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    values: dict[str, Tensor] = {}
+    taken: list[tuple[int, ...]] = []
+    for group in groups:
+        for shape in group:
+            some = torch.randn(shape, generator=random, device=images.device, dtype=dtype)
+            if not values and _output(model, {}, some) is not None:  # most models take one size, and refuse at once
+                values = redraw(model, random, dtype)
+            expected = _output(model, values, some) if values else None
+            if expected is None:
+                continue
+            found = _output(whole, values, some)
+            if found is None or not relative_error(found, expected) < _TOLERANCE:
+                return []
+            taken.append(shape)
+            break
+    return taken
 
 
-def grids_follow(whole: fx.GraphModule, images: Tensor, layout: str, grids: Sequence[tuple[TokenRows, Origin]]) -> bool:
-    """Whether a model runs on images of other sizes, and its grids grow with them.
+def counts_follow(
+    part: fx.GraphModule, images: Tensor, shapes: Iterable[tuple[int, ...]], rows: TokenRows, layout: str
+) -> bool:
+    """Whether a token stream has as many tokens as patches of the traced size lie in images of other shapes.
+
+    Args:
+        part: The graph as far as the stream, over a scratch copy of the model's modules.
+        images: Images of the traced shape.
+        shapes: The other shapes.
+        rows: The grid of the stream's tokens on `images`, and the tokens before it.
+        layout: Axes of the images.
+    """
+    patch = patch_sizes(images.shape, rows, layout)
+    if patch is None:
+        return False
+    stream = part.graph.output_node().all_input_nodes[0].name
+    axes = [layout.index(letter) for letter in "THW" if letter in layout]
+    for shape in shapes:
+        grid = tuple(shape[axis] // size for axis, size in zip(axes, patch, strict=True))
+        if (_shapes_at(part, images, shape) or {}).get(stream, ())[1:2] != (TokenRows(grid, rows.prefix).count,):
+            return False
+    return True
+
+
+def grids_follow(
+    whole: fx.GraphModule,
+    images: Tensor,
+    shapes: Iterable[tuple[int, ...]],
+    layout: str,
+    grids: Sequence[tuple[TokenRows, Origin]],
+) -> bool:
+    """Whether a model's grids grow with its images.
 
     They do not where a grid holds padding, or where two grids are equal at the traced size by chance.
 
     Args:
-        whole: The model, over a scratch copy of its modules.
+        whole: The graph, over a scratch copy of its modules.
         images: Images of the traced shape.
-        layout: Their axes.
-        grids: Its grids on these images, and where their sizes can be read.
+        shapes: Other shapes that the graph takes.
+        layout: Axes of the images.
+        grids: The grids on `images`, and where their sizes can be read.
     """
-    height, width = images.shape[-2:]
-    rows, columns = (side // count for side, count in zip((height, width), grids[0][0].grid[-2:], strict=True))  # per position
     axes = [layout.index(letter) for letter in "THW" if letter in layout]
-    taken = 0
-    for shape in other_sizes(images, layout, (height + rows, width + 3 * columns)):
-        shapes = _shapes_at(whole, images, shape)
-        scale = [shape[axis] / images.shape[axis] for axis in axes]
-        if shapes is not None and not _follow(shapes, scale, grids):
+    for shape in shapes:
+        found = _shapes_at(whole, images, shape)
+        if found is None or not _follow(found, [shape[axis] / images.shape[axis] for axis in axes], grids):
             return False
-        taken += shapes is not None
-    return taken > 0
+    return True
 
 
-def other_sizes(images: Tensor, layout: str, *more: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Shapes of one image or clip of other sizes: twice as large, of other aspects, (H, W) of `more`, twice as long."""
+def _other_sizes(images: Tensor, layout: str, more: Sequence[tuple[int, int]]) -> list[list[tuple[int, ...]]]:
+    """Shapes of one image or clip of other sizes, in groups: as many pixels, fewer or more, (H, W) of `more`, longer."""
     height, width = images.shape[-2:]
-    sizes = [(2 * height, 2 * width), (2 * height, width // 2), (height // 2, 2 * width), *more]
-    shapes: list[tuple[int, ...]] = [(1, *images.shape[1:-2], *size) for size in sizes]
+    same = [(2 * height, width // 2), (height // 2, 2 * width)]
+    other = [(height // 2, width // 2), (2 * height, 2 * width), (2 * height, width)]
+    groups: list[list[tuple[int, ...]]] = [[(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (same, other, more)]
     if "T" in layout:
         shape = [1, *images.shape[1:]]
         shape[layout.index("T")] *= 2
-        shapes.append(tuple(shape))
-    return shapes
+        groups.append([tuple(shape)])
+    return groups
 
 
 @torch.no_grad()
-def _runs(part: fx.GraphModule, images: Tensor) -> bool:
+def _output(module: nn.Module, values: dict[str, Tensor], images: Tensor) -> Any:
+    """What a module with these parameters makes of images; None if it refuses them."""
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    given = {name: values.get(name, t.to(images.dtype) if t.is_floating_point() else t) for name, t in own}
     try:
-        part(images)
+        with forked_random(images), exact_float32():
+            return functional_call(module, given, (images,))
     except torch.OutOfMemoryError:  # says nothing about the model
         raise
     except MODEL_ERRORS:
-        return False
-    return True
+        return None
 
 
 def _shapes_at(part: fx.GraphModule, images: Tensor, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:

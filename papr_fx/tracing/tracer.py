@@ -25,6 +25,7 @@ from .containers import is_container, rebuilt
 from .fakes import faking
 from .graphs import annotate, is_in_place
 from .joins import RecordJoins
+from .whole_numbers import standing_in
 
 # Facts of a tensor that tracing never changes. They are answered at once and never recorded.
 _FIXED_ATTRIBUTES = frozenset(
@@ -82,6 +83,15 @@ class ValueProxy(fx.Proxy):
     def __format__(self, spec: str) -> str:
         """For messages. An assertion may stay in the graph: its message must not show the traced value as the current one."""
         return self.node.name if isinstance(self.known, Tensor) else f"{self.node.name} ({self.known} when traced)"
+
+    def __round__(self, digits: int | None = None) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+    def __abs__(self) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", abs, (self,), {})
+
+    def __divmod__(self, other: Any) -> tuple[fx.Proxy, fx.Proxy]:
+        return self // other, self % other
 
     def _read(self) -> None:
         """Marks that Python code reads this value: whatever it computes from it is a constant of the graph."""
@@ -176,9 +186,15 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Traces in this thread. torch.fx patches `nn.Module` for all of them, so one trace runs at a time."""
-        with _TRACING:
+        with _TRACING, standing_in(cast(nn.Module, root), self._converted):
             self._thread = threading.get_ident()
             return super().trace(root, concrete_args)
+
+    def _converted(self, kind: type, value: Any) -> Any:
+        """`kind` of a traced number, recorded; None for any other value, or a tensor: its content is not known."""
+        if not isinstance(value, ValueProxy) or isinstance(value.known, Tensor) or self.evaluating:
+            return None
+        return self.create_proxy("call_function", kind, (value,), {})
 
     def _is_foreign(self) -> bool:
         """Whether a patched method was called by another thread, whose modules run as they are."""

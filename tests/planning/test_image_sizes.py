@@ -1,5 +1,7 @@
 """Models that take several image sizes: the grid follows the image."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -118,11 +120,6 @@ def hidden_flatten(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return nn.functional.conv2d(x, weight, bias, stride=4).flatten(2).transpose(1, 2)
 
 
-def test_a_grid_that_cannot_follow_the_image_is_refused():
-    with pytest.raises(papr_fx.NoSiteError, match="takes several image sizes, but the sizes of its grid"):
-        papr_fx.transform(Flattened(), toy_proposal(), 0.5)
-
-
 def test_dynamic_image_size_prunes_each_size_by_its_own_grid():
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True).eval().double()
     enliven(model)
@@ -166,15 +163,66 @@ class FrozenAnySize(DeepEmbedding):
             return super().forward(x)
 
 
-@pytest.mark.parametrize("embedding", [Located, Frozen, FrozenAnySize])
-def test_one_size_only(embedding):
-    model = AnySize()
-    model.embed = embedding()
-    gm = papr_fx.transform(enliven(model).eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 16))
-    assert not gm.plan.target.dynamic
-    assert gm(torch.randn(2, 3, 16, 16)).shape[0] == 2
-    with pytest.raises(papr_fx.ArgumentError, match="images must be a tensor"):
-        papr_fx.keep_masks(gm, torch.randn(2, 3, 32, 16))
+@pytest.mark.parametrize("embedding", [Located, Frozen, FrozenAnySize, None])
+@torch.no_grad()
+def test_grids_that_are_flattened_out_of_sight(embedding):
+    """Where their sizes cannot be read, they are those of the images over those of a patch."""
+    model = Flattened() if embedding is None else AnySize()
+    if embedding is not None:
+        model.embed = embedding()
+    model = enliven(model).double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 16))
+    for size in ((16, 16), (8, 8), (8, 16)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        ((grid, mask),) = papr_fx.keep_masks(gm, x).items()
+        assert grid == (size[0] // 4, size[1] // 4)
+        assert relative_error(gm(x), at_first_block(model, "blocks.0", kept_tokens(mask, 0), x)) < 1e-12
+
+
+class Rearranging(AnySize):
+    """Rearranges its position table for another aspect: a branch on sizes, which a graph does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.pos = nn.Parameter(torch.zeros(1, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        pos = self.pos if x.shape[2] == x.shape[3] else self.pos.flip(1)
+        x = x.flatten(2).transpose(1, 2) + pos
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class Interpolating(Rearranging):
+    """Resizes the table for larger images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = (size // 4 for size in x.shape[-2:])
+        pos = self.pos
+        if h * w != 16:
+            table = pos.view(1, 4, 4, 8).permute(0, 3, 1, 2)
+            pos = nn.functional.interpolate(table, (h, w)).flatten(2).transpose(1, 2)
+        x = self.embed(x).flatten(2).transpose(1, 2) + pos
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Rearranging, (8, 32)), (Interpolating, (32, 32))])
+@pytest.mark.parametrize("z", [0.5, 1.0])
+def test_a_size_that_a_graph_does_not_hold_for_is_refused(build, shape, z):
+    model = enliven(build()).eval()
+    model(torch.zeros(1, 3, *shape))  # the model takes it
+    gm = papr_fx.transform(model, toy_proposal(), z, verify=False)
+    assert gm(torch.randn(2, 3, 16, 16)).shape == (2, 8)
+    assert torch.compile(gm, backend="eager", fullgraph=True)(torch.randn(2, 3, 16, 16)).shape == (2, 8)
+    wrong = f"was transformed for images of 16 x 16, not {shape[0]} x {shape[1]}: call transform with an example_input"
+    for module in (gm, copy.deepcopy(gm)):
+        with pytest.raises(papr_fx.ArgumentError, match=wrong):
+            module(torch.randn(2, 3, *shape))
 
 
 def test_memory_that_runs_out_is_not_an_answer(monkeypatch):
@@ -183,7 +231,7 @@ def test_memory_that_runs_out_is_not_an_answer(monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(sizes, "_shapes_at", lambda part, images, shape: {})
-    monkeypatch.setattr(torch.fx.GraphModule, "__call__", full)
+    monkeypatch.setattr(sizes, "functional_call", full)
+    model = nn.Identity()
     with pytest.raises(torch.OutOfMemoryError):
-        sizes.takes_other_sizes(torch.fx.symbolic_trace(nn.Identity()), torch.zeros(1, 3, 4, 4), "BCHW")
+        sizes.taken_sizes(model, torch.fx.symbolic_trace(model), torch.zeros(1, 3, 4, 4), "BCHW")

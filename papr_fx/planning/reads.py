@@ -1,0 +1,73 @@
+"""Refuses code that reads a size as a Python number where the size changes: the graph would hold the traced one."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, fx, nn
+
+from ..errors import NoSiteError, TraceError
+from ..passes import prune_tokens
+from ..tracing.fakes import TRACED_BATCH, scratch_copy
+from ..tracing.graphs import descendants, fixed_value, propagate
+from ..tracing.trace import Traced
+from .module import PrunedModule
+from .plan import Refused
+
+_HINT = "which would be a constant of the graph: compute with tensors or with `x.shape` itself there"
+
+
+def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
+    """Refuses a model whose code reads a number or length that follows the batch size.
+
+    Args:
+        traced: A trace of the model.
+        model: The model.
+        images: The images that it was traced with.
+
+    Raises:
+        TraceError: It does; the message names what is read.
+    """
+    reads = [node for node in traced.recorded.nodes if "read" in node.meta]
+    if not reads:
+        return
+    graph = copy.deepcopy(traced.recorded)
+    name, batch = type(model).__name__, TRACED_BATCH + 1
+    try:
+        propagate(scratch_copy(traced.root(model)), graph, images, batch=batch)
+    except TraceError as error:
+        names = ", ".join(f"`{node.name}`" for node in reads)
+        raise TraceError(
+            f"the forward of {name} does not run on {batch} images as it does on {TRACED_BATCH}. It reads {names} as a Python "
+            f"number or length, {_HINT}: {error}"
+        ) from error
+    changed = {node.name: fixed_value(node) for node in graph.nodes}
+    for node in reads:
+        if changed[node.name] != fixed_value(node):
+            raise TraceError(
+                f"the forward of {name} reads `{node.name}` as a Python number or length ({fixed_value(node)} for "
+                f"{TRACED_BATCH} images, {changed[node.name]} for {batch}), {_HINT}"
+            )
+
+
+def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Graph]) -> None:
+    """Refuses a model whose code reads a number that pruning changes: the graph would hold the dense one."""
+    for graph, training in zip(recorded, (False, True), strict=True):
+        if training and isinstance(gm.plan.train, Refused):
+            continue
+        stream = prune_tokens.find_site(graph, blocks).stream
+        reads = [node for node in descendants(stream) if "read" in node.meta]
+        before = {node: fixed_value(node) for node in reads}
+        if not reads:
+            continue
+        try:
+            propagate(gm.for_shapes(), gm.plan.prune(graph, training), gm.example())
+        except TraceError as error:
+            names = ", ".join(f"`{node.name}`" for node in reads)
+            raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {_HINT}") from error
+        for node, value in before.items():
+            if fixed_value(node) != value:
+                raise NoSiteError(
+                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
+                    f"{fixed_value(node)} pruned), {_HINT}"
+                )
