@@ -247,7 +247,7 @@ class Padded(nn.Module):
 def test_a_grid_that_other_sizes_would_pad_takes_only_the_traced_size():
     gm = papr_fx.transform(enliven(user_model(Padded())), toy_proposal(), 0.5, example_input=EXAMPLE)
     assert gm(torch.randn(1, *EXAMPLE.shape[1:])).shape == (1, 5)
-    with pytest.raises(ValueError, match="chosen for a grid"):
+    with pytest.raises(ValueError, match="was transformed for images of 32 x 48"):
         gm(torch.randn(1, 3, 40, 56))
 
 
