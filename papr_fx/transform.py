@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, NoSiteError, SiteError, StatisticsWarning, VerifyError
@@ -28,9 +27,8 @@ from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
 from .proposals.statistics import InputStats, checked_stats
 from .review.stages import print_stages
-from .tracing.fakes import MODEL_ERRORS, scratch_copy
-from .tracing.numerics import forked_random
 from .tracing.surroundings import plain_contexts
+from .tracing.trunk import Trunk, find_trunk
 
 Mode = Literal["auto", "tokens", "pixels"]
 
@@ -124,32 +122,31 @@ class _Pipeline:
     def run(self) -> PrunedModule:
         """The rewritten model, whatever contexts the caller is in."""
         with plain_contexts(self.request.images.device):
-            _run_once(self.request)
-            return self._proved()
+            return self._proved(find_trunk(self.request.model, self.request.images))
 
-    def _proved(self) -> PrunedModule:
+    def _proved(self, trunk: Trunk) -> PrunedModule:
         if self.options.mode == "pixels":
             return self._finished(self._by_pixels())
         try:
             planning_z = min(self.options.z, 0.9)  # at 1 there is nothing to plan
-            return self._finished(prune_by_tokens(self.request, self.network, planning_z, self.options.merge))
+            return self._finished(prune_by_tokens(self.request, trunk, self.network, planning_z, self.options.merge))
         except (NoSiteError, VerifyError) as error:
             if self.options.mode == "tokens" or isinstance(error, SeveralTrunksError):
                 raise
-            gm = self._instead(error)
+            gm = self._instead(error, trunk)
             reason = str(error).splitlines()[0]
         return self._finished(gm, fallback=reason)
 
     def _by_pixels(self) -> PrunedModule:
         return prune_by_pixels(self.request, self.network, min(self.options.z, 0.9), self.options.background)
 
-    def _instead(self, error: NoSiteError | VerifyError) -> PrunedModule:
+    def _instead(self, error: NoSiteError | VerifyError, trunk: Trunk) -> PrunedModule:
         """The model pruned by pixels, where it cannot be pruned by tokens because of `error`; otherwise raises that."""
         try:
             gm = self._by_pixels()
         except NoSiteError as other:
             raise type(error)(f"{error}\nAs for pixels: {other}") from other
-        if not keeps_space(self.request.model, gm, self.request.images):
+        if not keeps_space(self.request.model, gm, trunk.blocks):
             hint = "mode='pixels' would prune its MLPs only, where that is sound"
             raise type(error)(f"{error} ({hint})") from error
         return gm
@@ -176,19 +173,6 @@ def _prove(model: nn.Module, gm: PrunedModule) -> None:
                 raise
         else:
             return
-
-
-def _run_once(request: inputs.Request) -> None:
-    """Runs the model on one real image first: code that caches tensors by size must not cache fake ones."""
-    copied = scratch_copy(request.model).eval()
-    if not request.images.is_meta:
-        with torch.no_grad(), forked_random(request.images):
-            try:
-                copied(request.images[:1])
-            except torch.OutOfMemoryError:  # says nothing about the model
-                raise
-            except MODEL_ERRORS:
-                return  # tracing meets the same error, and names its node
 
 
 def _checked_merge(merge: object, mode: Mode) -> Mode:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
@@ -20,7 +19,6 @@ from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import same_graph, shape_of
 from ..tracing.trace import Traced, trace
-from ..tracing.trunk import find_trunk
 from . import inputs
 from .example import Example
 from .module import PrunedModule
@@ -67,12 +65,11 @@ def prune_by_pixels(
     eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
     train_plan = _training_plan(eval_plan, train_dense, _find(model, in_training, cache, training=True))
     root = traced.root(model, in_training)
-    whole = fx.GraphModule(scratch_copy(root).eval(), copy.deepcopy(traced.graph))
     grids = [(site.rows, site.placing.origin) for site in found.sites]
     step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
     odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
-    taken = taken_sizes(scratch_copy(model).eval(), whole, images, layout, odd)
-    dynamic = bool(taken) and grids_follow(whole, images, taken, layout, grids)
+    taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
+    dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
     target = Target(z, layout, dynamic)
     name = type(model).__name__
     signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
@@ -85,13 +82,12 @@ def prune_by_pixels(
         raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
 
 
-def keeps_space(model: nn.Module, gm: PrunedModule, images: Tensor) -> bool:
+def keeps_space(model: nn.Module, gm: PrunedModule, blocks: Sequence[str]) -> bool:
     """Whether a model keeps a spatial layout: several grids, values with a grid, or convolutions in its blocks."""
     mode = gm.plan.mode(gm.training)
     choices = mode.choices()
     if len(choices) > 1 or any(len(choice.layout) > 3 for choice in choices):
         return True
-    blocks = find_trunk(model, images).blocks
     if any(len(shape_of(nodes[-1]) or ()) > 3 for _, nodes in block_calls(mode.dense, blocks)):
         return True
     inside = (module for name in blocks for module in model.get_submodule(name).modules())

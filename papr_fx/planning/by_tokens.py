@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.trace import OpenError, Traced, trace
-from ..tracing.trunk import Trunk, find_trunk
+from ..tracing.trunk import Trunk
 from . import inputs
 from .example import Example
 from .module import PrunedModule
@@ -38,7 +37,7 @@ _REFUSED = (
 
 
 def prune_by_tokens(
-    request: inputs.Request, proposal: Callable[[], SignificanceNet], z: float, merge: Reduction | None
+    request: inputs.Request, trunk: Trunk, proposal: Callable[[], SignificanceNet], z: float, merge: Reduction | None
 ) -> PrunedModule:
     """Builds the model that runs on `z` of its tokens, below 1, and on fewer from block to block with `merge`. Not yet proved.
 
@@ -46,7 +45,7 @@ def prune_by_tokens(
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    planner = _Planner(request, find_trunk(request.model, request.images), merge)
+    planner = _Planner(request, trunk, merge)
     root, plan, recorded = planner.plan(z)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
@@ -140,12 +139,10 @@ class _Planner:
             OpenError: The module that flattens the grid must be traced through for that.
         """
         model, images, layout = self.request
-        root = scratch_copy(traced.root(model)).eval()
-        whole = fx.GraphModule(root, copy.deepcopy(traced.graph))
-        taken = taken_sizes(scratch_copy(model).eval(), whole, images, layout)
+        taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout)
         if not taken or prune_tokens.grid_is_readable(site):
             return bool(taken)
-        if counts_follow(cut(root, traced.graph, site.stream), images, taken, site.rows, layout):
+        if counts_follow(cut(traced.module(model), traced.graph, site.stream), images, taken, site.rows, layout):
             return True
         join = site.flattening.node
         if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
@@ -163,7 +160,7 @@ class _Planner:
     def _mode(self, traced: Traced) -> TokenPlan:
         """The plan of one mode."""
         site = prune_tokens.find_site(traced.graph, self.blocks)
-        root = scratch_copy(traced.root(self.request.model))
+        root = traced.scratch_root(self.request.model)
         try:
             repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
         except MixingError:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import NoSiteError, TraceError
 from ..passes import prune_tokens
-from ..tracing.fakes import TRACED_BATCH, scratch_copy
+from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, fixed_value, propagate
 from ..tracing.trace import Traced
 from .module import PrunedModule
@@ -34,7 +34,7 @@ def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
     graph = copy.deepcopy(traced.recorded)
     name, batch = type(model).__name__, TRACED_BATCH + 1
     try:
-        propagate(scratch_copy(traced.root(model)), graph, images, batch=batch)
+        propagate(traced.scratch_root(model), graph, images, batch=batch)
     except TraceError as error:
         names = ", ".join(f"`{node.name}`" for node in reads)
         raise TraceError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _TOLERANCE = 1e-3
 
 
 def taken_sizes(
-    model: nn.Module, whole: fx.GraphModule, images: Tensor, layout: str, *more: tuple[int, int]
+    model: nn.Module, whole: Callable[[], fx.GraphModule], images: Tensor, layout: str, *more: tuple[int, int]
 ) -> list[tuple[int, ...]]:
     """Shapes of images of other sizes for which a graph gives the model's output; none if it differs for one of them.
 
@@ -31,18 +32,19 @@ def taken_sizes(
 
     Args:
         model: A scratch copy of the model, in eval mode.
-        whole: Its graph, over a scratch copy of its modules.
+        whole: Makes its graph, over a scratch copy of its modules.
         images: Images of the traced shape.
         layout: Their axes.
         *more: Further (H, W) to try.
     """
     groups = _other_sizes(images, layout, more)
     if images.is_meta:
-        return [shape for group in groups for shape in group[:1] if _shapes_at(whole, images, shape) is not None]
+        return [shape for group in groups for shape in group[:1] if _shapes_at(whole(), images, shape) is not None]
     random = torch.Generator(images.device).manual_seed(0)
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     values: dict[str, Tensor] = {}
     taken: list[tuple[int, ...]] = []
+    graph = cache(whole)
     for group in groups:
         for shape in group:
             some = torch.randn(shape, generator=random, device=images.device, dtype=dtype)
@@ -51,7 +53,7 @@ def taken_sizes(
             expected = _output(model, values, some) if values else None
             if expected is None:
                 continue
-            found = _output(whole, values, some)
+            found = _output(graph(), values, some)
             if found is None or not relative_error(found, expected) < _TOLERANCE:
                 return []
             taken.append(shape)

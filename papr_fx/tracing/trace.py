@@ -59,6 +59,17 @@ class Traced:
             root.register_buffer(name, constant, persistent=False)
         return root
 
+    def scratch_root(self, model: nn.Module) -> nn.Module:
+        """A scratch copy of `model` that has every target of the graph."""
+        root = scratch_copy(model)
+        for name, constant in self.constants.items():
+            root.register_buffer(name, constant.clone(), persistent=False)
+        return root
+
+    def module(self, model: nn.Module) -> fx.GraphModule:
+        """The graph over a scratch copy of `model`, in eval mode."""
+        return fx.GraphModule(self.scratch_root(model).eval(), copy.deepcopy(self.graph))
+
     def beside(self, other: Traced) -> Traced:
         """The same with new names for those constants that differ from the constants of `other`."""
         names = {

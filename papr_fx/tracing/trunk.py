@@ -1,6 +1,6 @@
 """The trunk of a model: the repeated blocks through which its tokens run.
 
-It is found by what runs. The model runs once on fake images, and each composite module (a module of modules) that maps tokens
+It is found by what runs. The model runs once on an image, and each composite module (a module of modules) that maps tokens
 (B, N, C) to as many is noted. So a wrapper, a head, a decoder or a part that does not run is not taken for the trunk.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .blocks import is_inside
-from .fakes import MODEL_ERRORS, TRACED_BATCH, fake_like, faking, scratch_copy
+from .fakes import MODEL_ERRORS, scratch_copy
+from .numerics import forked_random
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     repeated, one block will do. Where no block maps tokens to tokens, the largest family is returned: an MLP that takes tokens
     inside a block that keeps a grid, as in Swin, is no block.
 
+    The run is a real one, before the model is traced: code that caches tensors by size must not cache fake ones.
+
     Args:
         model: The model. It is not changed.
         images: Images such as it takes. Only shape, dtype and device matter.
@@ -103,15 +105,19 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
 
 
 def _calls(model: nn.Module, images: Tensor) -> dict[nn.Module, _Calls]:
-    """How the composite modules of `model` are called. Of a model that does not run, as far as it does."""
+    """How the modules of `model` are called for one image. Of a model that does not run, as far as it does."""
     found: dict[nn.Module, _Calls] = {}
     copied = scratch_copy(model).eval()
     for module, watched in zip(model.modules(), copied.modules(), strict=True):
         if _is_composite(module) and not isinstance(watched, torch.jit.ScriptModule):
             _watch(watched, module, found)
-    mode, fake = fake_like(images, TRACED_BATCH)
-    with faking(mode), suppress(*MODEL_ERRORS):  # tracing meets the same error, and names its node
-        copied(fake)
+    with torch.no_grad(), forked_random(images):
+        try:
+            copied(images[:1])
+        except torch.OutOfMemoryError:  # says nothing about the model
+            raise
+        except MODEL_ERRORS:  # tracing meets the same error, and names its node
+            pass
     return found
 
 
@@ -123,7 +129,7 @@ def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]
 
     def end(_: nn.Module, args: object, kwargs: object, result: object) -> None:
         value = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
-        if not isinstance(value, Tensor) or value.ndim < 3 or len(value) != TRACED_BATCH:
+        if not isinstance(value, Tensor) or value.ndim < 3 or len(value) != 1:
             return
         if any(isinstance(given, Tensor) and given.shape == value.shape for given in tree_leaves((args, kwargs))):
             if value.ndim == 3:

@@ -234,4 +234,4 @@ def test_memory_that_runs_out_is_not_an_answer(monkeypatch):
     monkeypatch.setattr(sizes, "functional_call", full)
     model = nn.Identity()
     with pytest.raises(torch.OutOfMemoryError):
-        sizes.taken_sizes(model, torch.fx.symbolic_trace(model), torch.zeros(1, 3, 4, 4), "BCHW")
+        sizes.taken_sizes(model, lambda: torch.fx.symbolic_trace(model), torch.zeros(1, 3, 4, 4), "BCHW")

@@ -33,9 +33,12 @@ def test_only_tracing_finds_a_branch_on_the_batch_size():
     assert "the graph of FrozenAtOne differs from the model by" in found["tracing"]
 
 
-@pytest.mark.parametrize("make", [FrozenAtOne, FrozenBatch])
-def test_frozen_batch_sizes_are_caught(make):
-    with pytest.raises(papr_fx.VerifyError, match="tracing: the graph of Frozen"):
+@pytest.mark.parametrize(
+    ("make", "error", "reason"),
+    [(FrozenAtOne, papr_fx.VerifyError, "tracing: the graph of Frozen"), (FrozenBatch, papr_fx.TraceError, "reads `eq`")],
+)
+def test_frozen_batch_sizes_are_caught(make, error, reason):
+    with pytest.raises(error, match=reason):
         papr_fx.transform(make(Shape()), toy_proposal(), 0.5)
 
 
@@ -51,8 +54,6 @@ class CountsTokens(ToyViT):
 
 
 READS = {
-    "int": lambda x: int(x.shape[1]),
-    "float": lambda x: float(x.shape[1]),
     "index": lambda x: len(range(x.shape[1])),
     "len": lambda x: len(x[0]),
     "branch": lambda x: 1 if x.shape[1] > 12 else 3,
@@ -69,7 +70,12 @@ def test_a_number_of_tokens_frozen_by_tracing_is_refused(read, verify):
 
 
 @pytest.mark.parametrize(
-    "read", [lambda x: x.shape[1], lambda x: x.ndim, lambda x: int(x.shape[2]), lambda x: math.sqrt(x.shape[1])]
+    "read",
+    [
+        *(lambda x: x.shape[1], lambda x: x.ndim, lambda x: int(x.shape[2]), lambda x: math.sqrt(x.shape[1])),
+        *(lambda x: int(x.shape[1]), lambda x: float(x.shape[1]), lambda x: round(x.shape[1] / 3), lambda x: abs(-x.shape[1])),
+        *(lambda x: divmod(x.shape[1], 4)[0], lambda x: int("3") * float(2) if isinstance(x.ndim, int) else None),
+    ],
 )
 def test_sizes_that_stay_in_the_graph_are_not(read):
     papr_fx.transform(CountsTokens(read), toy_proposal(), 0.5)
