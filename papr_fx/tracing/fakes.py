@@ -18,11 +18,11 @@ from .surroundings import without_log
 TRACED_BATCH = 2
 
 # What the code of a model raises for inputs that it does not take.
-MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError)
+MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
 
 
 def aliased_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, but not flags and hooks. Its flags are the model's.
+    """A copy of the module tree that shares every parameter and buffer, and has the same flags and hooks.
 
     Raises:
         ArgumentError: The model holds something that cannot be copied.
@@ -31,20 +31,44 @@ def aliased_copy(model: nn.Module) -> nn.Module:
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
-    """A copy to run on fake tensors: it shares parameters only, and calls no forward hooks.
+    """A copy to run on fake tensors: it shares parameters only, and calls no hooks but those that compute its parameters.
 
     In-place operations on a small buffer, such as a batch count, run even on fake tensors, so buffers are copied.
     """
     copied = _copied(model, list(model.parameters()))
     for module in copied.modules():
         module._forward_hooks.clear()
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if not _computes_parameters(hook):
+                del module._forward_pre_hooks[number]
     return copied
 
 
+def hooked(model: nn.Module) -> list[str]:
+    """Qualified names of the modules that have forward hooks of the user."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks or not all(_computes_parameters(hook) for hook in module._forward_pre_hooks.values())
+    ]
+
+
+def _computes_parameters(hook: object) -> bool:
+    """Whether a hook is one of PyTorch's own, which computes a weight before each call, such as that of `weight_norm`."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
+
+
 def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
-    """Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, so they are shared."""
+    """A copy that shares these tensors and the user's hooks, which may hold what he reads later.
+
+    Computed tensors that modules keep (a cached activation, a normalised weight) cannot be copied, so they are shared too.
+    """
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*shared, *(t for t in kept if not t.is_leaf)]}
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not isinstance(getattr(hook, "__self__", None), nn.Module):  # a module's own method belongs to its copy
+                memo[id(hook)] = hook
     try:
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from .fakes import TRACED_BATCH, aliased_copy, fake_like, scratch_copy
+from .fakes import TRACED_BATCH, aliased_copy, fake_like, hooked, scratch_copy
 from .graphs import remove_dead_code
 from .joins import WatchDraws
 from .tracer import ValueTracer, attribute
@@ -111,12 +111,33 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
             return chosen
 
         root = scratch_copy(model).train(training)
+        _register_tensors(root)
         try:
             return _cleaned(_recorded(root, images, pick), root, model)
         except TraceError as error:
             if error.module not in picked:
-                raise
+                raise _with_hooks(error, model) from error
             closed.add(type(root.get_submodule(error.module)))
+
+
+def _register_tensors(root: nn.Module) -> None:
+    """Makes plain tensors of the modules buffers: only those are values of the graph, which sizes of the images can shape."""
+    for module in root.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value.detach(), persistent=False)
+
+
+def _with_hooks(error: TraceError, model: nn.Module) -> TraceError:
+    """The error, with the modules of the model that have hooks: its code may need what they store."""
+    names = hooked(model)
+    if not names:
+        return error
+    listed = ", ".join(f"`{name}`" for name in names)
+    return TraceError(
+        f"{error}. Forward hooks ({listed}) do not run while a model is traced: it must not need them", error.module
+    )
 
 
 def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], bool]) -> fx.Graph:

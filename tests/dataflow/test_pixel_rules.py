@@ -14,7 +14,7 @@ from papr_fx.passes import index_pixels, prune_pixels
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import enliven, toy_proposal
-from ..models.hierarchical import FAMILIES
+from ..models.hierarchical import FAMILIES, Rolled
 
 
 class Residual(nn.Module):
@@ -176,22 +176,6 @@ def test_the_proof_sees_transposed_grids():
 
     with pytest.raises(papr_fx.VerifyError, match="geometry"):
         papr_fx.transform(user_model(Columns()), toy_proposal(), 0.5, example_input=EXAMPLE, mode="pixels")
-
-
-class Rolled(nn.Module):
-    """Rolls its grid, applies a convolution and an MLP, and rolls it back."""
-
-    def __init__(self, shift: int) -> None:
-        super().__init__()
-        self.shift = (shift, shift)
-        self.mix = nn.Conv2d(8, 8, 3, padding=1)
-        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-
-    def forward(self, x):
-        x = torch.roll(x.permute(0, 2, 3, 1), self.shift, (1, 2))
-        x = x + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = x + self.mlp(x)
-        return torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2)).permute(0, 3, 1, 2)
 
 
 def test_positions_out_of_order_are_left_alone():

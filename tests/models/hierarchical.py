@@ -185,3 +185,19 @@ def masked_run(family, model, x, masks, background):
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Rolled(nn.Module):
+    """Rolls its grid, mixes it, runs an MLP per position, and rolls it back."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift = (shift, shift)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        x = torch.roll(x.permute(0, 2, 3, 1), self.shift, (1, 2))
+        x = x + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.mlp(x)
+        return torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2)).permute(0, 3, 1, 2)

@@ -11,28 +11,13 @@ from papr_fx.ops import TokenRows
 from papr_fx.passes import prune_tokens
 
 from ..models import Shape, ToyViT, enliven, toy_proposal
+from ..models.hierarchical import Rolled
 from .parts import case_of, failures
 
 
 class ColumnMajor(ToyViT):
     def patches(self, x: Tensor) -> Tensor:
         return self.proj(x).transpose(2, 3).flatten(2).transpose(1, 2)
-
-
-class RolledMLP(nn.Module):
-    """Rolls its grid, mixes it, runs an MLP per position, and rolls it back."""
-
-    def __init__(self, shift: int) -> None:
-        super().__init__()
-        self.shift = (shift, shift)
-        self.mix = nn.Conv2d(8, 8, 3, padding=1)
-        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-
-    def forward(self, x):
-        x = torch.roll(x.permute(0, 2, 3, 1), self.shift, (1, 2))
-        x = x + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = x + self.mlp(x)
-        return torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2)).permute(0, 3, 1, 2)
 
 
 def test_only_geometry_finds_tokens_in_column_major_order():
@@ -42,7 +27,7 @@ def test_only_geometry_finds_tokens_in_column_major_order():
 
 
 def test_only_geometry_finds_pixels_out_of_order():
-    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), RolledMLP(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Rolled(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     found = failures(case_of(enliven(model), example_input=torch.zeros(1, 3, 32, 48)))
     assert list(found) == ["geometry"]
     assert "not in row-major order" in found["geometry"]
