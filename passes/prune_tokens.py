@@ -37,6 +37,7 @@ from ..tracing.blocks import block_calls
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, shape_of
 from ..tracing.roles import has_role
+from ..tracing.sequence_first import batch_first
 from .kinds import Kind
 from .splice_proposal import read_sizes
 
@@ -221,5 +222,7 @@ def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def _stream(block: Sequence[fx.Node]) -> fx.Node | None:
     """The tokens (B, N, C) that a block maps to as many. A block may return a tuple that starts with them."""
     shape = block[-1].meta.get("parts", (shape_of(block[-1]),))[0]
-    tokens = shape if shape and len(shape) == 3 and shape[0] == TRACED_BATCH else None
-    return next((node for node in _inputs(block) if tokens and shape_of(node) == tokens), None)
+    if not shape or len(shape) != 3:
+        return None
+    alike = (node for node in _inputs(block) if shape_of(node) == shape)
+    return next((first for node in alike if (shape_of(first := batch_first(node)) or ())[:1] == (TRACED_BATCH,)), None)

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from ..tracing.graphs import ancestors, shape_of
+from ..tracing.graphs import ancestors, called, shape_of
 from .positionwise import Layout, PositionwiseProbe, Verdict
 
 
@@ -147,6 +147,9 @@ class BranchReader:
         return list(region)[::-1], list(entries)[::-1]  # both were met latest first
 
     def _is_pointwise(self, node: fx.Node) -> bool:
+        if called(node) in ("conv2d", "conv3d") and node.op == "call_function":  # of a weight that is computed
+            weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+            return isinstance(weight, fx.Node) and prod((shape_of(weight) or (0, 0, 0))[2:]) == 1
         if node.op != "call_module":
             return node.target is torch.nn.functional.linear
         modules = self.root.get_submodule(str(node.target)).modules()

@@ -95,10 +95,8 @@ class PositionwiseProbe:
                 return Verdict(reason="holds indices without values (meta device)")
             for part in module.modules():
                 part.training = self._training and isinstance(part, _NormBase)
-            values = redraw(module, self._random, torch.float32)
-            self._cache[key] = self._try(
-                node, layout, layouts, lambda args, kwargs: functional_call(module, values, args, kwargs)
-            )
+            run = self._redrawn(module)
+            self._cache[key] = self._try(node, layout, layouts, run)
         return self._cache[key]
 
     def _try(
@@ -142,7 +140,17 @@ class PositionwiseProbe:
             return unit_scale(value.shape, self._random, torch.float32) if floating else value
         if node.op == "placeholder" or any(n.op == "placeholder" for n in ancestors(node)):
             raise _RefusedError(f"`{node.name}` depends on the images")
-        return _call(node, *fx.map_arg((node.args, node.kwargs), self._constant))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._constant)
+        if node.op == "call_module":  # a parametrisation that computes a weight
+            return self._redrawn(scratch_copy(self._root.get_submodule(str(node.target))).eval())(args, kwargs)
+        return _call(node, args, kwargs)
+
+    def _redrawn(self, module: nn.Module) -> Callable[[Any, Any], Any]:
+        """Calls a module with parameters at unit scale; a scripted one with its own, which cannot be replaced."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return lambda args, kwargs: module(*args, **kwargs)
+        values = redraw(module, self._random, torch.float32)
+        return lambda args, kwargs: functional_call(module, values, args, kwargs)
 
 
 def _agree(actual: Any, whole: Any, layout: Layout) -> bool:

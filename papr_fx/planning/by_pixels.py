@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -50,18 +51,16 @@ def prune_by_pixels(
     for name in opened:
         inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
 
-    def is_opened(_: nn.Module, name: str) -> bool:
-        return name in opened
-
-    traced = trace(model, images, is_opened)
+    record = partial(trace, opened=lambda _, name: name in opened)
+    traced = record(model, images)
     check_batch_reads(traced, model, images)
-    in_training = trace(model, images, is_opened, training=True).beside(traced)
+    in_training = record(model, images, training=True).beside(traced)
     found = _find(model, traced, cache, training=False)
     if not found.sites:
         raise _no_site(model, found.skipped)
-    dense = train_dense = with_questions(traced.graph, model, images, is_opened)
+    dense = train_dense = with_questions(traced.graph, model, images, record)
     if not same_graph(in_training.graph, traced.graph):
-        train_dense = with_questions(in_training.graph, model, images, is_opened, training=True)
+        train_dense = with_questions(in_training.graph, model, images, partial(record, training=True))
     eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
     train_plan = _training_plan(eval_plan, train_dense, _find(model, in_training, cache, training=True))
     root = traced.root(model, in_training)

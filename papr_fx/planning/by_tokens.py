@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
@@ -20,6 +21,7 @@ from ..tracing.asked import with_questions
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
+from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
 from . import inputs
@@ -88,39 +90,45 @@ class _Planner:
         for name in opened:
             inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
 
-        def is_opened(_: nn.Module, name: str) -> bool:
-            return name in opened
-
-        traced = trace(model, images, is_opened)
+        record = partial(self._record, opened)
+        traced = record(model, images)
         check_batch_reads(traced, model, images)
         site = prune_tokens.find_site(traced.graph, self.blocks)
         self._check_others(opened)
         dynamic = self._takes_other_sizes(traced, site, opened)
         eval_plan = self._mode(traced)
-        in_training = trace(model, images, is_opened, training=True).beside(traced)
+        in_training = record(model, images, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
         if train_plan is not eval_plan and len(flags) > 1:
             raise ArgumentError(
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
-        eval_plan, train_plan = self._asking(eval_plan, train_plan, is_opened)
+        eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
         target = Target(z, layout, dynamic)
         signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 
+    def _record(self, opened: set[str], model: nn.Module, images: Tensor, *, training: bool = False) -> Traced:
+        """A trace of the model, or of a copy of it, in which tokens are (B, N, C) somewhere."""
+        traced = trace(model, images, lambda _, name: name in opened, training=training)
+        for graph in (traced.graph, traced.recorded):
+            for blocks in (self.blocks, *self.trunk.others):
+                add_batch_first(graph, blocks)
+        return traced
+
     def _asking(
-        self, eval_plan: TokenPlan, train_plan: TokenPlan | Refused, is_opened: Callable[[nn.Module, str], bool]
+        self, eval_plan: TokenPlan, train_plan: TokenPlan | Refused, record: Callable[..., Traced]
     ) -> tuple[TokenPlan, TokenPlan | Refused]:
         """The plans of both modes for graphs that ask for dtype and device."""
         model, images, _ = self.request
-        asking = replace(eval_plan, dense=with_questions(eval_plan.dense, model, images, is_opened))
+        asking = replace(eval_plan, dense=with_questions(eval_plan.dense, model, images, record))
         if train_plan is eval_plan:
             return asking, asking
         if isinstance(train_plan, TokenPlan):
-            dense = with_questions(train_plan.dense, model, images, is_opened, training=True)
+            dense = with_questions(train_plan.dense, model, images, partial(record, training=True))
             return asking, replace(train_plan, dense=dense)
         return asking, train_plan
 
@@ -129,7 +137,7 @@ class _Planner:
         if not self.trunk.others:
             return
         wider = opened | ancestors_of(name for names in self.trunk.others for name in names)
-        traced = trace(self.request.model, self.request.images, lambda _, name: name in wider)
+        traced = self._record(wider, self.request.model, self.request.images)
         prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
 
     def _takes_other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
@@ -69,7 +70,13 @@ def checked_model(model: object) -> nn.Module:
         raise ArgumentError(
             "model was already given to torch.compile: transform the plain module first, then torch.compile(gm)"
         )
+    if any(kind.__module__.startswith("torch.export.") for kind in type(model).__mro__):
+        raise ArgumentError(
+            "model is an exported program, fixed in size and mode: transform the module, then export the result"
+        )
     for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise ArgumentError(f"model.{name} was given to torch.compile: put the plain module there, then compile the result")
         if isinstance(module, PrunedModule):
             what = f"its submodule `{name}`" if name else "it"
             raise ArgumentError(
@@ -86,6 +93,7 @@ def checked_model(model: object) -> nn.Module:
         raise ArgumentError(
             "model.forward was replaced on the instance: define it in a class, for instance one that wraps the model"
         )
+    _check_takes_images(model)
     check_no_hooks(model, "model")
     config = getattr(model, "config", None)
     for option, wanted in TRACED_OPTIONS.items():
@@ -97,6 +105,20 @@ def checked_model(model: object) -> nn.Module:
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}): move it to one first")
     return model
+
+
+def _check_takes_images(model: nn.Module) -> None:
+    """Refuses a model of several modalities, such as CLIPModel, by the name of its image tower."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    if "pixel_values" not in names[1:]:
+        return
+    towers = [
+        name
+        for name, child in model.named_children()
+        if list(inspect.signature(type(child).forward).parameters)[1:2] == ["pixel_values"]
+    ]
+    hint = f"pass {' or '.join(f'model.{name}' for name in towers)}" if towers else "pass its image tower"
+    raise ArgumentError(f"{type(model).__name__} takes {names[0]} before its images: {hint}, and put the result in its place")
 
 
 def with_output(model: nn.Module, output: str) -> nn.Module:

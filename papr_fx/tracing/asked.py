@@ -17,13 +17,13 @@ from torch.fx.node import map_aggregate
 from ..errors import TraceError
 from .fakes import scratch_copy
 from .graphs import annotate
-from .trace import trace
+from .trace import Traced
 
 _Answers = Mapping[object, str]  # a dtype or device, and the attribute that was asked for
 
 
 def with_questions(
-    graph: fx.Graph, model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], bool], *, training: bool = False
+    graph: fx.Graph, model: nn.Module, images: Tensor, record: Callable[[nn.Module, Tensor], Traced]
 ) -> fx.Graph:
     """The graph with each dtype and device that the model's code asked for read from one of its parameters.
 
@@ -33,8 +33,7 @@ def with_questions(
         graph: A traced graph of the model.
         model: The model.
         images: The images that it was traced with.
-        opened: The modules that it was traced through.
-        training: The mode in which it was traced.
+        record: Traces another model with other images as that graph was traced.
     """
     like = like_images(model, images)
     if like is None:
@@ -48,10 +47,9 @@ def with_questions(
         moved = _moved_copy(model, device, other)
         there = images.to(device, other if images.dtype == parameter.dtype else images.dtype)
         try:
-            again = trace(moved, there, opened, training=training)
+            asked = _asked(graph, record(moved, there).graph, answers)
         except TraceError:
             continue
-        asked = _asked(graph, again.graph, answers)
         if asked:
             return _asking(graph, asked, answers, name, parameter)
     return graph

@@ -46,7 +46,8 @@ def last_tokens(graph: fx.Graph, stream: fx.Node, blocks: Collection[str]) -> fx
     """The tokens that the last block returns: the last value with the shape of `stream` that a block computes."""
     shape = shape_of(stream)
     for node in reversed(graph.nodes):
-        source = node.all_input_nodes[0] if node.target is operator.getitem else node  # a block may return a tuple
+        indirect = node.target is operator.getitem or (node.next.meta.get("again") and node.op == "call_method")
+        source = node.all_input_nodes[0] if indirect else node  # a block may return a tuple, or (N, B, C)
         if shape_of(node) == shape and (source.target in blocks or block_of(source, blocks)):
             return node
     return stream

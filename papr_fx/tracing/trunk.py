@@ -129,11 +129,11 @@ def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]
 
     def end(_: nn.Module, args: object, kwargs: object, result: object) -> None:
         value = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
-        if not isinstance(value, Tensor) or value.ndim < 3 or len(value) != 1:
+        if not isinstance(value, Tensor) or value.ndim < 3 or 1 not in value.shape[: 2 if value.ndim == 3 else 1]:
             return
         if any(isinstance(given, Tensor) and given.shape == value.shape for given in tree_leaves((args, kwargs))):
             if value.ndim == 3:
-                found[module].tokens.append(value.shape[1])
+                found[module].tokens.append(max(value.shape[:2]))  # (B, N, C), or (N, B, C), of one image
             else:
                 found[module].keeps_grid = True
 
