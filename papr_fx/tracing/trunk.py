@@ -118,6 +118,10 @@ def _calls(model: nn.Module, images: Tensor) -> dict[nn.Module, _Calls]:
             raise
         except MODEL_ERRORS:  # tracing meets the same error, and names its node
             pass
+    for module in [child for parent in model.modules() if isinstance(parent, nn.ModuleList) for child in parent.children()]:
+        parts = [found[part] for part in module.children() if part in found]
+        if isinstance(module, nn.ModuleList) and parts:  # a block in parts, which the model itself puts together
+            found[module] = _Calls(min(part.order for part in parts), [count for part in parts for count in part.tokens])
     return found
 
 
