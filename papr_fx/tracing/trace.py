@@ -19,6 +19,8 @@ from .graphs import remove_dead_code
 from .joins import WatchDraws
 from .tracer import ValueTracer, attribute
 
+_HOOKS = "Forward hooks (of {}) do not run while a model is traced: it must not need them"
+
 
 class OpenError(Exception):
     """Modules must be traced through before a question about the graph can be answered.
@@ -116,7 +118,9 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
             return _cleaned(_recorded(root, images, pick), root, model)
         except TraceError as error:
             if error.module not in picked:
-                raise _with_hooks(error, model) from error
+                if hooks := hooked(model):
+                    raise TraceError(f"{error}. {_HOOKS.format(', '.join(hooks))}", error.module) from error
+                raise
             closed.add(type(root.get_submodule(error.module)))
 
 
@@ -127,17 +131,6 @@ def _register_tensors(root: nn.Module) -> None:
             if isinstance(value, Tensor):
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
-
-
-def _with_hooks(error: TraceError, model: nn.Module) -> TraceError:
-    """The error, with the modules of the model that have hooks: its code may need what they store."""
-    names = hooked(model)
-    if not names:
-        return error
-    listed = ", ".join(f"`{name}`" for name in names)
-    return TraceError(
-        f"{error}. Forward hooks ({listed}) do not run while a model is traced: it must not need them", error.module
-    )
 
 
 def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], bool]) -> fx.Graph:

@@ -75,7 +75,7 @@ class ReadsHooks(nn.Module):
 @pytest.mark.parametrize("mode", ["auto", "tokens", "pixels"])
 def test_what_depends_on_a_hook_is_refused(mode):
     example = images(Shape(), 1, dtype=torch.float32)
-    with pytest.raises(papr_fx.TraceError, match=r"Forward hooks \(`vit\.blocks\.0`\) do not run while"):
+    with pytest.raises(papr_fx.TraceError, match=r"Forward hooks \(of vit\.blocks\.0\) do not run while"):
         papr_fx.transform(ReadsHooks().eval(), toy_proposal(), 0.5, example_input=example, mode=mode)
 
 
