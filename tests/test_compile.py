@@ -67,7 +67,7 @@ def compilations(module: nn.Module, batches: list[torch.Tensor]) -> int:
 
 
 COUNTED = [*((name, False) for name in MODELS), *((name, True) for name in ("ViT", "ConvNeXt"))]
-QUICK = (("ViT", False), ("ConvNeXt", True))
+QUICK = (("ViT", False), ("ViT", True))
 
 
 @pytest.mark.parametrize(

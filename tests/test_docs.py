@@ -158,11 +158,14 @@ def small_tables(monkeypatch):
     monkeypatch.setitem(paper.TABLES, "mae-b-small", table)
 
 
+SLOW = ("evaluation.md", "models.md", "reading-diffs.md", "training.md")
+
+
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's reader
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name == "evaluation.md" else ())
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in SLOW else ())
         for page in PAGES
         if page.name != "deployment.md"
     ],

@@ -39,6 +39,7 @@ def test_training_example():
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["1", "0.5"]
 
 
+@pytest.mark.slow
 def test_accuracy_table_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measured, "REDUCERS", ("papr+tome",))
     arguments = ["clutter", "--steps", "2", "--images", "120", "--z", "0.5", "0.3", "--out", str(tmp_path / "clutter.json")]
@@ -81,7 +82,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's reader
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_imagenet_recipe(folder, processes):
     """A pruned model trains on a folder; what it writes loads into the dense one."""
     proposal = folder / "proposal.pth"

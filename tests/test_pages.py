@@ -25,7 +25,7 @@ MODELS = {
     "Swin-T": "swin_tiny_patch4_window7_224",
     "Swin-B": "swin_base_patch4_window7_224",
 }
-LARGE = ("ViT-S/16", "ConvNeXt-B", "Swin-T", "Swin-B")
+LARGE = ("ViT-S/16", "ConvNeXt-T", "ConvNeXt-B", "Swin-T", "Swin-B")
 
 
 def prose(text):

@@ -28,6 +28,7 @@ FOR_ALL = ("torch.export and AOTInductor", "ONNX", "Half precision", "Saving and
 SLOW = {("torch.export and AOTInductor", model) for model in MODELS if model != "ViT"} | {
     ("ONNX", "rotary ViT"),
     ("ONNX", "ConvNeXt"),
+    ("ONNX", "Swin"),
 }
 
 

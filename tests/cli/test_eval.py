@@ -57,6 +57,7 @@ def test_counts_are_those_of_a_plain_loop(labelled, expected, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.json"}
 
 
+@pytest.mark.slow
 def test_merging(labelled, tmp_path):
     results = tmp_path / "a.json"
     assert main(options(labelled, results, "--merge", 2, "--merge-blocks", "all")) == 0

@@ -50,6 +50,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_measured_stands_beside_the_paper(small, capsys):
     results = small / "a.json"
     assert main(["reproduce", "small", str(small / "images"), "--workers", "0", "--results-file", str(results)]) == 0

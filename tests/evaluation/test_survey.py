@@ -17,6 +17,7 @@ def test_structures():
     assert "ConVit" in key("convit_tiny") or len(key("convit_tiny")) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the workers' own imports
 def test_a_survey_proves_one_of_each_structure():
     names = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "convit_tiny"]

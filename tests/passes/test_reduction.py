@@ -168,7 +168,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# One of each form: a class token, an average, prefix tokens, a map head, another library, clips.
+QUICK = ("class token", "average", "registers", "attention pooling", "torchvision", "transformers DINOv2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS])
 @torch.no_grad()
 def test_models(name):
     """Beside the proof of each transform: as many tokens are merged as asked, and merging without pruning saves MACs."""

@@ -57,7 +57,7 @@ def by_hand(model: ToyViT, proposal: nn.Module, x: Tensor, z: float) -> Tensor:
     return torch.cat(results)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(shapes(), st.lists(ratios, min_size=3, max_size=3), st.integers(1, 5), st.integers(0, 9))
 @torch.no_grad()
 def test_equals_a_transcription_by_hand(shape, several, batch, seed):
@@ -68,7 +68,7 @@ def test_equals_a_transcription_by_hand(shape, several, batch, seed):
         assert relative_error(sibling(gm, z=z)(x), by_hand(model, proposal, x, z)) < 1e-9
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(shapes(), ratios)
 def test_equals_the_model_with_hidden_keys(shape, z):
     if (
@@ -79,7 +79,7 @@ def test_equals_the_model_with_hidden_keys(shape, z):
     assert found.hidden_keys < 1e-9
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(shapes(), st.integers(1, 5))
 def test_z_of_one_is_the_model_to_the_bit(shape, batch):
     model = ToyViT(shape).double().eval()
@@ -90,7 +90,7 @@ def test_z_of_one_is_the_model_to_the_bit(shape, batch):
     assert not [node for node in gm.graph.nodes if node.name.startswith("papr")]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(shapes(), st.integers(1, 5))
 def test_all_patches_kept_is_the_model(shape, batch):
     """The gather is then a permutation, and no later operation depends on the order."""

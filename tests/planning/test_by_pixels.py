@@ -23,6 +23,7 @@ def test_meta_models_are_planned_without_numbers(build, sites):
     assert len(papr_fx.report(gm).sites) == sites
 
 
+@pytest.mark.slow
 def test_torchvision_models_whole():
     gm = papr_fx.transform(
         torchvision.models.convnext_tiny().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64)

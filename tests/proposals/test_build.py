@@ -41,7 +41,9 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "101" in name or "152" in name else ()) for name in CLASSIFIERS]
+)
 def test_map_is_the_mean_of_the_features_before_pooling(name):
     make, pool = CLASSIFIERS[name]
     network = make(name.split(" ")[0])

@@ -46,7 +46,13 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MERGED])
+# These take ten seconds or more each.
+SLOW = ("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*MODELS, *MERGED)]
+)
 def test_graph_diff(name):
     example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
     merge = papr_fx.Merge(2) if name in MERGED else None

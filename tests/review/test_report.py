@@ -40,7 +40,10 @@ def test_figures_of_the_paper(name, z, dense, pruned):
 
 @pytest.mark.parametrize(
     ("name", "dense", "pruned"),
-    [("convnext_base", 15.38, 10.42), pytest.param("swin_base_patch4_window7_224", 15.47, 12.25, marks=pytest.mark.slow)],
+    [
+        pytest.param("convnext_base", 15.38, 10.42, marks=pytest.mark.slow),
+        pytest.param("swin_base_patch4_window7_224", 15.47, 12.25, marks=pytest.mark.slow),
+    ],
 )
 def test_figures_of_the_paper_for_pixel_operators(name, dense, pruned):
     with torch.device("meta"):
