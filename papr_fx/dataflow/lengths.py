@@ -221,7 +221,7 @@ class _WatchNeighbours(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket).removeprefix("aten.")
-        pointwise = "conv" in name and prod(args[1].shape[2:]) == 1
+        pointwise = name.startswith("conv") and prod(args[1].shape[2:]) == 1
         if name.startswith(_ON_WINDOWS) and not pointwise:
             self.mixing = name
         return func(*args, **(kwargs or {}))
