@@ -83,7 +83,7 @@ def find_readers(
     """
     run = _WatchedRun(root, graph, counts)
     mode, fake = fake_like(images, TRACED_BATCH)
-    with faking(mode):
+    with faking(mode, root):
         run.run(fake)
     seen = {node: run.seen[node] for node in nodes if run.seen[node]}
     closed = {str(node.target) for node in seen if node.op == "call_module" and not _splittable_heads(root, node)}

@@ -39,7 +39,7 @@ def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repair
     while True:
         run = ShorterRun(root, stream, kept, renumbered)
         try:
-            with faking(mode):
+            with faking(mode, root):
                 run.run(fake)
         except RenumberError as error:
             renumbered |= error.calls

@@ -94,9 +94,9 @@ class _Planner:
         traced = record(model, images)
         check_batch_reads(traced, model, images)
         site = prune_tokens.find_site(traced.graph, self.blocks)
+        eval_plan = self._mode(traced)
         self._check_others(opened)
         dynamic = self._takes_other_sizes(traced, site, opened)
-        eval_plan = self._mode(traced)
         in_training = record(model, images, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}

@@ -110,7 +110,7 @@ def _unsplit(network: nn.Module, sample: Tensor, error: TraceError) -> Halves:
     mode, fake = fake_like(sample, TRACED_BATCH)
     copied = scratch_copy(network)
     try:
-        with faking(mode):
+        with faking(mode, copied):
             out: object = copied(fake)
     except Exception as refusal:  # it is user code, and may raise anything
         raise ProposalError(f"proposal ({type(network).__name__}) refused images {tuple(fake.shape)}: {refusal}") from refusal

@@ -84,7 +84,7 @@ def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = 
         TraceError: A node refuses its inputs.
     """
     mode, fake = fake_like(images, batch)
-    with faking(mode):
+    with faking(mode, root):
         _Annotate(root, graph=graph).run(fake)
 
 

@@ -59,7 +59,7 @@ def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict
     mode, fake = fake_like(images, 1)
     _detach(root)
     counting = _CountNodes(root, graph)
-    with faking(mode), _spelled_out():
+    with faking(mode, root), _spelled_out():
         counting.run(fake)
     return counting.counts
 
@@ -69,7 +69,7 @@ def count_module_macs(module: nn.Module, images: Tensor) -> int:
     mode, fake = fake_like(images, TRACED_BATCH)
     copied = scratch_copy(module)
     _detach(copied)
-    with faking(mode), _spelled_out(), _counter() as counter:
+    with faking(mode, copied), _spelled_out(), _counter() as counter:
         copied(fake)
     return counter.get_total_flops() // 2 // TRACED_BATCH
 

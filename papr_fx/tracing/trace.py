@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from .fakes import TRACED_BATCH, aliased_copy, fake_like, hooked, scratch_copy
+from .fakes import TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
 from .graphs import remove_dead_code
 from .joins import WatchDraws
 from .tracer import ValueTracer, attribute
@@ -137,10 +137,11 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
     """The graph as it was recorded, with dead code."""
     name = type(root).__name__
     mode, fake = fake_like(images, TRACED_BATCH)
-    tracer = ValueTracer(pick, scratch_copy(root), fake, mode)
+    scratch = scratch_copy(root)
+    tracer = ValueTracer(pick, scratch, fake, mode)
     draws = WatchDraws(lambda: not tracer.evaluating)
     try:
-        with draws:
+        with draws, fake_parameters(scratch, mode):
             graph = tracer.trace(root)
     except TraceError:
         raise

@@ -42,6 +42,8 @@ MODELS = {
 }
 PROPOSALS = {"ViT": toy_proposal, "ConvNeXt": toy_proposal, "Swin": separable_proposal}
 GRIDS = {"ViT": 1, "ConvNeXt": 4, "Swin": 2}
+SLOW = "ConvNeXt"
+EACH = [pytest.param(name, marks=pytest.mark.slow if name == SLOW else ()) for name in MODELS]
 
 
 class MaskIndexing(nn.Module):
@@ -99,7 +101,7 @@ def describe(lowering):
     }
 
 
-def lower_all(path: Path) -> None:
+def lower_all(path: Path, *, slow: bool) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     found = {}
@@ -108,6 +110,8 @@ def lower_all(path: Path) -> None:
         return lower(module, SHAPE, Target(GPUS[90], torch.bfloat16, compile_kernels=compile_kernels))
 
     for name, build in MODELS.items():
+        if name == SLOW and not slow:
+            continue
         model = build().eval()
         gm = papr_fx.transform(model, PROPOSALS[name](), 0.5, example_input=torch.zeros(1, *SHAPE[1:]), verify=False)
         dense, proposal = lowered(model), lowered(gm.papr_proposal)
@@ -131,13 +135,14 @@ def lower_all(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory):
+def found(tmp_path_factory, pytestconfig):
     """What `lower_all` found. Workers of one run share it, by a file."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda_lowering.json"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             command = [sys.executable, "-W", "error", "-m", "tests.benchmarks.test_cuda_lowering", str(path)]
+            command += ["--all"] if pytestconfig.getoption("all") else []
             environment = os.environ | {"TMPDIR": str(path.parent), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
                 command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
@@ -146,7 +151,7 @@ def found(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_pruned_model_is_one_cuda_graph(found, name):
     pruned, dense = (found[name][part] for part in ("pruned", "dense"))
     assert pruned["faults"] == []
@@ -156,14 +161,14 @@ def test_a_pruned_model_is_one_cuda_graph(found, name):
     assert found[name]["device"] == "cpu"  # the model given was copied
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_pruning_adds_few_kernels(found, name):
     pruned, dense, proposal = (found[name][part]["count"] for part in ("pruned", "dense", "proposal"))
     assert dense + GRIDS[name] < pruned <= found[name]["limit"] < 2 * dense + 30
     assert proposal >= 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("part", ["dense", "proposal", "pruned"])
 def test_bytes_and_time_are_those_of_an_h100(found, name, part):
     lowered = found[name][part]
@@ -217,4 +222,4 @@ def test_a_kernel_of_another_library_and_a_second_graph_are_faults():
 
 
 if __name__ == "__main__":
-    lower_all(Path(sys.argv[1]))
+    lower_all(Path(sys.argv[1]), slow="--all" in sys.argv)
