@@ -116,10 +116,11 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
     With real ones results are the same, but torch makes fakes of them anew for each operation, and caches no result: that takes
     three times as long.
     """
+    plain = (nn.Parameter, Tensor)  # subclasses convert themselves
     own = [module._parameters for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [dict(parameters) for parameters in own]
     for parameters in own:
-        fakes = {name: mode.from_tensor(p) for name, p in parameters.items() if type(p) in (nn.Parameter, Tensor)}
+        fakes = {name: mode.from_tensor(p) for name, p in parameters.items() if p is not None and type(p) in plain}
         parameters.update(cast("dict[str, nn.Parameter]", fakes))
     try:
         yield
