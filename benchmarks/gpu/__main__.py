@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -38,19 +39,22 @@ def main() -> None:
         start + arguments.budget,
         results.log,
         context="forkserver" if arguments.dry_run else "spawn",
-        kernels=KERNELS in wanted,
+        near=0.0 if KERNELS not in wanted else math.inf if arguments.dry_run else Settings.near,
         rounds=1 if arguments.dry_run else Settings.rounds,
     )
     results.say(f"{len(tasks)} tasks, {settings.slots} processes, {arguments.budget:.0f} s")
     results.left = [task.name for task in Pool(settings, results.tell, results.fail).run(tasks)]
     if ESTIMATES in wanted:
-        found = beside([row for row in results.rows if row["part"] != ESTIMATES], estimates(arguments.estimates))
         results.rows = [row for row in results.rows if row["part"] != ESTIMATES]
+        batch = plan.TINY_BATCH if arguments.dry_run else plan.BATCH
+        found = beside(results.rows, estimates(arguments.estimates), batch)
         results.rows += [{"task": ESTIMATES, "part": ESTIMATES, **row} for row in found]
     results.write()
     text = page(results, environment(0))
     (arguments.out / "summary.md").write_text(text)
-    results.say(f"{time.monotonic() - start:.0f} s; {len(results.errors)} failures, {len(results.wrong)} rows not as they should be")
+    results.say(
+        f"{time.monotonic() - start:.0f} s; {len(results.errors)} failures, {len(results.wrong)} rows not as they should be"
+    )
     print(text)
     if results.errors or results.wrong:
         raise SystemExit(1)
@@ -64,7 +68,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
     parser.add_argument("--slots", type=int, help="processes that compile at a time; default: processors less two")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
-    parser.add_argument("--estimates", type=Path, help="a file of benchmarks.cuda_lowering; default: the table in docs/speed.md")
+    parser.add_argument(
+        "--estimates", type=Path, help="a file of benchmarks.cuda_lowering; default: the table in docs/speed.md"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
     return parser
 

@@ -22,7 +22,7 @@ from papr_fx.tracing.numerics import relative_error, tensors_of
 
 from .device import Device
 from .jobs import Job
-from .subjects import SUBJECTS, at_unit_scale, images_for, pruned
+from .subjects import SUBJECTS, Sight, at_unit_scale, images_for
 
 Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,7 +65,7 @@ def _precision(job: Job, device: Device) -> Generator[Row]:
     model = at_unit_scale(subject.build(tiny=job.tiny)).to(device.kind, dtype)
     images = images_for(model, job.batch, tiny=job.tiny)
     exact = dtype == torch.float32
-    gm = pruned(model, subject, images, verify=exact)
+    gm = _sight(job).prune(model, images, subject.z, verify=exact)
     if exact:
         yield {"check": "proof on the device", "ok": True}
     keeps = [node for node in gm.graph.nodes if node.name.startswith("papr_keep")]
@@ -94,6 +94,10 @@ def _precision(job: Job, device: Device) -> Generator[Row]:
         ok = share >= _SHARE[job.what] and (error is None or error <= _ERROR[job.what]) and not dropped
         row = {"check": f"{job.what}: {mode} beside eager", "kept alike": share, "error": error}
         yield {**row, "CUDA graphs dropped": dropped, "ok": ok and all(_finite(r) for r in results)}
+
+
+def _sight(job: Job) -> Sight:
+    return Sight().tiny() if job.tiny else Sight()
 
 
 def _finite(result: _Result) -> bool:
@@ -166,14 +170,15 @@ def _recompilations(job: Job, device: Device) -> Generator[Row]:
     """Compilations while batch sizes change: no more than those of the dense model beside the proposal."""
     subject = SUBJECTS[job.subject]
     model = subject.build(tiny=job.tiny).to(device.kind)
-    images = images_for(model, 33, tiny=job.tiny)
-    gm = pruned(model, subject, images)
+    sizes = (1, 2, 3) if job.tiny else (1, 2, 3, 16, 33)
+    images = images_for(model, max(sizes), tiny=job.tiny)
+    gm = _sight(job).prune(model, images, subject.z)
     counts: list[int] = []
     for module in (gm, _Both(model, gm.papr_proposal)):
         torch.compiler.reset()
         backend = _Counting()
         compiled = torch.compile(module, backend=backend, fullgraph=True)
-        for size in (1, 2, 3, 16, 33):
+        for size in sizes:
             compiled(images[:size])
         counts.append(backend.count)
     own, parts = counts

@@ -45,7 +45,7 @@ class Device:
         if mode == "eager":
             return module
         if not self.cuda:
-            return torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)
+            return torch.compile(module, backend="eager", fullgraph=True, dynamic=False)
         return torch.compile(module, mode=_MODES[mode], fullgraph=True, dynamic=False)
 
     def synchronize(self) -> None:

@@ -14,7 +14,6 @@ from .subjects import SUBJECTS
 Row = dict[str, Any]
 _PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
 _HEAD = re.compile(r"\|\s*model\s*\|\s*z\s*\|\s*proposal\s*\|\s*kernels dense, proposal, pruned")
-_BATCH = 128  # the page's
 
 
 class Estimate(NamedTuple):
@@ -57,13 +56,13 @@ def _of_page(text: str) -> list[Estimate]:
     return found
 
 
-def beside(rows: Sequence[Row], found: Sequence[Estimate]) -> list[Row]:
-    """One row for each estimate whose model was measured, with CUDA graphs where there are both."""
+def beside(rows: Sequence[Row], found: Sequence[Estimate], batch: int) -> list[Row]:
+    """One row for each estimate whose model was measured at that batch size, with CUDA graphs where there are both."""
     measured = {
         (row["subject"], row["variant"]): row
         for mode in ("autotune", "graphs")  # the later one holds
         for row in rows
-        if row["part"] == "speed" and row["run"] == mode and row["batch"] == _BATCH
+        if row["part"] == "speed" and row["run"] == mode and row["batch"] == batch
     }
     told: list[Row] = []
     for subject, variant, dense, pruned in found:

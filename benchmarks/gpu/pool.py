@@ -21,7 +21,6 @@ Row = dict[str, Any]
 _ROUNDS, _LEAST_ROUNDS, _SAMPLES = 9, 3, 2
 _SECONDS_OF_TURNS = 8.0  # for all rounds of one task
 _LAST = 20.0  # seconds before the end, in which what is ready is still timed
-_NEAR = 0.9  # of the MAC ratio: where a speed-up stays below, kernels are recorded
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Settings:
         end: When it must be over, by `time.monotonic`.
         log: File for what the processes print.
         context: How processes are started: "spawn", or "forkserver" (quicker, but CUDA may not bear it).
-        kernels: Whether kernels are recorded where a speed-up falls short.
+        near: Kernels are recorded where a speed-up is below this share of the MAC ratio; at 0 nowhere.
         rounds: Turns of each variant.
     """
 
@@ -41,7 +40,7 @@ class Settings:
     end: float
     log: Path
     context: str = "spawn"
-    kernels: bool = True
+    near: float = 0.9
     rounds: int = _ROUNDS
 
 
@@ -183,13 +182,14 @@ class Pool:
                     times[child.job.what] += values if number else []
         for child in [c for c in members if c.ready]:
             self._tell(started.task, _row(child, times, members))
-        if self._settings.kernels:
-            self._record_kernels(started, times, members)
+        self._record_kernels(started, times, members)
 
     def _record_kernels(self, started: Started, times: dict[str, list[float]], members: Sequence[Child]) -> None:
         """The dearest kernels of the dense model and of the variant that falls most short of its MAC ratio."""
         short = [(c, _row(c, times, members)) for c in members if c.ready and cast(dict[str, Any], c.facts)["macs"]]
-        short = [(child, row["of it"]) for child, row in short if row["of it"] is not None and row["of it"] < _NEAR]
+        short = [
+            (child, row["of it"]) for child, row in short if row["of it"] is not None and row["of it"] < self._settings.near
+        ]
         if not short or started.task.jobs[0].batch < 2:
             return
         worst = min(short, key=lambda pair: pair[1])[0]

@@ -12,18 +12,15 @@ from torch import Tensor, nn
 
 import papr_fx
 from papr_fx.peers import at_macs, transcribed
-from papr_fx.planning.module import PrunedModule
 from papr_fx.tracing.numerics import tensors_of
 
 from .device import Device
 from .jobs import TRAINING, Job
-from .subjects import SUBJECTS, images_for, pruned
+from .subjects import SUBJECTS, Sight, images_for
 
 DENSE, CHANNELS_LAST, MERGING, PLAIN = "dense", "dense channels-last", "merging", "transcription"
-# Variants of PaPr: the proposal, and the pixels that it sees.
-PAPR = {"mobileone_s0 224": ("mobileone_s0", 224), "mobileone_s0 160": ("mobileone_s0", 160), "lcnet_035 160": ("lcnet_035", 160)}
-MAIN = "mobileone_s0 224"
-_TINY_PROPOSAL, _TINY_PIXELS = "test_resnet", {224: 64, 160: 48}
+MAIN, SMALLER, CHEAPEST = "mobileone_s0 224", "mobileone_s0 160", "lcnet_035 160"
+_SIGHTS = {MAIN: Sight(), SMALLER: Sight(pixels=160), CHEAPEST: Sight("lcnet_035", 160)}
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,16 @@ def _module(job: Job, model: nn.Module, images: Tensor) -> tuple[nn.Module, papr
         return model, None
     if job.what == CHANNELS_LAST:
         return model.to(memory_format=torch.channels_last), None  # pyright: ignore[reportCallIssue]
-    subject = SUBJECTS[job.subject]
-    name, pixels = PAPR.get(job.what, PAPR[MAIN])
+    sight, z = _SIGHTS.get(job.what, _SIGHTS[MAIN]), SUBJECTS[job.subject].z
     if job.tiny:
-        name, pixels = _TINY_PROPOSAL, _TINY_PIXELS[pixels]
-    gm = pruned(model, subject, images, proposal=name, size=pixels)
+        sight = sight.tiny()
+    gm = sight.prune(model, images, z)
     if job.what == PLAIN:
         return transcribed(gm), papr_fx.report(gm)
-    if job.what != MERGING:
-        return gm, papr_fx.report(gm)
-    merging: PrunedModule = pruned(model, subject, images, proposal=name, size=pixels, z=1.0, merge=papr_fx.Merge(1, "all"))
-    merging = at_macs(merging, papr_fx.report(gm).total_macs)
-    return merging, papr_fx.report(merging)
+    if job.what == MERGING:
+        merging = sight.prune(model, images, 1.0, merge=papr_fx.Merge(1, "all"))
+        gm = at_macs(merging, papr_fx.report(gm).total_macs)
+    return gm, papr_fx.report(gm)
 
 
 def _step(module: nn.Module, images: Tensor, job: Job, device: Device) -> Callable[[], None]:

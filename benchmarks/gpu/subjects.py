@@ -51,7 +51,7 @@ class Subject:
         return VideoMAEForVideoClassification(VideoMAEConfig(**self.tiny)).eval()
 
 
-_TINY_VIT = {"depth": 2, "img_size": 64}
+_TINY_VIT = {"depth": 1, "img_size": 64}
 SUBJECTS = {
     "ViT-B": Subject("vit_base_patch16_224", 0.5, _TINY_VIT, "vit_tiny_patch16_224"),
     "ConvNeXt-B": Subject("convnext_base", 0.65, {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, tokens=False),
@@ -98,14 +98,23 @@ def at_unit_scale(model: nn.Module) -> nn.Module:
     return model
 
 
-def pruned(
-    model: nn.Module, subject: Subject, images: Tensor, *, proposal: str = "mobileone_s0", size: int | None = None, **options: Any
-) -> PrunedModule:
-    """The model pruned, with a proposal of random weights that sees images of `size` pixels; `options` are `transform`'s."""
-    resized = None if size in (None, images.shape[-2]) else size
-    network = _normalised(timm.create_model(proposal), images)
-    options = {"z": subject.z, "verify": False, **options}
-    return papr_fx.transform(model, network, example_input=images[:1], proposal_size=resized, **options)
+@dataclass(frozen=True)
+class Sight:
+    """A proposal network with random weights, and how many pixels of a side it sees."""
+
+    network: str = "mobileone_s0"
+    pixels: int = 224
+
+    def tiny(self) -> Sight:
+        """A tiny one."""
+        return Sight("test_resnet", {224: 64, 160: 48}[self.pixels])
+
+    def prune(self, model: nn.Module, images: Tensor, z: float, **options: Any) -> PrunedModule:
+        """The model pruned; `options` are those of `transform`."""
+        network = _normalised(timm.create_model(self.network), images)
+        size = None if self.pixels == images.shape[-2] else self.pixels
+        options = {"verify": False, **options}
+        return papr_fx.transform(model, network, z, example_input=images[:1], proposal_size=size, **options)
 
 
 def _normalised(network: nn.Module, images: Tensor) -> nn.Module:

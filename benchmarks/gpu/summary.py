@@ -16,7 +16,7 @@ _TITLES = {
     SPEED: "Speed, bfloat16",
     TRAINING: "Steps of training, bfloat16",
     KERNELS: "Dearest kernels, where a speed-up is below 0.9 of its MAC ratio",
-    ESTIMATES: "Estimated without a GPU, beside measured: bfloat16, batch 128",
+    ESTIMATES: "Estimated without a GPU, beside measured",
 }
 
 
