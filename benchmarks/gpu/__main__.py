@@ -19,7 +19,7 @@ from . import plan
 from .estimates import beside, estimates
 from .jobs import ESTIMATES, KERNELS, PARTS
 from .pool import Pool, Settings
-from .results import Results
+from .results import FILE, Results
 from .summary import page
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         raise SystemExit("no CUDA device is here; --dry-run walks through everything with tiny models on the CPU")
     signal.signal(signal.SIGTERM, _exit)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes themselves are many
-    results = Results.open(arguments.out, fresh=arguments.fresh)
+    results = Results.open(arguments.out, None if arguments.fresh else arguments.resume or arguments.out / FILE)
     wanted = [part for part in arguments.parts if part not in arguments.skip]
     tasks = results.to_do([task for task in (plan.tiny() if arguments.dry_run else plan.whole()) if task.part in wanted])
     settings = Settings(
@@ -67,6 +67,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
     parser.add_argument("--slots", type=int, help="processes that compile at a time; default: processors less two")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from this gpu.json; default: the one in --out")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
     parser.add_argument(
         "--estimates", type=Path, help="a file of benchmarks.cuda_lowering; default: the table in docs/speed.md"

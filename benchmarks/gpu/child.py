@@ -54,7 +54,7 @@ class Child:
         process = cast(Any, context).Process(target=serve, args=(there, job, log), name=f"{job.subject} {job.what}")
         process.start()
         there.close()
-        return cls(job, process, cast(Connection, here), time.monotonic() + limit, limit)
+        return cls(job, process, here, time.monotonic() + limit, limit)
 
     @property
     def working(self) -> bool:

@@ -26,8 +26,8 @@ from .subjects import SUBJECTS, Sight, at_unit_scale, images_for
 
 Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float16")
-_SHARE = {"float32": 0.999, "bfloat16": 0.9, "float16": 0.97}  # of kept positions that must be the same in another mode
-_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of outputs, where all kept positions are the same
+_SHARE = {"float32": 0.99, "bfloat16": 0.85, "float16": 0.95}  # of kept positions that must be the same in another mode
+_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # of outputs on the same positions
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,20 @@ class _Result:
     kept: list[Tensor]
     output: list[Tensor]
 
-    def beside(self, other: _Result) -> tuple[float, float | None]:
-        """Share of kept positions that both have, and relative error of the images where all are the same, if any are."""
+    @classmethod
+    def of(cls, call: Callable[..., Any], *inputs: Tensor) -> _Result:
+        """What a graph of `_told` returns."""
+        values = [value.clone() for value in tensors_of(call(*inputs))]
+        kept = sum(not value.is_floating_point() for value in values)
+        return cls(values[:kept], values[kept:])
+
+    def beside(self, other: _Result, *, every: bool) -> tuple[float, float | None]:
+        """Share of kept positions that both have, and relative error of outputs.
+
+        Of every image, or of those where all kept positions are the same; None if there is no such image.
+        """
         shares = [_shared(a.cpu(), b.cpu()) for a, b in zip(self.kept, other.kept, strict=True)]
-        same = torch.stack([share == 1 for share in shares]).all(0)
+        same = torch.stack([share == 1 for share in shares]).all(0) | every
         if not bool(same.any()):
             return float(torch.stack(shares).mean()), None
         mine, others = ([t.float().cpu()[same] for t in result.output] for result in (self, other))
@@ -68,32 +78,34 @@ def _precision(job: Job, device: Device) -> Generator[Row]:
     gm = _sight(job).prune(model, images, subject.z, verify=exact)
     if exact:
         yield {"check": "proof on the device", "ok": True}
-    keeps = [node for node in gm.graph.nodes if node.name.startswith("papr_keep")]
-    module = cut(gm, gm.graph, *keeps, *gm.graph.output_node().all_input_nodes)
-
-    def run(call: Callable[..., Any], images: Tensor) -> _Result:
-        values = [value.clone() for value in tensors_of(call(images))]
-        return _Result(values[: len(keeps)], values[len(keeps) :])
-
-    eager = run(module, images)
-    with device.no_wait():
-        gm(images)
-    yield {"check": f"{job.what}: eager does not wait", "ok": True}
-    yield _beside_reference(job, gm, images, eager)
-    if exact and device.cuda:
+    eager = _Result.of(_told(gm, gm.graph), images)
+    wait = device.waits(lambda: gm(images))
+    row = {"check": f"{job.what}: eager does not wait", "waits": wait}
+    yield {**row, "ok": not wait or bool(device.waits(lambda: model(images)))}
+    yield (rounding := _rounding(job, gm, images, eager))
+    if exact:
         yield _beside_cpu(gm, images, eager)
-    for mode in ("compiled", "graphs"):
+    limit = max(_ERROR[job.what], 3 * rounding["error"])
+    # In half precision near ties fall otherwise in another mode: outputs are compared on positions that are given.
+    module = _told(gm, gm.graph if exact else Rewrite(gm.plan, gm.plan.z, False).pruned_graph())
+    inputs = (images,) if exact else (images, *eager.kept)
+    for mode in ("graphs", "compiled"):
         torch.compiler.reset()
         before = device.dropped_graphs()
         call = device.compiled(module, mode)
-        results = [run(call, images) for _ in range(3)]  # with CUDA graphs: warmed up, recorded, replayed
-        with device.no_wait():
-            call(images)
-        share, error = results[-1].beside(eager)
+        results = [_Result.of(call, *inputs) for _ in range(3)]  # with CUDA graphs: warmed up, recorded, replayed
+        wait = device.waits(lambda call=call: call(*inputs))
+        share, error = results[-1].beside(eager, every=not exact)
         dropped = device.dropped_graphs() - before
-        ok = share >= _SHARE[job.what] and (error is None or error <= _ERROR[job.what]) and not dropped
-        row = {"check": f"{job.what}: {mode} beside eager", "kept alike": share, "error": error}
-        yield {**row, "CUDA graphs dropped": dropped, "ok": ok and all(_finite(r) for r in results)}
+        ok = share >= _SHARE[job.what] and (error is None or error <= limit) and not dropped and not wait
+        row = {"check": f"{job.what}: {mode} beside eager", "kept alike": share, "error": error, "waits": wait}
+        yield {**row, "CUDA graphs dropped": dropped, "ok": ok and all(_finite(result) for result in results)}
+
+
+def _told(gm: PrunedModule, graph: fx.Graph) -> fx.GraphModule:
+    """The graph with the kept positions of each choice as further outputs, before the model's own."""
+    keeps = [node for node in graph.nodes if node.name.startswith("papr_keep")]
+    return cut(shell(gm), graph, *keeps, *graph.output_node().all_input_nodes)
 
 
 def _sight(job: Job) -> Sight:
@@ -109,13 +121,12 @@ def _beside_cpu(gm: PrunedModule, images: Tensor, eager: _Result) -> Row:
     here = copy.deepcopy(gm).cpu()
     masks = zip(papr_fx.keep_masks(gm, images).values(), papr_fx.keep_masks(here, images.cpu()).values(), strict=True)
     shares = [((a.cpu() & b).sum() / b.sum()).item() for a, b in masks]
-    error = relative_error([t.cpu() for t in eager.output], tensors_of(here(images.cpu())))
-    share = min(shares)
-    ok = share >= _SHARE["float32"] and (error <= _ERROR["float32"] or share < 1)
-    return {"check": "float32: device beside CPU", "kept alike": share, "error": error, "ok": ok}
+    error = eager.beside(_Result.of(_told(here, here.graph), images.cpu()), every=False)[1]
+    ok = min(shares) >= _SHARE["float32"] and (error is None or error <= _ERROR["float32"])
+    return {"check": "float32: device beside CPU", "kept alike": min(shares), "error": error, "ok": ok}
 
 
-def _beside_reference(job: Job, gm: PrunedModule, images: Tensor, eager: _Result) -> Row:
+def _rounding(job: Job, gm: PrunedModule, images: Tensor, eager: _Result) -> Row:
     """Rounding on given positions beside float32 (that of float32 beside float64), next to the dense model's rounding."""
     wide = torch.float64 if job.what == "float32" else torch.float32
     rewrite = Rewrite(gm.plan, gm.plan.z, False)
@@ -125,10 +136,10 @@ def _beside_reference(job: Job, gm: PrunedModule, images: Tensor, eager: _Result
         values = [tensors_of(_over(m, graph)(x, *given)) for m, x in ((gm, images), (reference, images.to(wide)))]
         errors.append(relative_error([t.to(wide) for t in values[0]], values[1]))
     own, dense = errors
-    share = _Result(eager.kept, []).beside(_Result(_kept(reference, images.to(wide)), []))[0] if job.what != "float32" else None
+    share, _ = eager.beside(_Result.of(_told(reference, reference.graph), images.to(wide)), every=True)
     ok = own <= 2 * dense + _ERROR[job.what] / 10
-    row: Row = {"check": f"{job.what}: rounding beside {str(wide)[6:]}", "error": own, "error of dense": dense, "ok": ok}
-    return row | ({} if share is None else {"kept alike": share})
+    check = f"{job.what}: rounding beside {str(wide).removeprefix('torch.')}"
+    return {"check": check, "kept alike": share, "error": own, "error of dense": dense, "ok": ok}
 
 
 def _over(gm: PrunedModule, graph: fx.Graph) -> fx.GraphModule:
@@ -137,11 +148,6 @@ def _over(gm: PrunedModule, graph: fx.Graph) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def _kept(gm: PrunedModule, images: Tensor) -> list[Tensor]:
-    keeps = [node for node in gm.graph.nodes if node.name.startswith("papr_keep")]
-    return tensors_of(cut(gm, gm.graph, *keeps)(images))
 
 
 class _Counting:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # torch.compile's modes by their names here.
 _MODES = {"compiled": "default", "graphs": "reduce-overhead", "autotune": "max-autotune-no-cudagraphs"}
-_SAMPLE_MS = 30.0  # calls are timed in samples of this length, so that launches overlap as they do in use
+_SAMPLE_MS = 20.0  # calls are timed in samples of this length, so that launches overlap as they do in use
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,20 @@ class Device:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    @contextmanager
-    def no_wait(self) -> Generator[None]:
-        """Raises where the host waits for the device."""
+    def waits(self, call: Callable[[], Any]) -> str:
+        """Where the host waits for the device during a call, in words; empty if it does not, or on a CPU."""
         if not self.cuda:
-            yield
-            return
+            call()
+            return ""
+        self.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            yield
+            call()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        return ""
 
     def dropped_graphs(self) -> int:
         """How many CUDA graphs inductor left out, in this process."""

@@ -1,7 +1,7 @@
 """One process: it does the job that it is given, and answers the process that started it.
 
-What it sends: ("row", row) for each result of a check; ("ready", facts) once a variant is compiled and warm; ("times", [ms]) and
-("kernels", rows) when asked; ("end", None); ("error", its last lines).
+What it sends: ("row", row) for each result of a check; ("ready", facts) once a variant is compiled and warm; ("times", [ms])
+and ("kernels", rows) when asked; ("end", None); ("error", its last lines).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import multiprocessing
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -18,8 +18,9 @@ from .jobs import KERNELS, Task
 from .speed import DENSE
 
 Row = dict[str, Any]
-_ROUNDS, _LEAST_ROUNDS, _SAMPLES = 9, 3, 2
-_SECONDS_OF_TURNS = 8.0  # for all rounds of one task
+_ROUNDS, _LEAST_ROUNDS, _SAMPLES = 7, 3, 2
+_SECONDS_OF_TURNS = 2.5  # for all rounds of one task
+_MOST_PROFILED = 5  # tasks: while one is profiled, no other process is started
 _LAST = 20.0  # seconds before the end, in which what is ready is still timed
 
 
@@ -79,6 +80,7 @@ class Pool:
         if settings.context == "forkserver":
             self._context.set_forkserver_preload(["benchmarks.gpu.member"])
         self._active: list[Started] = []
+        self._profiled = 0
 
     def run(self, tasks: Sequence[Task]) -> list[Task]:
         """Runs tasks until the time is over; returns those of which nothing was told, for want of time."""
@@ -152,7 +154,7 @@ class Pool:
         return nothing
 
     @contextmanager
-    def _alone(self, members: Sequence[Child]) -> Iterator[None]:
+    def _alone(self, members: Sequence[Child]) -> Generator[None]:
         """Stops all other processes for a while."""
         others = [child for child in self._children if child not in members]
         start = time.monotonic()

@@ -14,6 +14,7 @@ from benchmarks.record import environment
 from .jobs import Task
 
 Row = dict[str, Any]
+FILE = "gpu.json"
 
 
 @dataclass
@@ -33,19 +34,19 @@ class Results:
     left: list[str] = field(default_factory=list[str])
 
     @classmethod
-    def open(cls, folder: Path, *, fresh: bool) -> Results:
-        """Those of an earlier run, unless it starts anew."""
+    def open(cls, folder: Path, earlier: Path | None) -> Results:
+        """Those of an earlier run's file, if it exists."""
         folder.mkdir(parents=True, exist_ok=True)
         found = cls(folder)
-        if found.path.exists() and not fresh:
-            kept = json.loads(found.path.read_text())
+        if earlier and earlier.exists():
+            kept = json.loads(earlier.read_text())
             found.rows, found.errors = kept["rows"], kept["errors"]
         return found
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.folder / "gpu.json"
+        return self.folder / FILE
 
     @property
     def log(self) -> Path:
