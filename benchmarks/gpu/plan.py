@@ -16,14 +16,15 @@ def whole() -> list[Task]:
     """All tasks."""
     return [
         *(checked(name, "float32") for name in ("ViT-B", "ConvNeXt-B", "Swin-B")),
-        timed("ViT-B", "graphs", 128, (DENSE, MAIN, SMALLER, CHEAPEST, PLAIN, MERGING)),
+        timed("ViT-B", "graphs", 128, (DENSE, MAIN, SMALLER, CHEAPEST, PLAIN)),
         timed("ConvNeXt-B", "graphs", 128, (DENSE, CHANNELS_LAST, MAIN, SMALLER, CHEAPEST, PLAIN)),
         timed("Swin-B", "graphs", 128, (DENSE, MAIN, SMALLER, CHEAPEST, PLAIN)),
         *(checked(name, "bfloat16") for name in ("ViT-B", "ConvNeXt-B", "Swin-B")),
         *(checked(name, "float32") for name in ("EVA-02-B", "VideoMAE-B")),
-        timed("ViT-L", "graphs", 128, (*_FEW, MERGING)),
+        timed("ViT-L", "graphs", 128, _FEW),
         timed("VideoMAE-B", "graphs", 32, (*_FEW, CHEAPEST)),
-        timed("ViT-S", "graphs", 128, (*_FEW, CHEAPEST, MERGING)),
+        timed("ViT-S", "graphs", 128, (*_FEW, CHEAPEST)),
+        *(timed(name, "graphs", 128, (DENSE, MERGING)) for name in ("ViT-B", "ViT-L", "ViT-S")),
         timed("ViT-B", "graphs", 32, (*_FEW, CHEAPEST)),
         timed("ViT-B", "graphs", 1, (*_FEW, CHEAPEST)),
         trained("ViT-B", 128),
@@ -67,7 +68,8 @@ def checked(subject: str, what: str, *, tiny: bool = False) -> Task:
 def timed(subject: str, mode: str, batch: int, variants: Sequence[str], *, tiny: bool = False) -> Task:
     """Variants of a model, timed in turns."""
     jobs = tuple(Job(SPEED, subject, what, mode, batch, tiny) for what in variants)
-    return Task(f"{SPEED} {subject} {mode} {batch}", jobs, SECONDS[SPEED] * (1.5 if mode == "autotune" else 1))
+    name = f"{SPEED} {subject} {mode} {batch}" + (" merging" if len(variants) == 2 and MERGING in variants else "")
+    return Task(name, jobs, SECONDS[SPEED] * (1.5 if mode == "autotune" else 1))
 
 
 def trained(subject: str, batch: int, *, tiny: bool = False) -> Task:

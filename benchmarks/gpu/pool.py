@@ -133,9 +133,7 @@ class Pool:
         self._tell_checks(started)
         if started.task.timed and any(c.ready and c.job.what == DENSE for c in started.children):
             self._measure(started)
-        for child in started.children:
-            if child.fault:
-                self._fail(started.task, child.job.what, child.fault)
+        self._tell_faults(started)
         started.close()
         self._active.remove(started)
 
@@ -150,8 +148,14 @@ class Pool:
                         child.fail("not ready when the time was over")
                 self._finish(started)
             elif not started.told:
+                self._tell_faults(started)
                 nothing.append(started.task)
         return nothing
+
+    def _tell_faults(self, started: Started) -> None:
+        for child in started.children:
+            if child.fault:
+                self._fail(started.task, child.job.what, child.fault)
 
     @contextmanager
     def _alone(self, members: Sequence[Child]) -> Generator[None]:

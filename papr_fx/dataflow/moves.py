@@ -125,7 +125,7 @@ def _replayed(path: Sequence[fx.Node], layout: Layout, last: Layout, root: nn.Mo
         return None
     rows, columns = (sizes[layout.index(axis)] for axis in "HW")
     shapes = {"BCHW": (1, 1, rows, columns), "BHWC": (1, rows, columns, 1)}
-    numbers = torch.arange(rows * columns)
+    numbers = torch.arange(rows * columns, device="cpu")
     part = fx.Graph()
     try:
         part.output(tuple(copy_moves(part, origin, path, part.placeholder("cells"))))

@@ -69,7 +69,7 @@ class PositionwiseProbe:
     def __init__(self, root: nn.Module, cache: VerdictCache, *, training: bool) -> None:
         self._root = root
         self._training = training
-        self._random = torch.Generator().manual_seed(0)
+        self._random = torch.Generator("cpu").manual_seed(0)
         self._cache = cache
 
     def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
@@ -129,7 +129,7 @@ class PositionwiseProbe:
     def _sample(self, shape: tuple[int, ...], layout: Layout) -> Tensor:
         grid = _GRIDS[len(layout)]
         sizes = [shape[axis] if letter == "C" else grid[letter] for axis, letter in enumerate(layout)]
-        return torch.randn(sizes, generator=self._random, dtype=torch.float32)
+        return torch.randn(sizes, generator=self._random, device="cpu", dtype=torch.float32)
 
     def _constant(self, node: fx.Node) -> Any:
         """A value that does not depend on the images. Parameters are redrawn, everything else is computed."""
@@ -174,7 +174,7 @@ def _permuted(node: fx.Node, name: str, layouts: Mapping[fx.Node, Layout]) -> Ve
     sizes = [distinct[letter] for letter in layout]
     letters = dict(zip(sizes, layout, strict=True)) | {prod(distinct[letter] for letter in layout if letter in "THW"): "N"}
     try:
-        value = _call(node, (torch.empty(sizes), *node.args[1:]), node.kwargs)
+        value = _call(node, (torch.empty(sizes, device="cpu"), *node.args[1:]), node.kwargs)
     except (RuntimeError, TypeError, IndexError) as error:
         return Verdict(reason=f"permutes by sizes of the images ({type(error).__name__})")
     moved = "".join(letters.get(size, "?") for size in value.shape)
@@ -203,7 +203,8 @@ def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _masked(tensor: Tensor, layout: Layout) -> Tensor:
-    keep = torch.zeros(_COUNT, dtype=torch.float32).index_fill(0, torch.tensor(_KEPT), 1)
+    kept = torch.tensor(_KEPT, device=tensor.device)
+    keep = torch.zeros(_COUNT, device=tensor.device, dtype=torch.float32).index_fill(0, kept, 1)
     grid = _GRIDS[len(layout)]
     sizes = [grid[letter] if letter in "THWN" else 1 for letter in layout]
     return tensor * keep.view(sizes)

@@ -87,4 +87,4 @@ def _in_order(stream: Stream, moved: Tensor, cells: Sequence[int]) -> bool:
 
 def _place(cell: int, grid: Sequence[int]) -> tuple[int, ...]:
     """Row and column of a cell that is counted in row-major order."""
-    return tuple(int(place) for place in torch.unravel_index(torch.tensor(cell), grid))
+    return tuple(int(place) for place in torch.unravel_index(torch.tensor(cell, device="cpu"), grid))

@@ -107,8 +107,8 @@ def class_weights(features: Tensor, classifier: nn.Module, axis: int, name: str)
     layers = [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
     if len(layers) == 1 and layers[0].weight.flatten(1).shape[1] == channels:
         weights, bias = layers[0].weight.detach().flatten(1), layers[0].bias
-        random = torch.Generator().manual_seed(0)
-        drawn = torch.randn((2, *features.shape[1:]), generator=random).to(features.device, features.dtype)
+        random = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn((2, *features.shape[1:]), generator=random, device="cpu").to(features.device, features.dtype)
         pooled = drawn.movedim(axis, 1).flatten(2).mean(-1)
         with torch.no_grad(), exact_float32():
             if relative_error(classifier(drawn), F.linear(pooled, weights, bias)) < 1e-3:

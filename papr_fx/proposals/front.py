@@ -50,8 +50,8 @@ def normalisation_inside(network: nn.Module, images: Tensor, channel_axis: int) 
     if images.is_meta:
         return None
     channels = images.shape[channel_axis]
-    random = torch.Generator().manual_seed(0)
-    colours = torch.rand((3, channels), generator=random, dtype=torch.float64) * 0.8 + 0.1
+    random = torch.Generator("cpu").manual_seed(0)
+    colours = torch.rand((3, channels), generator=random, device="cpu", dtype=torch.float64) * 0.8 + 0.1
     if not images.is_floating_point():
         colours = (255 * colours).round()
     copied = scratch_copy(network).eval()

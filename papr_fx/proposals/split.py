@@ -94,7 +94,8 @@ def _pool_globally(network: nn.Module, name: str) -> bool:
 def _check_fold(gm: fx.GraphModule, expected: nn.Module, sample: Tensor) -> None:
     """Compares the folded network with a copy of the one given, on one random image."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
-    images = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample.device, dtype)
+    random = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(sample.shape, generator=random, device="cpu").to(sample.device, dtype)
     with torch.no_grad(), exact_float32():
         output = expected.to(dtype)(images)
         error = relative_error(copy.deepcopy(gm).to(dtype)(images), output)

@@ -112,8 +112,12 @@ def _between(known: Known, own: Known) -> Renormalisation:
     """From the statistics of the model to those of the proposal."""
     if (known.mean, known.std) == (own.mean, own.std):
         return Renormalisation(None, f"the same for both: {_words(known)}")
-    mean, std, own_mean, own_std = (torch.tensor(v, dtype=torch.float64) for v in (known.mean, known.std, own.mean, own.std))
+    mean, std, own_mean, own_std = (_tensor(v) for v in (known.mean, known.std, own.mean, own.std))
     return Renormalisation((std / own_std, (mean - own_mean) / own_std), f"model {_words(known)}; proposal {_words(own)}")
+
+
+def _tensor(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, device="cpu", dtype=torch.float64)
 
 
 def _words(known: Known) -> str:
@@ -133,7 +137,7 @@ def _of(network: Network) -> Known | None:
     if known is None:  # what arrives is normalised, so pixels lie in [0, 1], or in 0..255
         std = 1 / 255 if float(scale.max()) < _BYTES else 1.0
         return Known((0.0,) * len(scale), (std,) * len(scale), "normalised inside")
-    mean, std = (torch.tensor(part, dtype=torch.float64) for part in (known.mean, known.std))
+    mean, std = _tensor(known.mean), _tensor(known.std)
     outer_mean = tuple(round(float(value), 6) + 0.0 for value in mean + std * shift)
     outer_std = tuple(float(f"{float(value):.6g}") for value in std * scale)
     return Known(outer_mean, outer_std, f"{known.source}, normalised inside")
