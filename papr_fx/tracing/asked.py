@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ..errors import TraceError
 from .fakes import scratch_copy
-from .graphs import annotate
+from .graphs import annotate, leaves_of
 from .trace import Traced
 
 _Answers = Mapping[object, str]  # a dtype or device, and the attribute that was asked for
@@ -40,7 +40,7 @@ def with_questions(
         return graph
     name, parameter = like
     answers: _Answers = {parameter.dtype: "dtype", parameter.device: "device"}
-    if not any(answer in answers for node in graph.nodes for answer in _leaves(node)):
+    if not any(answer in answers for node in graph.nodes for answer in leaves_of((node.args, node.kwargs))):
         return graph
     other = torch.float32 if parameter.dtype == torch.bfloat16 else torch.bfloat16
     for device in (torch.device("meta"), parameter.device):  # code that reads a table's content does not run on meta
@@ -88,23 +88,11 @@ def _asked(graph: fx.Graph, again: fx.Graph, answers: _Answers) -> dict[str, lis
         return None
     found: dict[str, list[bool]] = {}
     for node, other in zip(graph.nodes, again.nodes, strict=True):
-        mine, its = _leaves(node), _leaves(other)
+        mine, its = (leaves_of((n.args, n.kwargs)) for n in (node, other))
         if node.op != other.op or (node.op != "get_attr" and node.target != other.target) or len(mine) != len(its):
             return None
         found[node.name] = [a in answers and a != b for a, b in zip(mine, its, strict=True)]
     return found if any(any(differ) for differ in found.values()) else None
-
-
-def _leaves(node: fx.Node) -> list[object]:
-    """The arguments of a node without its containers. `fx` keeps a dtype and a device as they are."""
-    found: list[object] = []
-
-    def add(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    map_aggregate((node.args, node.kwargs), add)
-    return found
 
 
 def _asking(graph: fx.Graph, asked: Mapping[str, list[bool]], answers: _Answers, name: str, like: Tensor) -> fx.Graph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from ..errors import TraceError, first_line
 from .fakes import TRACED_BATCH, fake_like, faking
@@ -23,6 +24,18 @@ def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
 def called(node: fx.Node) -> str:
     """Name of the method or function that a node calls; empty for any other node."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def leaves_of(arguments: Any) -> list[object]:
+    """The arguments of a node without their containers. `fx` keeps a dtype and a device as they are."""
+    found: list[object] = []
+
+    def add(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_aggregate(arguments, add)
+    return found
 
 
 def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
