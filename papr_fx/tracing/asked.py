@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ..errors import TraceError
 from .fakes import scratch_copy
-from .graphs import annotate, leaves_of
+from .graphs import annotate, called, leaves_of
 from .trace import Traced
 
 _Answers = Mapping[object, str]  # a dtype or device, and the attribute that was asked for
@@ -53,6 +53,40 @@ def with_questions(
         if asked:
             return _asking(graph, asked, answers, name, parameter)
     return graph
+
+
+def casts_images(graph: fx.Graph, model: nn.Module, images: Tensor, record: Callable[[nn.Module, Tensor], Traced]) -> bool:
+    """Whether the model's code gives images of any dtype that of `images`, before all else.
+
+    Code such as `if x.dtype != self.weight.dtype: x = x.to(self.weight.dtype)` leaves no trace where they are equal.
+
+    Args:
+        graph: A traced graph of the model.
+        model: The model.
+        images: The images that it was traced with.
+        record: Traces a model with images as that graph was traced.
+    """
+    other = torch.bfloat16 if images.dtype == torch.float32 else torch.float32
+    try:
+        again = copy.deepcopy(record(model, images.to(other)).graph)
+    except TraceError:  # most models refuse it in their first layer
+        return False
+    (first,) = again.find_nodes(op="placeholder")
+    cast = next(iter(first.users), first)
+    if len(first.users) != 1 or called(cast) != "to" or cast.meta.get("dtype") != images.dtype:
+        return False
+    cast.replace_all_uses_with(first)
+    again.erase_node(cast)
+    return _form(graph) == _form(again)
+
+
+def _form(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """What the nodes of a graph do, whatever their names."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    return [
+        (node.op, node.target if node.op != "placeholder" else "", *leaves_of(fx.map_arg((node.args, node.kwargs), places.get)))
+        for node in graph.nodes
+    ]
 
 
 def like_images(model: nn.Module, images: Tensor) -> tuple[str, Tensor] | None:

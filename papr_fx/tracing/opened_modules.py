@@ -39,7 +39,7 @@ def opened_modules(
     read: Callable[[str, Any], Any],
     own: OwnNames,
 ) -> Generator[None]:
-    """While active, modules of `root` are called through `call`, their tensors read through `read`, their methods run over `own`.
+    """While active, modules of `root` are called and their tensors read through the tracer, and their methods see other names.
 
     Args:
         root: A copy of a model, for one thread.

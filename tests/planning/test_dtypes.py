@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import papr_fx
 from papr_fx.tracing.numerics import relative_error, tensors_of
 
-from ..models import Shape, ToyViT, images, toy_proposal
+from ..models import Shape, ToyViT, enliven, images, toy_proposal
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 
@@ -120,6 +120,48 @@ def test_images_have_the_dtype_of_the_example():
     papr_fx.set_keep_ratio(gm, 1.0)
     assert torch.equal(gm(pixels), model(pixels))
     assert gm.double().example().dtype == torch.uint8
+
+
+class Casting(ToyViT):
+    """Gives images the dtype of its weights, as transformers' ViT does; or other dtypes than this another path."""
+
+    def __init__(self, *, path: bool = False) -> None:
+        super().__init__(Shape(prefix=0))
+        self.path = path
+
+    def tokens(self, x: Tensor) -> Tensor:
+        if x.dtype != self.proj.weight.dtype:
+            x = x.to(self.proj.weight.dtype)
+            x = x.flip(-1) if self.path else x
+        return super().tokens(x)
+
+
+@pytest.mark.parametrize("mode", ["tokens", "pixels"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_images_of_any_dtype_where_the_model_takes_them(mode, dtype):
+    model = enliven(Casting()).eval().to(dtype)
+    x = images(Shape(), 3)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1].to(dtype), mode=mode, verify=False)
+    whole = copy.deepcopy(gm)
+    papr_fx.set_keep_ratio(whole, 1.0)
+    for given in (x, x.float(), x.bfloat16(), (9 * x).byte()):
+        assert torch.equal(gm(given), gm(given.to(dtype)))
+        assert torch.equal(whole(given), model(given))
+    gm.half()
+    assert gm(x.float()).dtype == torch.float16
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x.float()), gm(x.half()))
+
+
+def test_images_of_another_dtype_where_the_model_does_not():
+    gm = papr_fx.transform(ToyViT(Shape()).eval().bfloat16(), toy_proposal(), 0.5, verify=False)
+    with pytest.raises(RuntimeError, match="type"):  # as the model does
+        gm(images(Shape(), 3, dtype=torch.float32))
+    model = Casting(path=True).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=images(Shape(), 1, dtype=torch.float32), verify=False)
+    with pytest.raises(RuntimeError, match="type"):
+        gm(images(Shape(), 3))
 
 
 class Branching(ToyViT):
