@@ -122,46 +122,53 @@ def test_images_have_the_dtype_of_the_example():
     assert gm.double().example().dtype == torch.uint8
 
 
-class Casting(ToyViT):
-    """Gives images the dtype of its weights, as transformers' ViT does; or other dtypes than this another path."""
+class Casting(nn.Module):
+    """Gives images the dtype of its weights, as transformers' ViT does; or turns other dtypes than this around too."""
 
-    def __init__(self, *, path: bool = False) -> None:
-        super().__init__(Shape(prefix=0))
-        self.path = path
+    def __init__(self, model: nn.Module, *, turns: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.turns = turns
 
-    def tokens(self, x: Tensor) -> Tensor:
-        if x.dtype != self.proj.weight.dtype:
-            x = x.to(self.proj.weight.dtype)
-            x = x.flip(-1) if self.path else x
-        return super().tokens(x)
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = next(iter(self.model.parameters())).dtype
+        if x.dtype != dtype:
+            x = x.to(dtype)
+            x = x.flip(-1) if self.turns else x
+        return self.model(x)
 
 
-@pytest.mark.parametrize("mode", ["tokens", "pixels"])
+CASTING = {
+    "tokens": (lambda: ToyViT(Shape()), (8, 12)),
+    "pixels": (lambda: timm.create_model("convnext_atto", num_classes=3, depths=(1,) * 4, dims=(8,) * 4), (64, 64)),
+}
+
+
+@pytest.mark.parametrize("mode", CASTING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_images_of_any_dtype_where_the_model_takes_them(mode, dtype):
-    model = enliven(Casting()).eval().to(dtype)
-    x = images(Shape(), 3)
+    build, size = CASTING[mode]
+    model = Casting(enliven(build())).eval().to(dtype)
+    x = torch.randn(3, 3, *size)
     gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1].to(dtype), mode=mode, verify=False)
     whole = copy.deepcopy(gm)
     papr_fx.set_keep_ratio(whole, 1.0)
-    for given in (x, x.float(), x.bfloat16(), (9 * x).byte()):
+    for given in (x, x.double(), x.bfloat16(), (9 * x).byte()):
         assert torch.equal(gm(given), gm(given.to(dtype)))
         assert torch.equal(whole(given), model(given))
     gm.half()
-    assert gm(x.float()).dtype == torch.float16
+    assert gm(x).dtype == torch.float16
     compiled = torch.compile(gm, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x.float()), gm(x.half()))
+    assert torch.equal(compiled(x), gm(x.half()))
 
 
 def test_images_of_another_dtype_where_the_model_does_not():
-    gm = papr_fx.transform(ToyViT(Shape()).eval().bfloat16(), toy_proposal(), 0.5, verify=False)
-    with pytest.raises(RuntimeError, match="type"):  # as the model does
-        gm(images(Shape(), 3, dtype=torch.float32))
-    model = Casting(path=True).eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=images(Shape(), 1, dtype=torch.float32), verify=False)
-    with pytest.raises(RuntimeError, match="type"):
-        gm(images(Shape(), 3))
+    x = images(Shape(), 3)
+    for model in (ToyViT(Shape()), Casting(ToyViT(Shape()), turns=True)):
+        gm = papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=x[:1].float(), verify=False)
+        with pytest.raises(RuntimeError, match="type"):
+            gm(x)
 
 
 class Branching(ToyViT):
