@@ -1,10 +1,13 @@
 """Threads that transform, serve, compile, export and copy models at once: each gets what it gets alone."""
 
 import copy
+import math
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import timm
@@ -103,9 +106,9 @@ def alone(name: str) -> Alone:
     return Alone(name)
 
 
-def run(seconds: float, works: list) -> list[int]:
-    """Runs each work in a thread of its own, on all models in turn. How often each was done."""
-    cases = [alone(name) for name in MODELS]
+def run(seconds: float, names: list[str], works: list) -> list[int]:
+    """Runs each work in a thread of its own, on the models in turn. How often each was done."""
+    cases = [alone(name) for name in names]
     started = threading.Barrier(len(works))
     stop = threading.Event()
 
@@ -125,11 +128,58 @@ def run(seconds: float, works: list) -> list[int]:
         return list(pool.map(repeat, range(len(works))))
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_no_thread_notices_the_others(seconds):
-    """One thread compiles and one exports: torch itself does neither twice at once."""
-    names = nn.Module.__call__, nn.Module.__getattr__, torch.arange
-    counts = run(seconds, [transforms, transforms, transforms, transforms, serves, serves, compiles, copies])
-    assert min(counts) > 0
-    assert (nn.Module.__call__, nn.Module.__getattr__, torch.arange) == names
+QUICK = (1, ["ViT", "ConvNeXt"], [transforms, transforms, serves, compiles, copies])
+LONG = (60, list(MODELS), [transforms, transforms, transforms, transforms, serves, serves, compiles, copies])
+EXPORTING = (20, list(MODELS), [transforms, transforms, exports])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "names", "works"),
+    [
+        pytest.param(*QUICK, id="quick"),
+        pytest.param(*LONG, id="long", marks=pytest.mark.slow),
+        pytest.param(*EXPORTING, id="exporting", marks=pytest.mark.slow),
+    ],
+)
+def test_no_thread_notices_the_others(seconds, names, works):
+    """One thread compiles or exports: PyTorch itself does neither twice at once, nor serves while it exports."""
+    patched = nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt
+    assert min(run(seconds, names, works)) > 0
+    assert (nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt) == patched
     assert nn.Linear(2, 2)(torch.ones(1, 2)).shape == (1, 2)
+
+
+class Watched(ToyViT):
+    """Looks, while its code runs, at what other threads see."""
+
+    seen: ClassVar[list[object]] = []
+
+    def tokens(self, x):
+        tokens = super().tokens(x)
+        looked = threading.Thread(target=lambda: self.seen.append(patchable()))
+        looked.start()
+        looked.join()
+        return tokens + torch.arange(int(tokens.shape[1]), device=x.device).to(tokens.dtype)[:, None] / math.sqrt(
+            tokens.shape[2]
+        )
+
+
+def patchable() -> tuple[object, ...]:
+    """What torch.fx patches while it traces."""
+    return nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt, vars(sys.modules[__name__]).get("int"), hidden
+
+
+@torch.fx.wrap
+def hidden(x):
+    return x
+
+
+@torch.no_grad()
+def test_other_threads_see_nothing_of_a_trace():
+    model, x = enliven(Watched(Shape())).eval(), torch.randn(2, 3, 8, 12)
+    expected = patchable()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0, verify=False)
+    assert "arange" in papr_fx.graph_diff(model, gm) or "arange" in gm.code
+    assert torch.equal(gm(x), model(x))
+    assert len(Watched.seen) > 2
+    assert set(Watched.seen) == {expected}
