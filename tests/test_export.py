@@ -1,5 +1,6 @@
 """Pruned models that leave Python with symbolic batch, height and width give at every size what eager mode gives."""
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -10,7 +11,6 @@ from papr_fx.tracing.numerics import relative_error
 
 from .models import Attention, Block, enliven, toy_proposal
 
-onnxruntime = pytest.importorskip("onnxruntime")
 ANY = torch.export.Dim.DYNAMIC
 DYNAMIC = ({0: ANY, 2: ANY, 3: ANY},)
 SIZES = ((1, 16, 16), (3, 24, 40), (2, 40, 16))

@@ -39,13 +39,14 @@ class Alone:
         torch.manual_seed(0)
         build, shape = MODELS[name]
         self.name, self.model, self.x = name, enliven(build()).eval(), torch.randn(2, *shape)
+        self.proposal = toy_proposal()
         self.gm = self.transformed()
         with torch.no_grad():
             self.dense, self.pruned = self.model(self.x), self.gm(self.x)
         self.text = papr_fx.graph_diff(self.model, self.gm)
 
     def transformed(self) -> torch.fx.GraphModule:
-        return papr_fx.transform(self.model, toy_proposal(), 0.5, example_input=self.x[:1], verify=False)
+        return papr_fx.transform(self.model, self.proposal, 0.5, example_input=self.x[:1], verify=False)
 
 
 class Recompiled:
@@ -149,21 +150,6 @@ def test_no_thread_notices_the_others(seconds, names, works):
     assert nn.Linear(2, 2)(torch.ones(1, 2)).shape == (1, 2)
 
 
-class Watched(ToyViT):
-    """Looks, while its code runs, at what other threads see."""
-
-    seen: ClassVar[list[object]] = []
-
-    def tokens(self, x):
-        tokens = super().tokens(x)
-        looked = threading.Thread(target=lambda: self.seen.append(patchable()))
-        looked.start()
-        looked.join()
-        return tokens + torch.arange(int(tokens.shape[1]), device=x.device).to(tokens.dtype)[:, None] / math.sqrt(
-            tokens.shape[2]
-        )
-
-
 def patchable() -> tuple[object, ...]:
     """What torch.fx patches while it traces."""
     return nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt, vars(sys.modules[__name__]).get("int"), hidden
@@ -174,12 +160,29 @@ def hidden(x):
     return x
 
 
+class Watched(ToyViT):
+    """Looks, while its code runs, at what other threads see."""
+
+    look: ClassVar = [patchable]  # in a list, where the trace does not make it again
+    seen: ClassVar[list[object]] = []
+
+    def tokens(self, x):
+        tokens = super().tokens(x)
+        looked = threading.Thread(target=lambda: self.seen.append(self.look[0]()))
+        looked.start()
+        looked.join()
+        return tokens + torch.arange(int(tokens.shape[1]), device=x.device).to(tokens.dtype)[:, None] / math.sqrt(
+            tokens.shape[2]
+        )
+
+
 @torch.no_grad()
 def test_other_threads_see_nothing_of_a_trace():
     model, x = enliven(Watched(Shape())).eval(), torch.randn(2, 3, 8, 12)
     expected = patchable()
     gm = papr_fx.transform(model, toy_proposal(), 1.0, verify=False)
-    assert "arange" in papr_fx.graph_diff(model, gm) or "arange" in gm.code
+    assert "arange" in gm.code
+    assert "sqrt" in gm.code
     assert torch.equal(gm(x), model(x))
     assert len(Watched.seen) > 2
     assert set(Watched.seen) == {expected}

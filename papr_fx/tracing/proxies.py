@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, fx
 
 from ..errors import TraceError
-
-if TYPE_CHECKING:
-    from .tracer import ValueTracer
 
 # Facts of a tensor that tracing never changes. They are answered at once and never recorded.
 _FIXED_ATTRIBUTES = frozenset(
@@ -27,12 +24,10 @@ _FIXED_ATTRIBUTES = frozenset(
 class ValueProxy(fx.Proxy):
     """A proxy that knows its fake value. The tracer keeps it under the proxy's node."""
 
-    tracer: ValueTracer
-
     @property
     def known(self) -> Any:
         """The fake value."""
-        return self.tracer.values[self.node]
+        return cast(Any, self.tracer).values[self.node]
 
     def __getattr__(self, k: str) -> Any:
         if k in _FIXED_ATTRIBUTES and isinstance(self.known, Tensor):
@@ -99,7 +94,7 @@ class ValueAttribute(ValueProxy):
         """The node, recorded at its first use."""
         if self._node is None:
             proxy = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {})
-            self._node = cast(fx.Proxy, proxy).node
+            self._node = proxy.node
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:

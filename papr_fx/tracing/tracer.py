@@ -112,6 +112,13 @@ class ValueTracer(fx.Tracer):
         self.submodule_paths = None
         return self.graph
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """While another thread exports, PyTorch would write what that one does at the moment into `meta`."""
+        node = super().create_node(*args, **kwargs)
+        node.meta.clear()
+        node.meta["inside"] = tuple(name for name, _ in self.module_stack.values())
+        return node
+
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call_module(module, module._call_impl, args, kwargs)
 
