@@ -1,4 +1,4 @@
-"""Threads that transform, serve, compile, export and copy models at once: each gets what it gets alone."""
+"""Threads that transform, serve, compile and copy models at once: each gets what it gets alone."""
 
 import copy
 import math
@@ -87,11 +87,6 @@ def compiles(case: Alone) -> None:
         assert backend.count == 1
 
 
-@torch.no_grad()
-def exports(case: Alone) -> None:
-    assert torch.equal(torch.export.export(case.gm, (case.x,)).module()(case.x), case.pruned)
-
-
 def copies(case: Alone) -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert copy.deepcopy(case.gm)(case.x).is_inference()
@@ -131,7 +126,6 @@ def run(seconds: float, names: list[str], works: list) -> list[int]:
 
 QUICK = (1, ["ViT", "ConvNeXt"], [transforms, transforms, serves, compiles, copies])
 LONG = (60, list(MODELS), [transforms, transforms, transforms, transforms, serves, serves, compiles, copies])
-EXPORTING = (20, list(MODELS), [transforms, transforms, exports])
 
 
 @pytest.mark.parametrize(
@@ -139,11 +133,10 @@ EXPORTING = (20, list(MODELS), [transforms, transforms, exports])
     [
         pytest.param(*QUICK, id="quick"),
         pytest.param(*LONG, id="long", marks=pytest.mark.slow),
-        pytest.param(*EXPORTING, id="exporting", marks=pytest.mark.slow),
     ],
 )
 def test_no_thread_notices_the_others(seconds, names, works):
-    """One thread compiles or exports: PyTorch itself does neither twice at once, nor serves while it exports."""
+    """None exports: while PyTorch does, modules in other threads return something else, pruned or not."""
     patched = nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt
     assert min(run(seconds, names, works)) > 0
     assert (nn.Module.__call__, nn.Module.__getattr__, torch.arange, math.sqrt) == patched
