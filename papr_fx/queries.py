@@ -14,6 +14,7 @@ from .planning.module import PrunedModule, checked_module
 from .planning.plan import Choice, keep_of
 from .tracing.graphs import cut
 from .tracing.roles import find
+from .tracing.sharded import has_parts
 
 Grid = tuple[int, ...]
 
@@ -48,7 +49,7 @@ def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
         A boolean mask (B, h, w) for each grid (h, w), or (B, t, h, w) for (t, h, w). True where kept; all True at z=1.
 
     Raises:
-        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count.
+        ArgumentError: `gm` was not transformed, or `images` has another rank or channel count, or parameters are in parts.
     """
     module = checked_module(gm)
     masks: dict[Grid, Tensor] = {}
@@ -107,6 +108,8 @@ class _Chosen(NamedTuple):
 @torch.no_grad()
 def _chosen(module: PrunedModule, images: Tensor) -> list[_Chosen]:
     """The choices that the graph makes; at z=1, where it makes none, those of z=0.5."""
+    if has_parts(module):
+        raise ArgumentError("sought whole parameters, found parts of them (fully_shard): call gm.unshard() first")
     plan = module.plan if module.plan.z < 1 else module.plan.at(0.5)
     graph = plan.rewrite(module.training)
     choices: tuple[Choice, ...] = plan.choices(module.training)

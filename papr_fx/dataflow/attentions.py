@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import NoSiteError
 from ..ops.reduction import join_heads, split_heads
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
-from ..tracing.graphs import shape_of
+from ..tracing.graphs import Run, shape_of
 from ..tracing.trace import OpenError
 
 # The positional parameters of F.scaled_dot_product_attention, in order.
@@ -230,7 +230,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _WatchedRun(fx.Interpreter):
+class _WatchedRun(Run):
     """Runs a graph, and records what each node does with tokens: `seen[node]` holds "attention", "mean", both or neither."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, counts: Collection[int]) -> None:

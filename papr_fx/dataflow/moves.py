@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
-from ..tracing.graphs import ancestors, called, shape_of
+from ..tracing.graphs import Run, ancestors, called, shape_of
 from .positionwise import PERMUTATIONS, Layout
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -129,7 +129,7 @@ def _replayed(path: Sequence[fx.Node], layout: Layout, last: Layout, root: nn.Mo
     part = fx.Graph()
     try:
         part.output(tuple(copy_moves(part, origin, path, part.placeholder("cells"))))
-        trial = fx.Interpreter(root, graph=part)
+        trial = Run(root, graph=part)
         trial.extra_traceback = False  # a failure is a normal result here
         values: tuple[Tensor, ...] = trial.run(numbers.view(shapes[layout]))
     except MODEL_ERRORS:

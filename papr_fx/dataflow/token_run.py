@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ..ops import TokenRows
 from ..tracing.blocks import block_of
-from ..tracing.graphs import shape_of
+from ..tracing.graphs import Run, shape_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunError(Exception):
         self.error = error
 
 
-class TokenRun(fx.Interpreter):
+class TokenRun(Run):
     """Runs a graph. Nodes after the tokens may see fewer of them.
 
     Args:
@@ -61,7 +61,7 @@ class TokenRun(fx.Interpreter):
             RunError: It fails.
         """
         try:
-            return fx.Interpreter.run_node(self, node)
+            return Run.run_node(self, node)
         except Exception as error:
             raise RunError(error) from error
 

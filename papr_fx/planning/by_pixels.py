@@ -15,7 +15,7 @@ from ..errors import NoSiteError, TraceError
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
-from ..tracing.asked import with_questions
+from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import same_graph, shape_of
@@ -71,8 +71,11 @@ def prune_by_pixels(
     dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
     target = Target(z, layout, dynamic)
     name = type(model).__name__
+    example = Example.of(model, images)
     signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
-    plan = Plan(name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
+    if example.follows and casts_images(traced.graph, model, images, record):
+        signature = signature.casting(example.like)
+    plan = Plan(name, eval_plan, train_plan, frozenset(opened), example, target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()
     try:

@@ -17,7 +17,7 @@ from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
-from ..tracing.asked import with_questions
+from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
@@ -104,10 +104,13 @@ class _Planner:
             raise ArgumentError(
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
+        example = Example.of(model, images)
+        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        if example.follows and casts_images(traced.graph, model, images, record):
+            signature = signature.casting(example.like)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
         target = Target(z, layout, dynamic)
-        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
+        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 

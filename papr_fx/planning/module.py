@@ -97,8 +97,13 @@ class PrunedModule(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """Makes the code of the graph. A `forward` that others hold, as wrappers of it do, runs the new code too."""
-        replaced = type(self).forward
+        owner = _code_class(self)
+        replaced = owner.forward
         code = super().recompile()
+        if owner is not type(self):  # what `fx` gives to a class above would call itself
+            owner.forward = vars(type(self))["forward"]
+            for name in ("forward", *_CALLS):
+                delattr(type(self), name)
         _hand_over(replaced)
         return code
 
@@ -167,6 +172,14 @@ _BUILT = frozenset(
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 
 
+_CALLS = ("__call__", "_wrapped_call")
+
+
+def _code_class(gm: PrunedModule) -> type[PrunedModule]:
+    """The class that holds the code of one module. Others may put one of their own above it, as `fully_shard` does."""
+    return next((kind for kind in type(gm).__mro__ if "_wrapped_call" in vars(kind)), type(gm))
+
+
 class _Compiled(NamedTuple):
     """A graph, and the Python code that `fx` made of it."""
 
@@ -177,14 +190,15 @@ class _Compiled(NamedTuple):
     @classmethod
     def of(cls, gm: PrunedModule) -> _Compiled:
         """What is in place now."""
-        return cls(gm.graph, gm._code, _same_code(type(gm).forward))
+        return cls(gm.graph, gm._code, _same_code(_code_class(gm).forward))
 
     def restore(self, gm: PrunedModule) -> None:
         """Puts it in place again."""
-        replaced = type(gm).forward
+        owner = _code_class(gm)
+        replaced = owner.forward
         gm._graph = self.graph
         gm._code = self.code
-        type(gm).forward = _same_code(self.forward)
+        owner.forward = _same_code(self.forward)
         _hand_over(replaced)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, _format_target
 
 from ..errors import ArgumentError
 from ..tracing.wrappers import unwrapped
@@ -36,6 +36,7 @@ class Signature:
         rest: Names of `*args` and `**kwargs` among the parameters.
         sides: (H, W), or (T, H, W), of the only images that the graph holds for; empty if it takes several sizes.
         axes: Their axes.
+        cast: Name of the parameter whose dtype images are given; empty if the graph takes them as they are.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Signature:
     rest: tuple[str, ...] = ()
     sides: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
+    cast: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -69,9 +71,13 @@ class Signature:
         axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
         return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes)
 
+    def casting(self, parameter: str) -> Signature:
+        """The same for a model that gives images the dtype of this parameter."""
+        return replace(self, cast=parameter)
+
     def on(self, graph: fx.Graph) -> fx.Graph:
         """The same graph, whose code takes these arguments."""
-        if self.parameters or self.sides or self.images != next(iter(graph.nodes)).target:
+        if self.parameters or self.sides or self.cast or self.images != next(iter(graph.nodes)).target:
             graph.set_codegen(CallCode(self))
         return graph
 
@@ -129,6 +135,8 @@ class CallCode(CodeGen):
         lines = [f"    {_CHECK}({', '.join(['{' + values + '}', *signature.rest])})"] if signature.parameters else []
         if signature.sides:
             lines.append(f"    {_CHECK_SIZE}({signature.images})")
+        if signature.cast:
+            lines.append(f"    {signature.images} = {signature.images}.to({_format_target('self', signature.cast)}.dtype)")
         if images != signature.images:
             lines.append(f"    {images} = {signature.images}")
         return "\n".join([head, *lines])

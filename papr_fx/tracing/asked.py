@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from ..errors import TraceError
 from .fakes import scratch_copy
-from .graphs import annotate
+from .graphs import annotate, called, leaves_of
 from .trace import Traced
 
 _Answers = Mapping[object, str]  # a dtype or device, and the attribute that was asked for
@@ -40,7 +40,7 @@ def with_questions(
         return graph
     name, parameter = like
     answers: _Answers = {parameter.dtype: "dtype", parameter.device: "device"}
-    if not any(answer in answers for node in graph.nodes for answer in _leaves(node)):
+    if not any(answer in answers for node in graph.nodes for answer in leaves_of((node.args, node.kwargs))):
         return graph
     other = torch.float32 if parameter.dtype == torch.bfloat16 else torch.bfloat16
     for device in (torch.device("meta"), parameter.device):  # code that reads a table's content does not run on meta
@@ -53,6 +53,40 @@ def with_questions(
         if asked:
             return _asking(graph, asked, answers, name, parameter)
     return graph
+
+
+def casts_images(graph: fx.Graph, model: nn.Module, images: Tensor, record: Callable[[nn.Module, Tensor], Traced]) -> bool:
+    """Whether the model's code gives images of any dtype that of `images`, before all else.
+
+    Code such as `if x.dtype != self.weight.dtype: x = x.to(self.weight.dtype)` leaves no trace where they are equal.
+
+    Args:
+        graph: A traced graph of the model.
+        model: The model.
+        images: The images that it was traced with.
+        record: Traces a model with images as that graph was traced.
+    """
+    other = torch.bfloat16 if images.dtype == torch.float32 else torch.float32
+    try:
+        again = copy.deepcopy(record(model, images.to(other)).graph)
+    except TraceError:  # most models refuse it in their first layer
+        return False
+    (first,) = again.find_nodes(op="placeholder")
+    cast = next(iter(first.users), first)
+    if len(first.users) != 1 or called(cast) != "to" or cast.meta.get("dtype") != images.dtype:
+        return False
+    cast.replace_all_uses_with(first)
+    again.erase_node(cast)
+    return _form(graph) == _form(again)
+
+
+def _form(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """What the nodes of a graph do, whatever their names."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    return [
+        (node.op, node.target if node.op != "placeholder" else "", *leaves_of(fx.map_arg((node.args, node.kwargs), places.get)))
+        for node in graph.nodes
+    ]
 
 
 def like_images(model: nn.Module, images: Tensor) -> tuple[str, Tensor] | None:
@@ -88,23 +122,11 @@ def _asked(graph: fx.Graph, again: fx.Graph, answers: _Answers) -> dict[str, lis
         return None
     found: dict[str, list[bool]] = {}
     for node, other in zip(graph.nodes, again.nodes, strict=True):
-        mine, its = _leaves(node), _leaves(other)
+        mine, its = (leaves_of((n.args, n.kwargs)) for n in (node, other))
         if node.op != other.op or (node.op != "get_attr" and node.target != other.target) or len(mine) != len(its):
             return None
         found[node.name] = [a in answers and a != b for a, b in zip(mine, its, strict=True)]
     return found if any(any(differ) for differ in found.values()) else None
-
-
-def _leaves(node: fx.Node) -> list[object]:
-    """The arguments of a node without its containers. `fx` keeps a dtype and a device as they are."""
-    found: list[object] = []
-
-    def add(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    map_aggregate((node.args, node.kwargs), add)
-    return found
 
 
 def _asking(graph: fx.Graph, asked: Mapping[str, list[bool]], answers: _Answers, name: str, like: Tensor) -> fx.Graph:

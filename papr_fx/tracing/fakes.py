@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ArgumentError, first_line
+from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
 
 # Samples of the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
@@ -33,9 +34,11 @@ def aliased_copy(model: nn.Module) -> nn.Module:
 def scratch_copy(model: nn.Module) -> nn.Module:
     """A copy to run on fake tensors: it shares parameters only, and calls no hooks but those that compute its parameters.
 
-    In-place operations on a small buffer, such as a batch count, run even on fake tensors, so buffers are copied.
+    In-place operations on a small buffer, such as a batch count, run even on fake tensors, so buffers are copied. Parameters
+    of which this process holds a part only are stood in for: each has the shape of the whole one.
     """
     copied = _copied(model, list(model.parameters()))
+    stand_in_for_shards(copied)
     for module in copied.modules():
         module._forward_hooks.clear()
         for number, hook in list(module._forward_pre_hooks.items()):
@@ -69,6 +72,7 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), nn.Module):  # a module's own method belongs to its copy
                 memo[id(hook)] = hook
+    plain_modules(model, memo)
     try:
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from ..errors import TraceError, first_line
 from .fakes import TRACED_BATCH, fake_like, faking
@@ -23,6 +26,18 @@ def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
 def called(node: fx.Node) -> str:
     """Name of the method or function that a node calls; empty for any other node."""
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def leaves_of(arguments: Any) -> list[object]:
+    """The arguments of a node without their containers. `fx` keeps a dtype and a device as they are."""
+    found: list[object] = []
+
+    def add(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_aggregate(arguments, add)
+    return found
 
 
 def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
@@ -102,7 +117,15 @@ def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
     return fx.GraphModule(root, part)
 
 
-class _Annotate(fx.Interpreter):
+class Run(fx.Interpreter):
+    """Runs a graph as `fx.Interpreter` does, but keeps to itself which node runs: PyTorch tells it to all threads."""
+
+    @contextmanager
+    def _set_current_node(self, node: fx.Node) -> Generator[None]:
+        yield
+
+
+class _Annotate(Run):
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)

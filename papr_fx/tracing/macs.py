@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .fakes import TRACED_BATCH, fake_like, faking, scratch_copy
+from .graphs import Run
 from .surroundings import SharedSetting
 
 
@@ -37,7 +38,7 @@ def _counter() -> FlopCounterMode:
     return counter
 
 
-class _CountNodes(fx.Interpreter):
+class _CountNodes(Run):
     """Runs a graph and records the multiply-accumulates of every node."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:

@@ -152,9 +152,6 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
             f"{name}.forward draws random numbers of a fixed size{' in training' if root.training else ''}, which would be "
             "constants of the graph: draw them like a value of the images (torch.rand_like), or in a module of their own"
         )
-    for node in graph.nodes:
-        node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace
-        node.meta["inside"] = tuple(name for name, _ in node.meta.pop("nn_module_stack", {}).values())
     return graph
 
 

@@ -1,128 +1,40 @@
 """A tracer whose proxies know their values: fake tensors, computed as each node is recorded.
 
-Questions about a value (`.dtype`, `.ndim`, whether a size is divisible) are answered from the fake tensor. Sizes stay nodes of
-the graph, so that any batch size runs. Where a model's code reads a size as a Python number, the node is marked `read`, so
-that the caller can refuse it.
+Nothing that other threads see is changed: they serve, compile and trace models meanwhile.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
+from functools import partial, wraps
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 
 from ..errors import TraceError, first_line
 from .containers import is_container, rebuilt
 from .fakes import faking
-from .graphs import annotate, is_in_place
+from .graphs import annotate, is_in_place, leaves_of
 from .joins import RecordJoins
-from .whole_numbers import standing_in
-
-# Facts of a tensor that tracing never changes. They are answered at once and never recorded.
-_FIXED_ATTRIBUTES = frozenset(
-    {"dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "is_meta"}
-)
+from .opened_modules import opened_modules
+from .own_names import OwnNames
+from .proxies import ValueProxy
+from .surroundings import symbolic_tracing
+from .whole_numbers import stand_in
 
 # These take sizes and no tensor, so torch would not notice a proxy among their arguments.
 _FACTORIES = (
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace),
     *(torch.rand, torch.randn),
 )
-
-
-# Held while a model is traced.
-_TRACING = threading.RLock()
-
-
-class ValueProxy(fx.Proxy):
-    """A proxy that knows its fake value. The tracer keeps it under the proxy's node."""
-
-    tracer: ValueTracer
-
-    @property
-    def known(self) -> Any:
-        """The fake value."""
-        return self.tracer.values[self.node]
-
-    def __getattr__(self, k: str) -> Any:
-        if k in _FIXED_ATTRIBUTES and isinstance(self.known, Tensor):
-            return getattr(self.known, k)
-        if getattr(self.known, k, "") is None:
-            return None  # code asks `is None`, which no proxy can answer
-        return ValueAttribute(self, k)
-
-    def __len__(self) -> int:
-        self._read()
-        return len(self.known)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._read()
-        return (self[i] for i in range(len(self.known)))  # pyright: ignore[reportIndexIssue]
-
-    def __contains__(self, item: object) -> bool:
-        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))  # a value that is read
-
-    def __index__(self) -> int:
-        return int(self._number())
-
-    def __int__(self) -> int:
-        return int(self._number())
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __format__(self, spec: str) -> str:
-        """For messages. An assertion may stay in the graph: its message must not show the traced value as the current one."""
-        return self.node.name if isinstance(self.known, Tensor) else f"{self.node.name} ({self.known} when traced)"
-
-    def __round__(self, digits: int | None = None) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
-
-    def __abs__(self) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", abs, (self,), {})
-
-    def __divmod__(self, other: Any) -> tuple[fx.Proxy, fx.Proxy]:
-        return self // other, self % other
-
-    def _read(self) -> None:
-        """Marks that Python code reads this value: whatever it computes from it is a constant of the graph."""
-        self.node.meta["read"] = True
-
-    def _number(self) -> float:
-        self._read()
-        if isinstance(self.known, Tensor):
-            raise TraceError(f"`{self.node.name}` is read as a Python number: its value depends on the image")
-        return self.known
-
-
-class ValueAttribute(ValueProxy):
-    """`proxy.name`: recorded as a node only once it is used as a value. A call of it is one method node."""
-
-    def __init__(self, owner: ValueProxy, name: str) -> None:
-        self.tracer = owner.tracer
-        self._owner = owner
-        self._name = name
-        self._node: fx.Node | None = None
-
-    @property
-    def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The node, recorded at its first use."""
-        if self._node is None:
-            proxy = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {})
-            self._node = cast(fx.Proxy, proxy).node
-        return self._node
-
-    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
 
 
 class ValueTracer(fx.Tracer):
@@ -141,7 +53,6 @@ class ValueTracer(fx.Tracer):
         self, opened: Callable[[nn.Module, str], bool], scratch: nn.Module, images: Tensor, mode: FakeTensorMode
     ) -> None:
         super().__init__(autowrap_functions=(*get_notrace_functions(), *_FACTORIES))
-        self._autowrap_search.append(torch)
         self.values: dict[fx.Node, Any] = {}
         self._opened = opened
         self._scratch = scratch
@@ -149,7 +60,6 @@ class ValueTracer(fx.Tracer):
         self._mode = mode
         self.evaluating = False
         self._contexts = _contexts()
-        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -185,10 +95,47 @@ class ValueTracer(fx.Tracer):
         return super().create_arg(a)
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Traces in this thread. torch.fx patches `nn.Module` for all of them, so one trace runs at a time."""
-        with _TRACING, standing_in(cast(nn.Module, root), self._converted):
-            self._thread = threading.get_ident()
-            return super().trace(root, concrete_args)
+        """As `fx.Tracer.trace` does, but patches `root` only, where that patches `nn.Module` and global names."""
+        self.root = model = cast(nn.Module, root)
+        self.root_module_name = type(model).__name__
+        self.submodule_paths = {module: name for name, module in model.named_modules()}
+        self.graph = fx.Graph()
+        self.tensor_attrs = {}  # of plain tensors, which are buffers here
+        proxies: dict[str, fx.Proxy] = {}
+        kinds = {kind.__name__: stand_in(kind, partial(self._converted, kind)) for kind in (int, float)}
+        own = OwnNames(self._named, kinds)
+        with symbolic_tracing(), opened_modules(model, self._called, lambda name, t: self.getattr(name, t, proxies), own):
+            forward, args = self.create_args_for_root(
+                own.function(cast(FunctionType, type(model).forward)), True, concrete_args
+            )
+            self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
+        self.submodule_paths = None
+        return self.graph
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """While another thread exports, PyTorch would write what that one does at the moment into `meta`."""
+        node = super().create_node(*args, **kwargs)
+        node.meta.clear()
+        node.meta["inside"] = tuple(name for name, _ in self.module_stack.values())
+        return node
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.call_module(module, module._call_impl, args, kwargs)
+
+    def _named(self, names: dict[str, Any], name: str, value: Any) -> Any:
+        """A function that takes no tensor, or that must not be traced through: recorded where an argument is traced."""
+        if id(value) in self._autowrap_function_ids or (id(names), name) in _wrapped_fns_to_patch:
+            return self._recorded(value)
+        return value
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
 
     def _converted(self, kind: type, value: Any) -> Any:
         """`kind` of a traced number, recorded; None for any other value, or a tensor: its content is not known."""
@@ -196,12 +143,8 @@ class ValueTracer(fx.Tracer):
             return None
         return self.create_proxy("call_function", kind, (value,), {})
 
-    def _is_foreign(self) -> bool:
-        """Whether a patched method was called by another thread, whose modules run as they are."""
-        return threading.get_ident() != self._thread
-
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_foreign() or self.evaluating:
+        if self.evaluating:
             return forward(*args, **kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -215,8 +158,7 @@ class ValueTracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        plain = self._is_foreign() or self.evaluating
-        return attr_val if plain else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         inside = next(reversed(self.module_stack), "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import papr_fx
 from papr_fx.tracing.numerics import relative_error, tensors_of
 
-from ..models import Shape, ToyViT, images, toy_proposal
+from ..models import Shape, ToyViT, enliven, images, toy_proposal
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 
@@ -120,6 +120,55 @@ def test_images_have_the_dtype_of_the_example():
     papr_fx.set_keep_ratio(gm, 1.0)
     assert torch.equal(gm(pixels), model(pixels))
     assert gm.double().example().dtype == torch.uint8
+
+
+class Casting(nn.Module):
+    """Gives images the dtype of its weights, as transformers' ViT does; or turns other dtypes than this around too."""
+
+    def __init__(self, model: nn.Module, *, turns: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.turns = turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = next(iter(self.model.parameters())).dtype
+        if x.dtype != dtype:
+            x = x.to(dtype)
+            x = x.flip(-1) if self.turns else x
+        return self.model(x)
+
+
+CASTING = {
+    "tokens": (lambda: ToyViT(Shape()), (8, 12)),
+    "pixels": (lambda: timm.create_model("convnext_atto", num_classes=3, depths=(1,) * 4, dims=(8,) * 4), (64, 64)),
+}
+
+
+@pytest.mark.parametrize("mode", CASTING)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_images_of_any_dtype_where_the_model_takes_them(mode, dtype):
+    build, size = CASTING[mode]
+    model = Casting(enliven(build())).eval().to(dtype)
+    x = torch.randn(3, 3, *size)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1].to(dtype), mode=mode, verify=False)
+    whole = copy.deepcopy(gm)
+    papr_fx.set_keep_ratio(whole, 1.0)
+    for given in (x, x.double(), x.bfloat16(), (9 * x).byte()):
+        assert torch.equal(gm(given), gm(given.to(dtype)))
+        assert torch.equal(whole(given), model(given))
+    gm.half()
+    assert gm(x).dtype == torch.float16
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), gm(x.half()))
+
+
+def test_images_of_another_dtype_where_the_model_does_not():
+    x = images(Shape(), 3)
+    for model in (ToyViT(Shape()), Casting(ToyViT(Shape()), turns=True)):
+        gm = papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=x[:1].float(), verify=False)
+        with pytest.raises(RuntimeError, match="type"):
+            gm(x)
 
 
 class Branching(ToyViT):

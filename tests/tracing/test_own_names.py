@@ -1,0 +1,165 @@
+"""A model's code runs over names of its own while it is traced, wherever that code is written."""
+
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import papr_fx
+from papr_fx.tracing.opened_modules import opened_modules
+from papr_fx.tracing.own_names import OwnNames
+from papr_fx.tracing.trace import trace
+
+from ..models import Shape, ToyViT, enliven, toy_proposal
+
+CALLS: list[str] = []
+
+
+def ramp(x: Tensor) -> Tensor:
+    return torch.arange(int(x.shape[0] / 1), device=x.device).to(x.dtype)[:, None, None]
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        CALLS.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@decorated
+def decorated_ramp(x):
+    return ramp(x)
+
+
+def recursive_ramp(x, depth=2):
+    return recursive_ramp(x, depth - 1) if depth else ramp(x)
+
+
+@functools.lru_cache
+def cached_ramp(count):
+    return torch.arange(count)
+
+
+class Base(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ramp(x)
+
+
+class Derived(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super(Derived, self).forward(x)  # noqa: UP008
+
+
+class Static(nn.Module):
+    @staticmethod
+    def ramp(x: Tensor) -> Tensor:
+        return torch.arange(int(x.shape[0])).to(x.dtype)[:, None, None]
+
+    @classmethod
+    def twice(cls, x: Tensor) -> Tensor:
+        return ramp(x) + ramp(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ramp(x) + self.twice(x)
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp = ramp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ramp(x)
+
+
+class Importing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        import torch as library
+        from torch import arange
+
+        from . import test_own_names as here
+
+        many = library.arange(x.shape[0]) + arange(x.shape[0])
+        return many.to(x.dtype)[:, None, None] + here.recursive_ramp(x)
+
+
+class Nested(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(y: Tensor) -> Tensor:
+            return torch.arange(int(y.shape[0])).to(y.dtype)[:, None, None]
+
+        return sum(f(x) for f in (inner, lambda y: ramp(y))) / math.sqrt(x.shape[0])
+
+
+class Cached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return cached_ramp(x.shape[0]).to(x.dtype)[:, None, None] + decorated_ramp(x)
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        known = isinstance(3, int) and isinstance(3.0, (int, float)) and issubclass(bool, int) and int("7") == 7
+        return ramp(x) if known and isinstance(torch, type(math)) else x
+
+
+class Model(ToyViT):
+    """Adds a value by image in front of its tokens' blocks, made by a part of its own."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(Shape())
+        self.part = part
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x) + 0.1 * self.part(x.flatten(1)[:, None])
+
+
+@pytest.mark.parametrize("kind", [Derived, Static, Held, Importing, Nested, Cached, Asking])
+@torch.no_grad()
+def test_code_follows_the_batch_wherever_it_is(kind):
+    """Where a name were left out, the batch size would be a constant."""
+    model = enliven(Model(kind())).eval()
+    traced = trace(model, torch.zeros(1, 3, 8, 12), lambda module, name: True)
+    assert not traced.graph.find_nodes(op="call_module", target="part")
+    gm = traced.module(model)
+    for batch in (1, 3, 5):
+        x = torch.randn(batch, 3, 8, 12)
+        assert torch.equal(gm(x), model(x))
+
+
+class Warns(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("of the model", UserWarning, stacklevel=1)
+        return x.sum((1, 2), keepdim=True)
+
+
+def test_a_warning_names_its_module():
+    model = enliven(Model(Warns())).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"tests\.tracing\.test_own_names")
+        papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+
+
+def test_modules_are_closed_again():
+    root = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = [dict(vars(module)) for module in root.modules()]
+    seen = []
+
+    def read(name, tensor):
+        seen.append(name)
+        return tensor
+
+    own = OwnNames(lambda names, name, value: value, {})
+    with opened_modules(root, lambda module, args, kwargs: "called", read, own):
+        assert root[0](torch.ones(1, 2)) == "called"
+        assert root[1].running_mean.shape == root[0].weight.shape[:1]
+        root[1].register_buffer("cache", torch.ones(1))
+    assert seen == ["running_mean", "weight"]
+    assert root[1].cache.item() == 1
+    del root[1].cache
+    assert [dict(vars(module)) for module in root.modules()] == before
+    assert root(torch.ones(2, 2)).shape == (2, 2)
