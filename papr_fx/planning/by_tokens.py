@@ -25,6 +25,7 @@ from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
 from . import inputs
+from .ends import tokens_behind
 from .example import Example
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
@@ -93,10 +94,10 @@ class _Planner:
         record = partial(self._record, opened)
         traced = record(model, images)
         check_batch_reads(traced, model, images)
-        site = prune_tokens.find_site(traced.graph, self.blocks)
+        site = self._site(traced)
         self._check_others(opened)
         dynamic = self._takes_other_sizes(traced, site, opened)
-        eval_plan = self._mode(traced)
+        eval_plan = self._mode(traced, site)
         in_training = record(model, images, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
@@ -110,6 +111,13 @@ class _Planner:
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
+
+    def _site(self, traced: Traced) -> TokenSite:
+        """The token stream, with the tokens that stand behind its patches."""
+        model, images, _ = self.request
+        site = prune_tokens.find_site(traced.graph, self.blocks)
+        part = cut(traced.scratch_root(model).eval(), traced.graph, site.stream)
+        return prune_tokens.find_site(traced.graph, self.blocks, tokens_behind(part, images, site.rows))
 
     def _record(self, opened: set[str], model: nn.Module, images: Tensor, *, training: bool = False) -> Traced:
         """A trace of the model, or of a copy of it, in which tokens are (B, N, C) somewhere."""
@@ -165,9 +173,8 @@ class _Planner:
             return False
         return True
 
-    def _mode(self, traced: Traced) -> TokenPlan:
+    def _mode(self, traced: Traced, site: TokenSite) -> TokenPlan:
         """The plan of one mode."""
-        site = prune_tokens.find_site(traced.graph, self.blocks)
         root = traced.scratch_root(self.request.model)
         try:
             repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
@@ -175,7 +182,7 @@ class _Planner:
             raise
         except NoSiteError as error:
             raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
-        return TokenPlan(traced.graph, self.blocks, repairs, self.merge, self._reduced(root, site, repairs))
+        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, self._reduced(root, site, repairs))
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
@@ -202,7 +209,7 @@ class _Planner:
         if reason:
             return Refused(reason)
         try:
-            found = prune_tokens.find_site(traced.graph, self.blocks)
+            found = prune_tokens.find_site(traced.graph, self.blocks, site.rows.suffix)
         except NoSiteError as error:
             return Refused(str(error))
         if (found.rows, found.block) != (site.rows, site.block):
@@ -210,7 +217,7 @@ class _Planner:
                 f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
                 f"`{site.block}` reads {site.rows.prefix} and {site.rows.grid}"
             )
-        return self._mode(traced)
+        return self._mode(traced, found)
 
     def _to_open(self, error: OpenError, opened: set[str]) -> set[str]:
         """The modules that a pass asks to trace through.
