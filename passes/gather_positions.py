@@ -115,7 +115,7 @@ def _count_kept(nodes: dict[str, fx.Node], counts: list[Count], index: fx.Node, 
     with index.graph.inserting_after(index):
         size = index.graph.create_node("call_method", "size", (index, 1), name=name)
     for count in counts:
-        nodes[count.size].replace_all_uses_with(size)
+        nodes[count.size].replace_all_uses_with(size, delete_user_cb=size.__lt__)
 
 
 def _number_all(nodes: dict[str, fx.Node], numberings: tuple[Numbering, ...], site: TokenSite, keep: fx.Node) -> None:

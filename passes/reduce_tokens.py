@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
@@ -128,12 +128,11 @@ def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens
     attended: dict[str, fx.Node] = {}  # each as a call of `scaled_dot_product_attention`
     state, number = State(None, tokens.keep), 0
     prefix, suffix = tokens.rows.prefix, tokens.rows.suffix
-    behind = (suffix,) if suffix else ()
     for node in list(graph.nodes):
         if node.name in heads:
             attended[node.name] = attention = as_sdpa(graph, node, heads[node.name])
             if state.sizes is not None and reduction.proportional:
-                _weight(graph, attention, (state.sizes, attention.args[1], *behind), number)
+                _weight(graph, attention, state.sizes, (suffix,) if suffix else (), number)
         if node.name in axes and state.sizes is not None:
             _average(node, axes[node.name], state.sizes, suffix)
         if node.name in additions:
@@ -197,8 +196,9 @@ def _average(node: fx.Node, axis: int, sizes: fx.Node, suffix: int) -> None:
     node.args, node.kwargs = (given["input"], axis, sizes), options
 
 
-def _weight(graph: fx.Graph, attention: fx.Node, sizes: tuple[Any, ...], number: int) -> None:
-    """Weights the keys of an attention by the arguments of `size_bias`."""
+def _weight(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, ends: tuple[int, ...], number: int) -> None:
+    """Weights the keys of an attention by their sizes."""
     with graph.inserting_before(attention):
-        bias = graph.create_node("call_function", size_bias, sizes, name=f"papr_bias_{number}")
+        arguments = (sizes, attention.args[1], *ends)
+        bias = graph.create_node("call_function", size_bias, arguments, name=f"papr_bias_{number}")
     attention.kwargs = {**attention.kwargs, "attn_mask": bias}

@@ -37,9 +37,10 @@ def tokens_behind(part: fx.GraphModule, images: Tensor, rows: TokenRows) -> int:
     first = int(moved.int().argmax())
     if not bool(moved[first : first + rows.cells].all()):
         stream = part.graph.output_node().all_input_nodes[0].name
+        runs = " + ".join(str(len(run)) for run in "".join("x" if row else " " for row in moved.tolist()).split())
         raise NoSiteError(
-            f"the patches of `{stream}` are no run of {rows.cells} tokens: {rows.prefix} others stand in front of them, behind "
-            f"them and between them, the first patch at {first}. Put the other tokens in front of the patches or behind them"
+            f"other tokens stand between the patches of `{stream}`: sought {rows.cells} patches in one run, found {runs}. Put "
+            "the other tokens in front of the patches or behind them"
         )
     return rows.prefix - first
 
