@@ -42,7 +42,7 @@ def tokens_behind(part: fx.GraphModule, images: Tensor, rows: TokenRows) -> int:
             f"other tokens stand between the patches of `{stream}`: sought {rows.cells} patches in one run, found {runs}. Put "
             "the other tokens in front of the patches or behind them"
         )
-    return rows.prefix - first
+    return len(moved) - first - rows.cells
 
 
 @torch.no_grad()

@@ -19,6 +19,13 @@ from torch.fx.graph import CodeGen
 from ..errors import ArgumentError
 from ..tracing.wrappers import unwrapped
 
+_WAY_OUT = "leave it out, or transform a module whose forward takes the images and passes the other value on"
+# Hooks capture these, and no graph runs hooks.
+_WAYS_OUT = {
+    "output_hidden_states": "leave it out. For the result of one block, cut the blocks behind it off before transform(), as "
+    "docs/models.md shows for LLaVA"
+}
+
 # Options of transformers' models that a graph follows, and the value that it is traced with.
 TRACED_OPTIONS: Mapping[str, bool] = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
@@ -109,8 +116,7 @@ class Signature:
         if not any(value is other or (type(value) is type(other) and value == other) for other in known):
             values = " or ".join(map(repr, known)) or "its default"
             raise ArgumentError(
-                f"{self.model} is a graph in which `{name}` is {values}, not {_shown(value)}: leave it out, or transform a "
-                "module whose forward takes the images and passes the other value on"
+                f"{self.model} is a graph in which `{name}` is {values}, not {_shown(value)}: {_WAYS_OUT.get(name, _WAY_OUT)}"
             )
 
 
