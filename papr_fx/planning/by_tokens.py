@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from torch import Tensor, fx, nn
 
@@ -96,7 +97,7 @@ class _Planner:
         check_batch_reads(traced, model, images)
         site = self._site(traced)
         self._check_others(opened)
-        dynamic = self._takes_other_sizes(traced, site, opened)
+        taken = self._other_sizes(traced, site, opened)
         eval_plan = self._mode(traced, site)
         in_training = record(model, images, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
@@ -106,8 +107,8 @@ class _Planner:
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
-        target = Target(z, layout, dynamic)
-        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        target = Target(z, layout, bool(taken))
+        signature = self._signature(site, taken)
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), Example.of(model, images), target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
@@ -148,8 +149,17 @@ class _Planner:
         traced = self._record(wider, self.request.model, self.request.images)
         prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
 
-    def _takes_other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> bool:
-        """Whether the graph holds for images of other sizes, and the grid can be read there.
+    def _signature(self, site: TokenSite, taken: Sequence[tuple[int, ...]]) -> Signature:
+        """How the result is called: with images of any size, of one size, or with as many patches as those."""
+        model, images, layout = self.request
+        signature = Signature.of(model)
+        if not taken:
+            return signature.for_size(images.shape, layout)
+        same_count = all(prod(shape[1:]) == prod(images.shape[1:]) for shape in taken)
+        return signature.for_count(images.shape, layout, site.rows.grid) if same_count else signature
+
+    def _other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> Sequence[tuple[int, ...]]:
+        """Shapes of other sizes for which the graph holds, and at which the grid can be read.
 
         Raises:
             OpenError: The module that flattens the grid must be traced through for that.
@@ -157,13 +167,13 @@ class _Planner:
         model, images, layout = self.request
         taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout)
         if not taken or prune_tokens.grid_is_readable(site):
-            return bool(taken)
+            return taken
         if counts_follow(cut(traced.module(model), traced.graph, site.stream), images, taken, site.rows, layout):
-            return True
+            return taken
         join = site.flattening.node
         if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
             raise OpenError({str(join.target)}, "its sizes must be values of this graph")
-        return False
+        return ()
 
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""

@@ -43,6 +43,7 @@ class Signature:
         rest: Names of `*args` and `**kwargs` among the parameters.
         sides: (H, W), or (T, H, W), of the only images that the graph holds for; empty if it takes several sizes.
         axes: Their axes.
+        grid: The grid of patches of such images, if others with as many patches are taken too; else empty.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Signature:
     rest: tuple[str, ...] = ()
     sides: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -75,6 +77,10 @@ class Signature:
         """The same for images of this size only."""
         axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
         return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes)
+
+    def for_count(self, shape: Sequence[int], layout: str, grid: tuple[int, ...]) -> Signature:
+        """The same for images of this size, and of others that have as many patches as `grid`."""
+        return replace(self.for_size(shape, layout), grid=grid)
 
     def on(self, graph: fx.Graph) -> fx.Graph:
         """The same graph, whose code takes these arguments."""
@@ -100,14 +106,25 @@ class Signature:
 
     def check_size(self, images: object) -> None:
         """Raises `ArgumentError` for images of another size than the graph holds for."""
-        if not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
+        if not self.sides or not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
             return
         sides = tuple(images.shape[axis] for axis in self.axes)
-        if sides != self.sides:
+        if not self._takes(sides):
+            others = f" and others of {math.prod(self.grid)} patches" if self.grid else ""
             raise ArgumentError(
-                f"{self.model} was transformed for images of {_by(self.sides)}, not {_by(sides)}: call transform with an "
-                "example_input of that size, on a model that takes it"
+                f"{self.model} was transformed for images of {_by(self.sides)}{others}, not {_by(sides)}: call transform with "
+                "an example_input of that size, on a model that takes it"
             )
+
+    def _takes(self, sides: tuple[int, ...]) -> bool:
+        """Whether the graph holds for images of this size. What is left over beside whole patches may be cut off or padded."""
+        if not self.grid:
+            return sides == self.sides
+        fewest = most = 1
+        for side, count, known in zip(sides, self.grid, self.sides, strict=True):  # plain, as `torch.compile` traces this
+            fewest *= side * count // known
+            most *= (side * count + known - 1) // known
+        return fewest <= math.prod(self.grid) <= most
 
     def _check(self, name: str, value: object) -> None:
         known = self.accepted.get(name, (None,) if name not in self.named else ())

@@ -12,9 +12,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 from ..errors import TraceError, first_line
-from .fakes import TRACED_BATCH, aliased_copy, fake_like, hooked, scratch_copy
+from .fakes import MODEL_ERRORS, TRACED_BATCH, aliased_copy, fake_like, faking, hooked, scratch_copy
 from .graphs import remove_dead_code
 from .joins import WatchDraws
 from .tracer import ValueTracer, attribute
@@ -145,7 +150,8 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"{name}.forward cannot be traced: {first_line(error)}") from error
+        reason = _refusal(root, images) or f"{name}.forward cannot be traced: {first_line(error)}"
+        raise TraceError(reason) from error
     if draws.drew:
         raise TraceError(
             f"{name}.forward draws random numbers of a fixed size{' in training' if root.training else ''}, which would be "
@@ -155,6 +161,20 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
         node.meta.pop("is_wrapped", None)  # GraphModule would wrap `torch.arange` by that name, for every later trace
         node.meta["inside"] = tuple(name for name, _ in node.meta.pop("nn_module_stack", {}).values())
     return graph
+
+
+def _refusal(root: nn.Module, images: Tensor) -> str:
+    """What the model itself says against images of this size; empty if it takes them, or cannot tell on fake ones."""
+    mode, fake = fake_like(images, TRACED_BATCH)
+    try:
+        with faking(mode):
+            scratch_copy(root)(fake)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return ""
+    except MODEL_ERRORS as error:
+        size = f"{type(root).__name__} itself does not run on images {tuple(images.shape)}"
+        return f"{size}: {first_line(error)}. Pass an example_input that it takes"
+    return ""
 
 
 def _cleaned(graph: fx.Graph, root: nn.Module, model: nn.Module) -> Traced:

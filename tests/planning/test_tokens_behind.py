@@ -19,10 +19,14 @@ SHAPE = Shape(depth=1)
 MORE = 3
 
 
+def plain_attention() -> nn.Module:
+    return Attention(8, 2, True)
+
+
 class Behind(ToyViT):
     """[class, patches, more tokens]; `pool` patches or last."""
 
-    def __init__(self, attention=partial(Attention, 8, 2, True), pool: str = "patches", prefix: int = 1) -> None:
+    def __init__(self, attention=plain_attention, pool: str = "patches", prefix: int = 1) -> None:
         super().__init__(Shape(depth=1, prefix=prefix))
         self.pool = pool
         self.last = nn.Parameter(torch.zeros(1, MORE, 8))
@@ -144,7 +148,9 @@ def test_the_ends_are_found_on_the_model(dtype):
         def patches(self, x: Tensor) -> Tensor:
             return super().patches(x.float())
 
-    gm = papr_fx.transform(Bytes().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 8, 12, dtype=dtype), verify=False)
+    gm = papr_fx.transform(
+        Bytes().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 8, 12, dtype=dtype), verify=False
+    )
     assert papr_fx.report(gm).sites[0].suffix == MORE
 
 

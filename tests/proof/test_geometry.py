@@ -61,7 +61,5 @@ class SummaryToken(ToyViT):
 
 
 def test_prefix_tokens_that_the_image_moves_are_refused():
-    with pytest.raises(
-        papr_fx.VerifyError, match="geometry: the first 1 of `add.*` were taken for tokens beside the patches"
-    ):
+    with pytest.raises(papr_fx.VerifyError, match="geometry: the first 1 of `add.*` were taken for tokens beside the patches"):
         papr_fx.transform(SummaryToken(Shape()), toy_proposal(), 0.5)
