@@ -176,7 +176,12 @@ def test_geometry_finds_a_wrong_end(monkeypatch):
     assert "the last 4 of `add` were taken" in failures(case_of(Behind()))["geometry"]
 
 
-MERGES = {"merge": papr_fx.Merge(3, "all"), "fuse": peers.TokenFusion(3, "all"), "propagate": peers.TokenPropagation(3, "all")}
+MERGES = {
+    "merge": papr_fx.Merge(3, "all"),
+    "fuse": peers.TokenFusion(3, "all"),
+    "propagate": peers.TokenPropagation(3, "all"),
+    "attend": peers.AttentionPruning(3, "all"),
+}
 
 
 @pytest.mark.parametrize("name", MERGES)
