@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -64,7 +65,7 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
 
     Args:
         gm: A token model returned by `transform`, for example with `output="features"`.
-        tokens: Its output for `images`: (B, prefix + k, C), or (B, k, C) without prefix tokens; all tokens at z=1.
+        tokens: Its output for `images`: (B, prefix + k + suffix, C), or (B, k, C) of patches alone; all tokens at z=1.
         images: The same images (B, C, H, W). The choice is made again, so the precision must be the same too: under autocast
             if the tokens were computed under it.
         fill: What dropped positions hold: a number, or a vector (C,) such as a mask token.
@@ -89,17 +90,19 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
         cells = torch.arange(rows.cells, device=keep.device).expand(len(keep), -1)
     batch, kept = cells.shape
     found = tuple(tokens.shape) if isinstance(cast(object, tokens), Tensor) else ()
-    if len(found) != 3 or found[0] != batch or found[1] not in (kept, rows.prefix + kept):
-        expected = f"(B, {rows.prefix} + {kept}, C) or (B, {kept}, C)"
+    if len(found) != 3 or found[0] != batch or found[1] not in (kept, rows.others + kept):
+        behind = f" + {rows.suffix}" if rows.suffix else ""
+        expected = f"(B, {rows.prefix} + {kept}{behind}, C) or (B, {kept}, C)"
         raise ArgumentError(f"tokens must be {expected} for these images, not {found or type(tokens).__name__}")
     filled = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
     if tuple(filled.shape) not in ((), (found[2],)):
         raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(filled.shape)}")
-    return rows.restore(tokens[:, found[1] - kept :], cells, filled)
+    first = rows.prefix if found[1] > kept else 0
+    return rows.restore(tokens[:, first : first + kept], cells, filled)
 
 
 class _Chosen(NamedTuple):
-    """A choice on given images: the rows on their grid, and the kept indices (B, prefix + k)."""
+    """A choice on given images: the rows on their grid, and the kept indices (B, prefix + k + suffix)."""
 
     rows: TokenRows
     keep: Tensor
@@ -116,7 +119,7 @@ def _chosen(module: PrunedModule, images: Tensor) -> list[_Chosen]:
     wanted = [node for choice in choices for node in (find(graph, Kind.PSM, choice.number), keep_of(graph, choice))]
     values = cut(module, graph, *wanted)(_checked_images(module, images))
     pairs = zip(choices, values[::2], values[1::2], strict=True)
-    return [_Chosen(TokenRows(tuple(psm.shape[1:]), choice.rows.prefix), keep) for choice, psm, keep in pairs]
+    return [_Chosen(replace(choice.rows, grid=tuple(psm.shape[1:])), keep) for choice, psm, keep in pairs]
 
 
 def _checked_images(gm: PrunedModule, images: object) -> Tensor:
@@ -128,4 +131,5 @@ def _checked_images(gm: PrunedModule, images: object) -> Tensor:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         axes = ", ".join(layout.replace("C", str(shape[axis])))
         raise ArgumentError(f"images must be a tensor ({axes}) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
+    gm.plan.signature.check_size(images)
     return images

@@ -58,7 +58,7 @@ def transform(
         proposal: A light ConvNet classifier (its head is dropped), a module that returns features (B, K, h, w) or a map
             (B, h, w), or a name in timm (`hf-hub:`, `local-dir:` too), torchvision.models.video or pytorchvideo (with weights).
             For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently.
-        z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the prefix tokens, where N counts both; or
+        z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the other tokens, where N counts both; or
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
         example_input: Images such as the model takes; only the shape matters. Default: the size that the model states.
         mode: "tokens" gathers tokens, "pixels" prunes pixel operators, "auto" takes tokens where that is sound, else pixels.

@@ -45,5 +45,5 @@ class AttentionPruning(Reduction):
         """Inserts the nodes of one block."""
         if not at.prefix:
             raise NoSiteError("merge: AttentionPruning needs the attention of a class token, and this model has none")
-        stay = at.create("attended", most_attended, at.queries, at.keys, at.values, self.r, at.prefix, at.scale)
+        stay = at.create("attended", most_attended, at.queries, at.keys, at.values, self.r, at.prefix, at.scale, *at.ends[1:])
         return at.create("tokens", gather_tokens, at.tokens, stay), State(None, None)

@@ -60,7 +60,7 @@ class TokenFusion(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        match = at.create("match", match_tokens, at.keys, self.r, at.prefix)
+        match = at.create("match", match_tokens, at.keys, self.r, *at.ends)
         if at.number < self.linear_from:
             (stay,) = at.parts(match, "stay")
             return at.create("tokens", gather_tokens, at.tokens, stay), State(None, None)

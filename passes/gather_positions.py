@@ -5,7 +5,7 @@ Before:
     turned = queries * table                           # (B, H, n, D)
 
 Becomes:
-    papr_patches    = kept_patches(papr_keep, prefix)  # (B, k): the kept patches, without the prefix
+    papr_patches    = kept_patches(papr_keep, prefix)  # (B, k): the kept patches, without the prefix (and the suffix)
     papr_position_0 = gather_positions(table, papr_patches, [2], 4)  # (B, 1, k, D)
     turned          = queries * papr_position_0        # (B, H, k, D)
 
@@ -17,7 +17,7 @@ positions in random order the rewritten graph must give the model's output.
 Three more things are repaired:
     - A block numbers positions by the token count (`torch.arange(x.shape[1])`): it gets the dense count, and the kept numbers
       are gathered.
-    - A block asks a table for the number of positions, to tell prefix tokens from patches: it gets the kept count.
+    - A block asks a table for the number of positions, to tell other tokens from patches: it gets the kept count.
     - A reshape after the last block lays the tokens out as their grid, (B, h, w, C): the kept ones become a grid of k rows
       and one column. Position-wise operations and pooling still run. (Inside a block such a reshape is refused.)
 
@@ -38,6 +38,7 @@ from ..dataflow.repairs import Count, Numbering, Repairs, TableSite, View
 from ..dataflow.shorter_run import find_repairs
 from ..dataflow.token_run import TokenStream
 from ..ops import gather_positions, kept_patches
+from ..ops.rows import Span
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import tag
 from .kinds import Kind
@@ -62,21 +63,33 @@ def find_sites(root: nn.Module, site: TokenSite, blocks: tuple[str, ...], images
 
 def rewrite(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.Node) -> None:
     """Inserts the gathers after `keep`, one per table however many users it has, and the other repairs."""
-    prefix = site.rows.prefix
     nodes = nodes_by_name(graph)
-    counted = {0: keep, prefix: keep}  # the kept indices, by the token from which on they count
-    if prefix and (repairs.views or any(part.first for part in (*repairs.counts, *(s.pick for s in repairs.tables)))):
-        with graph.inserting_after(keep):
-            counted[prefix] = graph.create_node("call_function", kept_patches, (keep, prefix), name="papr_patches")
+    counted = _kept_by_span(graph, repairs, site, keep)
+    patches = site.rows.spans[-1]
     for number, table in enumerate(repairs.tables):
-        _gather(nodes, number, table, counted[table.pick.first])
+        _gather(nodes, number, table, counted[table.pick.span])
     for number, view in enumerate(repairs.views):
-        _lay_out_column(nodes[view.user], number, view, counted[prefix])
-    for first in dict.fromkeys(count.first for count in repairs.counts):
-        same = [count for count in repairs.counts if count.first == first]
-        _count_kept(nodes, same, counted[first], "papr_patch_count" if first == prefix else "papr_token_count")
+        _lay_out_column(nodes[view.user], number, view, counted[patches])
+    for span in dict.fromkeys(count.span for count in repairs.counts):
+        same = [count for count in repairs.counts if count.span == span]
+        _count_kept(nodes, same, counted[span], f"papr_{'patch' if span == patches else 'token'}_count")
     if repairs.numberings:
         _number_all(nodes, repairs.numberings, site, keep)
+
+
+def _kept_by_span(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.Node) -> dict[Span, fx.Node]:
+    """The kept indices, by the tokens that they count: nodes for those that repairs need."""
+    patches = site.rows.spans[-1]
+    used = {count.span for count in repairs.counts} | {table.pick.span for table in repairs.tables}
+    used |= {patches} if repairs.views else set()
+    counted = {Span(): keep}
+    for span in site.rows.spans:
+        if span in used and span not in counted:
+            name = "papr_patches" if span == patches else "papr_without_prefix" if span.first else "papr_without_suffix"
+            ends = (span.first, span.behind) if span.behind else (span.first,)
+            with graph.inserting_after(keep):
+                counted[span] = graph.create_node("call_function", kept_patches, (keep, *ends), name=name)
+    return counted
 
 
 def _gather(nodes: dict[str, fx.Node], number: int, table: TableSite, index: fx.Node) -> None:
@@ -102,7 +115,7 @@ def _count_kept(nodes: dict[str, fx.Node], counts: list[Count], index: fx.Node, 
     with index.graph.inserting_after(index):
         size = index.graph.create_node("call_method", "size", (index, 1), name=name)
     for count in counts:
-        nodes[count.size].replace_all_uses_with(size)
+        nodes[count.size].replace_all_uses_with(size, delete_user_cb=size.__lt__)
 
 
 def _number_all(nodes: dict[str, fx.Node], numberings: tuple[Numbering, ...], site: TokenSite, keep: fx.Node) -> None:
@@ -110,9 +123,10 @@ def _number_all(nodes: dict[str, fx.Node], numberings: tuple[Numbering, ...], si
     graph = keep.graph
     with graph.inserting_before(keep):
         tokens = graph.create_node("call_method", "size", (site.stream, 1), name="papr_dense_tokens")
-        dense = {0: tag(tokens, Kind.DENSE_COUNT)}
-        if any(numbering.first for numbering in numberings):
-            arguments = (tokens, site.rows.prefix)
-            dense[site.rows.prefix] = graph.create_node("call_function", operator.sub, arguments, name="papr_dense_patches")
+        dense = {Span(): tag(tokens, Kind.DENSE_COUNT)}
+        for span in site.rows.spans[1:]:
+            if any(numbering.span == span for numbering in numberings):
+                fewer = (tokens, span.first + span.behind)
+                dense[span] = graph.create_node("call_function", operator.sub, fewer, name="papr_dense_patches")
     for numbering in numberings:
-        nodes[numbering.call].replace_input_with(nodes[numbering.size], dense[numbering.first])
+        nodes[numbering.call].replace_input_with(nodes[numbering.size], dense[numbering.span])

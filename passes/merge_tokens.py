@@ -45,7 +45,7 @@ class Merge(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        match = tag(at.create("match", match_tokens, at.keys, self.r, at.prefix), Kind.MATCH, at.number)
+        match = tag(at.create("match", match_tokens, at.keys, self.r, *at.ends), Kind.MATCH, at.number)
         merged = at.create("merge", merge_tokens, at.tokens, state.sizes, match)
         tokens, sizes = at.parts(merged, "tokens", "sizes")
         return tokens, State(sizes, None)

@@ -63,8 +63,9 @@ class TokenPropagation(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        chosen = at.create("chosen", choose_tokens, at.queries, at.keys, state.sizes, self.r, at.prefix, at.scale)
-        graph = at.create("graph", neighbour_graph, at.keys, state.places, at.grid, at.prefix, self.edges)
+        behind = at.ends[1:]
+        chosen = at.create("chosen", choose_tokens, at.queries, at.keys, state.sizes, self.r, at.prefix, at.scale, *behind)
+        graph = at.create("graph", neighbour_graph, at.keys, state.places, at.grid, at.prefix, self.edges, *behind)
         propagated = at.create("propagate", propagate_tokens, at.tokens, state.sizes, chosen, graph, self.strength)
         tokens, sizes = at.parts(propagated, "tokens", "sizes")
         (stay,) = at.parts(chosen, "stay")

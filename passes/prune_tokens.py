@@ -13,7 +13,7 @@ Becomes:
 Because: attention takes any number of tokens, and everything else in a block treats each token independently. So a block is
 defined for any number of tokens, once positions are in their content (PaPr, Sec. 3.3). Linear cost falls with k, the cost of
 attention with its square. The gather comes after prefix concatenation, position embedding, patch dropout and pre-norm, which
-all see the tokens in their places.
+all see the tokens in their places. Tokens behind the patches (detection tokens, prompts) are kept as those before them are.
 
 Left alone:
     1. No block of the trunk maps a (B, N, C) stream to a stream of the same shape: the trunk keeps a spatial layout.
@@ -51,9 +51,9 @@ class TokenSite:
     """The token stream before the first block.
 
     Attributes:
-        stream: The node whose value is (B, prefix + n, C).
+        stream: The node whose value is (B, prefix + n + suffix, C).
         block: Qualified name of the first block that reads it.
-        rows: The prefix tokens and the grid of the n patches.
+        rows: The grid of the n patches, and the tokens before and behind it.
         flattening: Where the grid became one axis.
     """
 
@@ -63,12 +63,13 @@ class TokenSite:
     flattening: Flattening
 
 
-def find_site(graph: fx.Graph, blocks: Collection[str]) -> TokenSite:
+def find_site(graph: fx.Graph, blocks: Collection[str], suffix: int = 0) -> TokenSite:
     """Finds the token stream.
 
     Args:
         graph: A traced graph whose nodes carry `shape` and `joins` in `meta`.
         blocks: Qualified names of the trunk's repeated blocks.
+        suffix: How many tokens stand behind the patches.
 
     Raises:
         NoSiteError: No stream is found, with the nearest miss.
@@ -83,7 +84,7 @@ def find_site(graph: fx.Graph, blocks: Collection[str]) -> TokenSite:
             f"of positions {axes} into them (a grid of one row or column does not count)"
         )
     patches = TokenRows(flattening.join.grid)
-    return TokenSite(stream, block, TokenRows(patches.grid, count - patches.count), flattening)
+    return TokenSite(stream, block, TokenRows(patches.grid, count - patches.count - suffix, suffix), flattening)
 
 
 def check_one_trunk(graph: fx.Graph, blocks: Collection[str], others: Iterable[Collection[str]]) -> None:

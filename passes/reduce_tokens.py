@@ -35,6 +35,7 @@ from torch import Tensor, fx, nn
 from ..dataflow.attentions import Attention, Mean, as_sdpa, call_arguments, find_readers
 from ..dataflow.moves import operands
 from ..errors import NoSiteError
+from ..ops import TokenRows
 from ..ops.reduction import mean_by_size, size_bias
 from ..tracing.blocks import block_calls
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
@@ -80,12 +81,12 @@ class Remaining(NamedTuple):
 
     Attributes:
         grid: Sizes of the patches' grid, numbers or nodes.
-        prefix: Tokens before the patches. They stay.
+        rows: The tokens before and behind the patches. They stay.
         keep: The node of the kept indices (B, N), where some tokens were dropped.
     """
 
     grid: Sizes
-    prefix: int
+    rows: TokenRows
     keep: fx.Node | None
 
 
@@ -126,19 +127,20 @@ def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens
     heads, axes = dict(found.attentions), dict(found.means)
     attended: dict[str, fx.Node] = {}  # each as a call of `scaled_dot_product_attention`
     state, number = State(None, tokens.keep), 0
+    prefix, suffix = tokens.rows.prefix, tokens.rows.suffix
     for node in list(graph.nodes):
         if node.name in heads:
             attended[node.name] = attention = as_sdpa(graph, node, heads[node.name])
             if state.sizes is not None and reduction.proportional:
-                _weight(graph, attention, state.sizes, number)
+                _weight(graph, attention, state.sizes, (suffix,) if suffix else (), number)
         if node.name in axes and state.sizes is not None:
-            _average(node, axes[node.name], state.sizes)
+            _average(node, axes[node.name], state.sizes, suffix)
         if node.name in additions:
             before = set(graph.nodes)
             attention = attended[additions[node.name].attention]
             queries, keys, values = cast("tuple[fx.Node, ...]", attention.args[:3])
             scale = attention.kwargs.get("scale")
-            at = Attended(number, queries, keys, values, scale, node, tokens.prefix, tokens.grid)
+            at = Attended(number, queries, keys, values, scale, node, prefix, suffix, tokens.grid)
             with graph.inserting_before(node.next):
                 fewer, state = reduction.insert(at, state)
             tag(fewer, Kind.REDUCED, number)
@@ -184,16 +186,19 @@ def _is_passed(addition: fx.Node, stream: fx.Node) -> bool:
     )
 
 
-def _average(node: fx.Node, axis: int, sizes: fx.Node) -> None:
+def _average(node: fx.Node, axis: int, sizes: fx.Node, suffix: int) -> None:
     """Weights a mean over tokens by their sizes."""
     given = call_arguments(node)
     options = {key: given[key] for key in ("keepdim", "dtype") if key in given}
+    if suffix:
+        options["suffix"] = suffix
     node.op, node.target = "call_function", mean_by_size
     node.args, node.kwargs = (given["input"], axis, sizes), options
 
 
-def _weight(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, number: int) -> None:
+def _weight(graph: fx.Graph, attention: fx.Node, sizes: fx.Node, ends: tuple[int, ...], number: int) -> None:
     """Weights the keys of an attention by their sizes."""
     with graph.inserting_before(attention):
-        bias = graph.create_node("call_function", size_bias, (sizes, attention.args[1]), name=f"papr_bias_{number}")
+        arguments = (sizes, attention.args[1], *ends)
+        bias = graph.create_node("call_function", size_bias, arguments, name=f"papr_bias_{number}")
     attention.kwargs = {**attention.kwargs, "attn_mask": bias}

@@ -38,6 +38,7 @@ class Attended(NamedTuple):
         scale: What it multiplies logits by; None for 1 / sqrt(D).
         tokens: The result of the residual addition after it, (B, N, C).
         prefix: Tokens before the patches. They stay.
+        suffix: Tokens behind the patches. They stay.
         grid: Sizes of the patches' grid, numbers or nodes.
     """
 
@@ -48,7 +49,13 @@ class Attended(NamedTuple):
     scale: object
     tokens: fx.Node
     prefix: int
+    suffix: int
     grid: tuple[int | fx.Node, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Prefix and suffix, as the last arguments of functions that take both."""
+        return (self.prefix, self.suffix) if self.suffix else (self.prefix,)
 
     def create(self, name: str, function: Callable[..., Any], *arguments: Any) -> fx.Node:
         """A node at the graph's insertion point."""

@@ -52,6 +52,7 @@ class Selection:
         grid: Sizes of the grid.
         z: Keep ratio in (0, 1).
         prefix: Tokens before the grid, always kept.
+        behind: Tokens behind the grid, always kept.
         number: Which choice of the graph it is.
         suffix: Ends the names of its nodes.
     """
@@ -59,6 +60,7 @@ class Selection:
     grid: Sizes
     z: float
     prefix: int = 0
+    behind: int = 0
     number: int = 0
     suffix: str = ""
 
@@ -81,7 +83,7 @@ def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Select
     """Inserts map and choice before node `before`, and the proposal if the graph has none yet.
 
     Returns:
-        The node of the kept indices, (B, prefix + k).
+        The node of the kept indices, (B, prefix + k), or (B, prefix + k + behind).
     """
     grid, z, suffix = selection.grid, selection.z, selection.suffix
     (significance,) = find_all(graph, Kind.MAP) or (None,)
@@ -89,7 +91,8 @@ def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Select
         if significance is None:
             significance = tag(graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map"), Kind.MAP)
         psm = graph.create_node("call_function", resize_map, (significance, grid), name=f"papr_psm{suffix}")
-        keep = graph.create_node("call_function", top_positions, (psm, z, selection.prefix), name=f"papr_keep{suffix}")
+        chosen = (psm, z, selection.prefix, *([selection.behind] if selection.behind else []))
+        keep = graph.create_node("call_function", top_positions, chosen, name=f"papr_keep{suffix}")
     tag(psm, Kind.PSM, selection.number)
     return tag(keep, Kind.KEEP, selection.number)
 

@@ -42,7 +42,7 @@ class RenumberError(Exception):
 
 
 class Counts:
-    """Sizes of tables that code computes with beside sizes of the tokens, to tell prefix tokens from patches.
+    """Sizes of tables that code computes with beside sizes of the tokens, to tell other tokens from patches.
 
     Attributes:
         found: Those that must be the kept number.
@@ -71,7 +71,7 @@ class Counts:
     def _counts_for(self, node: fx.Node) -> list[Count]:
         """Sizes as in the dense graph that `node` reads, or that other sizes it reads were computed from."""
         run = self._run
-        lengths = {dense: first for first, (dense, _) in run.lengths.items()}
+        lengths = {dense: span for span, (dense, _) in run.lengths.items()}
         found: list[Count] = []
         seen = [node]
         for reader in seen:
@@ -87,7 +87,7 @@ class Counts:
     def _recompute(self, node: fx.Node, counts: Sequence[Count]) -> None:
         """Puts the kept number in the place of `counts`, and computes again the sizes between them and `node`."""
         run = self._run
-        changed = {count.size: run.lengths[count.first][1] for count in counts}
+        changed = {count.size: run.lengths[count.span][1] for count in counts}
         nodes = list(node.graph.nodes)
         for n in nodes[: nodes.index(node)]:
             if n.name in changed:
@@ -118,7 +118,7 @@ class Numberings:
     def run(self, node: fx.Node) -> Any:
         """The result of such a call for the dense number of tokens."""
         run = self._run
-        dense = {count: first for first, (count, _) in run.lengths.items()}
+        dense = {count: span for span, (count, _) in run.lengths.items()}
         sizes = [n for n in node.all_input_nodes if is_size(run.env[n]) and not run.is_dense(n)]
         known = {n: cast(int, n.meta.get("value")) for n in sizes if n.meta.get("value") in dense}
         before = dict(run.env)
@@ -194,7 +194,7 @@ class Views:
         """The kept patches as a grid of one column, if the sizes from `place` on are those of the grid."""
         run = self._run
         grid = run.stream.rows.grid
-        _, kept = run.lengths[run.stream.rows.prefix]
+        _, kept = run.lengths[run.stream.rows.spans[-1]]
         sizes = [run.env[size] if isinstance(size, fx.Node) else size for size in view_sizes(node)]
         dense = shape_of(node)
         end = place + len(grid)

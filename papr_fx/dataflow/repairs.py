@@ -1,13 +1,15 @@
 """What must change in a graph for it to run on fewer tokens. Nodes are stored by name, so that it holds for copies.
 
-Several things here count positions from a token on: from 0, prefix tokens included, or from the first patch on. That token's
-number is called `first`.
+Several things here count only some of the tokens: all, those without prefix tokens, those without suffix tokens, or patches
+alone. Which ones is called `span`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from ..ops.rows import Span
 
 
 class Pick(NamedTuple):
@@ -16,12 +18,12 @@ class Pick(NamedTuple):
     Attributes:
         axes: The axes that count positions, once the table has `rank` axes.
         rank: Number of axes of what the table meets. The table gets leading ones.
-        first: The token from which on positions are counted.
+        span: The tokens that the axes count.
     """
 
     axes: tuple[int, ...]
     rank: int
-    first: int
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Count:
 
     Attributes:
         size: The node.
-        first: The token from which on it counts.
+        span: The tokens that it counts.
     """
 
     size: str
-    first: int
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ class Numbering:
     Attributes:
         call: The node.
         size: The node of the token count that it reads.
-        first: The token from which on that counts.
+        span: The tokens that this counts.
     """
 
     call: str
     size: str
-    first: int
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class Repairs:
     views: tuple[View, ...] = ()
     counts: tuple[Count, ...] = ()
     numberings: tuple[Numbering, ...] = ()
+
+    def spans(self) -> list[tuple[str, Span]]:
+        """The names of nodes that count tokens, and which they count."""
+        counts = [(count.size, count.span) for count in self.counts]
+        return [(t.value, t.pick.span) for t in self.tables] + counts + [(n.call, n.span) for n in self.numberings]
 
     def first_node(self) -> str | None:
         """The name of a node that needs a change; None if none does."""

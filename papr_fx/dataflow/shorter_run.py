@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
 from ..ops import TokenRows
+from ..ops.rows import Span
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
-from ..tracing.graphs import shape_of
+from ..tracing.graphs import called, shape_of
 from ..tracing.trace import OpenError
 from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
 from .repairs import Repairs
@@ -44,9 +45,11 @@ def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repair
         except RenumberError as error:
             renumbered |= error.calls
         else:
-            return Repairs(
+            found = Repairs(
                 tuple(run.tables.sites.values()), tuple(run.views.found), tuple(run.counts.found), tuple(run.numberings.found)
             )
+            _check_ends(stream.rows, found)
+            return found
 
 
 class ShorterRun(TokenRun):
@@ -77,13 +80,32 @@ class ShorterRun(TokenRun):
         except RunError as failed:
             out = self._repaired(n, failed.error)
         else:
-            if not self.is_shorter(n, out) and (view := self.views.repair(n)) is not None:  # a size of -1 may have stretched
-                out = view
+            out = out if self.is_shorter(n, out) else self._of_kept(n, out)
         kept = {kept for _, kept in self.lengths.values()}
         suspect = n.op == "call_module" and self.in_block(n) and not recorder.counts.isdisjoint(kept)
         if suspect and self._follows_length(n, recorder.counts):
             raise OpenError({str(n.target)}, f"`{n.target}` numbers its input tokens", whole_class=True)
-        return out[:, : self.lengths[0][1]] if n is self.stream.node else out
+        return out[:, : self.lengths[Span()][1]] if n is self.stream.node else out
+
+    def _of_kept(self, node: fx.Node, out: Any) -> Any:
+        """What `node` makes of the kept tokens, where its result `out` does not have their number."""
+        view = self.views.repair(node)  # a size of -1 may have stretched
+        if view is not None or called(node) != "getitem" or not isinstance(out, Tensor):
+            return out if view is None else view
+        cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
+        if cut is None and (stop := self._stop(node)):
+            raise NoSiteError(
+                f"`{node.name}` takes the tokens as far as number {stop}, a constant: with fewer tokens it would take others. "
+                "Count from the end or by the token count there, as in `x[:, :-n]`"
+            )
+        return out if cut is None else cut
+
+    def _stop(self, node: fx.Node) -> int:
+        """The constant number of tokens at which a slice of the token axis stops; 0 if it is another call."""
+        index = cast("Any", node.args[1])
+        part = index[1] if isinstance(index, tuple) and len(cast("tuple[Any, ...]", index)) > 1 else None
+        dense = {count for count, _ in self.lengths.values()}
+        return part.stop if isinstance(part, slice) and type(part.stop) is int and part.stop in dense else 0
 
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
         """The result of a node that failed, with what it reads repaired."""
@@ -132,10 +154,22 @@ class _RecordNumberings(TorchFunctionMode):
 
 def _other_count(rows: TokenRows) -> int:
     """A number of patches that no operation confuses with all of them or broadcasts; 0 if there is none."""
-    patches, prefix = rows.cells, rows.prefix
-    dense = {patches, rows.count}
+    patches = rows.cells
+    more = [rows.others - span.first - span.behind for span in rows.spans]
+    dense = {patches + count for count in more}
     start = 2 * patches // 3
-    return next((k for k in (*range(start, 1, -1), *range(start + 1, patches)) if dense.isdisjoint((k, k + prefix))), 0)
+    counts = (*range(start, 1, -1), *range(start + 1, patches))
+    return next((k for k in counts if dense.isdisjoint(k + count for count in more)), 0)
+
+
+def _check_ends(rows: TokenRows, repairs: Repairs) -> None:
+    """Refuses a repair that counts patches and the tokens of one end, where the other end has as many."""
+    for name, span in repairs.spans():
+        if rows.prefix == rows.suffix and bool(span.first) != bool(span.behind):
+            raise NoSiteError(
+                f"`{name}` counts {rows.count - rows.prefix} of {rows.count} tokens, and {rows.prefix} stand in front of the "
+                "patches and behind them alike: its length does not tell which it leaves out"
+            )
 
 
 def _shape(value: object) -> object:

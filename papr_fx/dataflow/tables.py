@@ -66,13 +66,13 @@ class Tables:
         if lead < 0 or (not lead and value.shape[0] not in (1, TRACED_BATCH)):
             return [None]
         found: list[Pick | None] = [None]
-        for first, (dense, _) in self._run.lengths.items():
+        for span, (dense, _) in self._run.lengths.items():
             axes = [lead + axis for axis, size in enumerate(value.shape) if size == dense and lead + axis]
-            found += [Pick(some, rank, first) for count in (1, 2) for some in combinations(axes, count)]
+            found += [Pick(some, rank, span) for count in (1, 2) for some in combinations(axes, count)]
         return found
 
     def _gathered(self, value: Tensor, pick: Pick) -> Tensor:
-        _, kept = self._run.lengths[pick.first]
+        _, kept = self._run.lengths[pick.span]
         index = torch.zeros((TRACED_BATCH, kept), dtype=torch.int64, device=value.device)
         return gather_positions(value, index, pick.axes, pick.rank)
 

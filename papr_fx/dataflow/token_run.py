@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..ops import TokenRows
+from ..ops.rows import Span
 from ..tracing.blocks import block_of
 from ..tracing.graphs import Run, shape_of
 
@@ -44,7 +45,7 @@ class TokenRun(Run):
         kept: How many patches are left.
 
     Attributes:
-        lengths: Token counts, all and kept, by the token from which on they count.
+        lengths: Token counts, all and kept, by the tokens that they count.
     """
 
     def __init__(self, root: nn.Module, stream: TokenStream, kept: int) -> None:
@@ -52,7 +53,8 @@ class TokenRun(Run):
         self.extra_traceback = False  # errors are results here, and name the node themselves
         self.stream = stream
         rows = stream.rows
-        self.lengths = {first: (rows.count - first, rows.prefix + kept - first) for first in (0, rows.prefix)}
+        left = {span: rows.others - span.first - span.behind for span in rows.spans}
+        self.lengths: dict[Span, tuple[int, int]] = {span: (rows.cells + more, kept + more) for span, more in left.items()}
 
     def plain(self, node: fx.Node) -> Any:
         """Runs a node as it is.

@@ -19,6 +19,7 @@ from .positions import (
     top_positions,
     wide,
     with_prefix,
+    with_suffix,
     write_pixels,
 )
 from .reduction import (
@@ -75,5 +76,6 @@ __all__ = [
     "unravel",
     "wide",
     "with_prefix",
+    "with_suffix",
     "write_pixels",
 ]

@@ -26,7 +26,7 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=True).squeeze(1)
 
 
-def keep_count(positions: int, z: float, prefix: int = 0) -> int:
+def keep_count(positions: int, z: float, others: int = 0) -> int:
     """How many positions of a grid are kept: floor(z * all tokens), at least 1 and at most the whole grid.
 
     z is the decimal that it is written as: 0.29 of 100 is 29, where the product of floats is below it.
@@ -34,10 +34,10 @@ def keep_count(positions: int, z: float, prefix: int = 0) -> int:
     Args:
         positions: Positions of the grid.
         z: Keep ratio in (0, 1].
-        prefix: Tokens before the grid. They count towards the total and are always kept.
+        others: Tokens before the grid and behind it. They count towards the total and are always kept.
     """
     numerator, denominator = _as_fraction(z)
-    return min(positions, max(1, (positions + prefix) * numerator // denominator))
+    return min(positions, max(1, (positions + others) * numerator // denominator))
 
 
 @torch.compiler.assume_constant_result
@@ -47,22 +47,24 @@ def _as_fraction(z: float) -> tuple[int, int]:
     return share.numerator, share.denominator
 
 
-def top_positions(psm: Tensor, z: float, prefix: int = 0) -> Tensor:
-    """Indices of the most significant positions (PaPr, Eq. 3), after those of the prefix tokens.
+def top_positions(psm: Tensor, z: float, prefix: int = 0, suffix: int = 0) -> Tensor:
+    """Indices of the most significant positions (PaPr, Eq. 3), between those of the prefix and suffix tokens.
 
     Args:
         psm: Significance of each position, (B, h, w) or (B, t, h, w).
         z: Keep ratio in (0, 1].
         prefix: Tokens before the grid. All are kept.
+        suffix: Tokens behind the grid. All are kept.
 
     Returns:
-        (B, prefix + k) int64: 0..prefix-1, then the k kept positions in ascending order. `topk` alone gives them in an order
-        that differs between eager and compiled code.
+        (B, prefix + k + suffix) int64: 0..prefix-1, the k kept positions in ascending order, then the last indices. `topk`
+        alone gives them in an order that differs between eager and compiled code.
     """
     scores = psm.flatten(1)  # (B, n)
-    k = keep_count(scores.shape[1], z, prefix)
+    k = keep_count(scores.shape[1], z, prefix + suffix)
     kept = scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values  # (B, k)
-    return with_prefix(kept, prefix) if prefix else kept
+    kept = with_prefix(kept, prefix) if prefix else kept
+    return with_suffix(kept, prefix + scores.shape[1], suffix) if suffix else kept
 
 
 def count_windows(size: int, offset: int, step: int) -> int:
@@ -80,9 +82,9 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     return rows.reshape(batch, keep.shape[1], width)  # not -1, which an empty batch leaves open
 
 
-def kept_patches(keep: Tensor, prefix: int) -> Tensor:
-    """The kept patches (B, k) of kept tokens (B, prefix + k), numbered from the first patch on."""
-    return keep[:, prefix:] - prefix
+def kept_patches(keep: Tensor, prefix: int, suffix: int = 0) -> Tensor:
+    """The kept patches (B, k) of kept tokens (B, prefix + k + suffix), numbered from the first patch on."""
+    return keep[:, prefix : keep.shape[1] - suffix] - prefix
 
 
 def gather_positions(value: Tensor, keep: Tensor, axes: Sequence[int], rank: int) -> Tensor:
@@ -114,6 +116,12 @@ def with_prefix(keep: Tensor, prefix: int) -> Tensor:
     """Kept positions (B, k) of a grid as kept tokens (B, prefix + k): the prefix tokens come first."""
     first = torch.arange(prefix, device=keep.device).expand(keep.shape[0], prefix)
     return torch.cat([first, keep + prefix], dim=1)
+
+
+def with_suffix(keep: Tensor, count: int, suffix: int) -> Tensor:
+    """Kept tokens (B, K) of the first `count`, and the `suffix` tokens behind those, (B, K + suffix)."""
+    last = torch.arange(count, count + suffix, device=keep.device).expand(keep.shape[0], suffix)
+    return torch.cat([keep, last], dim=1)
 
 
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:

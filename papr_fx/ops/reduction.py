@@ -1,7 +1,7 @@
 """The functions that a graph with token merging, or one of its peers, calls: each is one node there.
 
-Of N tokens, the first `prefix` are never merged or dropped. Patches at even places of the sequence form set A, patches at odd
-places set B (Bolya et al., ICLR 2023, Sec. 3.2).
+Of N tokens, the first `prefix` and the last `suffix` are never merged or dropped. Of the others, those at even places of the
+sequence form set A, those at odd places set B (Bolya et al., ICLR 2023, Sec. 3.2).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import gather_tokens, wide
+from .positions import gather_tokens, wide, with_suffix
 
 
 class Matching(NamedTuple):
     """Which tokens are merged into which.
 
     Attributes:
-        stay: Places of the tokens that stay, in their new order: prefix, A, B; (B, N - r).
+        stay: Places of the tokens that stay, in their new order: prefix, A, B, suffix; (B, N - r).
         merged: Places of the tokens of A that are merged, (B, r).
         into: For each of these, the new place of the token that it is merged into, (B, r).
     """
@@ -30,24 +30,26 @@ class Matching(NamedTuple):
     into: Tensor
 
 
-def match_tokens(keys: Tensor, r: int, prefix: int) -> Matching:
+def match_tokens(keys: Tensor, r: int, prefix: int, suffix: int = 0) -> Matching:
     """Bipartite soft matching: merges the r tokens of A that are most like a token of B (Bolya et al., ICLR 2023, Sec. 3.2).
 
     Args:
         keys: Keys of the attention, (B, heads, N, D). Likeness is the cosine of their means over heads.
         r: Number of tokens to merge, capped at half of the patches.
         prefix: Number of class, distillation and register tokens.
+        suffix: Number of tokens behind the patches.
 
     Returns:
         The matching. With prefix tokens, the rest of A keeps its order; without, it is sorted by descending score.
     """
-    metric = F.normalize(keys.mean(1, dtype=wide(keys)), dim=-1)  # (B, N, D)
-    count = metric.shape[1]
+    count = keys.shape[2] - suffix
+    metric = F.normalize(keys[:, :, :count].mean(1, dtype=wide(keys)), dim=-1)  # (B, N - suffix, D)
     first, second = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first patches at an even and at an odd place
     r = min(r, (count - prefix) // 2)
-    places = torch.arange(count, device=keys.device).expand(keys.shape[0], count)
+    places = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
     if not r:
         return Matching(places, places[:, :0], places[:, :0])
+    places, behind = places[:, :count], places[:, count:]
     with exact(keys):
         scores = metric[:, first::2] @ metric[:, second::2].transpose(1, 2)  # (B, |A|, |B|)
     best, partner = scores.max(dim=-1)
@@ -55,7 +57,7 @@ def match_tokens(keys: Tensor, r: int, prefix: int) -> Matching:
     merged, unmerged = order[:, :r], order[:, r:]
     if prefix:
         unmerged = unmerged.sort(dim=-1).values
-    stay = torch.cat([places[:, :prefix], first + 2 * unmerged, places[:, second::2]], dim=1)
+    stay = torch.cat([places[:, :prefix], first + 2 * unmerged, places[:, second::2], behind], dim=1)
     return Matching(stay, first + 2 * merged, prefix + unmerged.shape[1] + partner.gather(1, merged))
 
 
@@ -83,28 +85,31 @@ def merge_tokens(tokens: Tensor, sizes: Tensor | None, matching: Matching) -> tu
     return gather_tokens(tokens, stay) * share + mixed, sizes
 
 
-def size_bias(sizes: Tensor, keys: Tensor) -> Tensor:
-    """Proportional attention: the bias (B, 1, 1, n) of logits for keys (B, heads, n, D), from the last n of sizes (B, N)."""
-    return last_sizes(sizes, keys.shape[-2]).log().to(keys.dtype)[:, None, None]
+def size_bias(sizes: Tensor, keys: Tensor, suffix: int = 0) -> Tensor:
+    """Proportional attention: the bias (B, 1, 1, n) of logits for keys (B, heads, n, D), from n of sizes (B, N)."""
+    return last_sizes(sizes, keys.shape[-2], suffix).log().to(keys.dtype)[:, None, None]
 
 
-def mean_by_size(tokens: Tensor, axis: int, sizes: Tensor, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """The mean over `axis` of (B, n, C) or (B, C, n), weighted by the last n of sizes (B, N)."""
-    weights = last_sizes(sizes, tokens.shape[axis])
+def mean_by_size(
+    tokens: Tensor, axis: int, sizes: Tensor, keepdim: bool = False, dtype: torch.dtype | None = None, *, suffix: int = 0
+) -> Tensor:
+    """The mean over `axis` of (B, n, C) or (B, C, n), weighted by n of sizes (B, N): see `last_sizes`."""
+    weights = last_sizes(sizes, tokens.shape[axis], suffix)
     weights = (weights / weights.sum(1, keepdim=True)).to(dtype or tokens.dtype)
     weights = weights.unsqueeze(-1) if axis == 1 else weights.unsqueeze(1)
     return (tokens.to(weights.dtype) * weights).sum(axis, keepdim=keepdim)
 
 
-def last_sizes(sizes: Tensor, count: int) -> Tensor:
-    """The last `count` sizes of (B, N).
+def last_sizes(sizes: Tensor, count: int, suffix: int = 0) -> Tensor:
+    """The sizes of `count` of (B, N) tokens: all, or else patches, the last ones before `suffix` tokens.
 
     Raises:
         ValueError: There are fewer: the tokens were computed before a reduction.
     """
     if count > sizes.shape[1]:
         raise ValueError(f"the {count} tokens were computed before a reduction, which left {sizes.shape[1]}")
-    return sizes[:, sizes.shape[1] - count :]
+    end = sizes.shape[1] - (suffix if count < sizes.shape[1] else 0)
+    return sizes[:, end - count : end]
 
 
 def exact(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -140,7 +145,9 @@ def attention_weights(queries: Tensor, keys: Tensor, sizes: Tensor | None, scale
     return (logits if sizes is None else logits + size_bias(sizes, logits)).softmax(dim=-1).mean(1)
 
 
-def most_attended(queries: Tensor, keys: Tensor, values: Tensor, r: int, prefix: int, scale: float | None) -> Tensor:
+def most_attended(
+    queries: Tensor, keys: Tensor, values: Tensor, r: int, prefix: int, scale: float | None, suffix: int = 0
+) -> Tensor:
     """Drops the r patches that the class token attends to least: weight times norm of the value (Fayyaz et al., ECCV 2022).
 
     Args:
@@ -150,26 +157,28 @@ def most_attended(queries: Tensor, keys: Tensor, values: Tensor, r: int, prefix:
         r: Number of patches to drop, capped at half of them.
         prefix: Number of prefix tokens, at least 1; the first is the class token.
         scale: Factor of the logits; None for 1 / sqrt(D).
+        suffix: Number of tokens behind the patches.
 
     Returns:
         Places of the tokens that stay, in order, (B, N - r).
     """
     weights = attention_weights(queries[:, :, :1], keys, None, scale).squeeze(1)  # (B, N)
     lengths = values.to(weights.dtype).norm(dim=(1, 3))  # over heads and channels
-    return split_by_score((weights * lengths)[:, prefix:], r, prefix)[0]
+    return split_by_score((weights * lengths)[:, prefix : keys.shape[2] - suffix], r, prefix, suffix)[0]
 
 
-def split_by_score(scores: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+def split_by_score(scores: Tensor, r: int, prefix: int, suffix: int = 0) -> tuple[Tensor, Tensor]:
     """Places of the tokens that stay, in order, (B, N - r), and of the r patches with the lowest scores, (B, r)."""
     batch, patches = scores.shape
     order = scores.argsort(dim=-1)
     r = min(r, patches // 2)
     first = torch.arange(prefix, device=scores.device).expand(batch, prefix)
-    return torch.cat([first, prefix + order[:, r:].sort(dim=-1).values], dim=1), prefix + order[:, :r]
+    stay = torch.cat([first, prefix + order[:, r:].sort(dim=-1).values], dim=1)
+    return with_suffix(stay, prefix + patches, suffix) if suffix else stay, prefix + order[:, :r]
 
 
 def choose_tokens(
-    queries: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int, scale: float | None
+    queries: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int, scale: float | None, suffix: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Drops the r patches with the lowest product of self-attention and attention by others (Xu et al., WACV 2024, Sec. 3).
 
@@ -182,6 +191,7 @@ def choose_tokens(
         r: Number of patches to drop, capped at half of them.
         prefix: Number of prefix tokens.
         scale: Factor of the logits; None for 1 / sqrt(D).
+        suffix: Number of tokens behind the patches.
 
     Returns:
         Places of the tokens that stay, (B, N - r), and of the patches that are dropped, (B, r).
@@ -189,10 +199,12 @@ def choose_tokens(
     weights = attention_weights(queries, keys, sizes, scale)  # (B, N, N)
     own = (weights * torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)).sum(-1)
     scores = own * (weights.sum(1) - own)
-    return split_by_score(scores[:, prefix:], r, prefix)
+    return split_by_score(scores[:, prefix : keys.shape[2] - suffix], r, prefix, suffix)
 
 
-def neighbour_graph(keys: Tensor, places: Tensor | None, grid: tuple[int, ...], prefix: int, edges: int) -> Tensor:
+def neighbour_graph(
+    keys: Tensor, places: Tensor | None, grid: tuple[int, ...], prefix: int, edges: int, suffix: int = 0
+) -> Tensor:
     """The weights of a graph over tokens: patches that touch in the image, and patches with like keys (Xu et al., WACV 2024).
 
     Args:
@@ -201,11 +213,12 @@ def neighbour_graph(keys: Tensor, places: Tensor | None, grid: tuple[int, ...], 
         grid: Sizes of the patches' grid.
         prefix: Number of prefix tokens, which have no neighbours.
         edges: Number of neighbours with like keys that each token chooses.
+        suffix: Number of tokens behind the patches, which have none either.
 
     Returns:
         Symmetric weights (B, N, N), normalised by degree: D^-1/2 A D^-1/2.
     """
-    patches = slice(prefix, None)
+    patches = slice(prefix, keys.shape[2] - suffix)
     if places is None:
         places = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], keys.shape[2])
     cells = torch.stack(unravel(places[:, patches] - prefix, grid), dim=-1)  # (B, n, axes)
@@ -218,7 +231,7 @@ def neighbour_graph(keys: Tensor, places: Tensor | None, grid: tuple[int, ...], 
     alike = torch.zeros_like(alike).scatter(-1, best.indices, best.values.clamp(min=0))
     weights = torch.maximum(alike, alike.transpose(1, 2)) + touching  # symmetric
     root = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny).rsqrt()
-    return F.pad(weights * root * root.transpose(1, 2), (prefix, 0, prefix, 0))
+    return F.pad(weights * root * root.transpose(1, 2), (prefix, suffix, prefix, suffix))
 
 
 def propagate_tokens(

@@ -1,29 +1,44 @@
-"""The rows of a token axis: prefix tokens, then one row per position of a grid."""
+"""The rows of a token axis: prefix tokens, one row per position of a grid, suffix tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .positions import keep_count, kept_patches, with_prefix
+from .positions import keep_count, kept_patches, with_prefix, with_suffix
+
+
+class Span(NamedTuple):
+    """Some rows of a token axis, without those at its ends.
+
+    Attributes:
+        first: How many rows come before them: 0, or all prefix tokens.
+        behind: How many rows come behind them: 0, or all suffix tokens.
+    """
+
+    first: int = 0
+    behind: int = 0
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What the rows of a token axis stand for: first `prefix` tokens, then the cells of `grid` in row-major order.
+    """What the rows of a token axis stand for: `prefix` tokens, the cells of `grid` in row-major order, `suffix` tokens.
 
     A cell is a position of the grid, numbered from 0. An index is a row of the token axis: cell + prefix.
 
     Attributes:
         grid: (rows, columns); (frames, rows, columns) for clips.
         prefix: Class, distillation and register tokens before the grid. They are always kept.
+        suffix: Tokens behind the grid, such as detection tokens or prompts. They are always kept.
     """
 
     grid: tuple[int, ...]
     prefix: int = 0
+    suffix: int = 0
 
     @property
     def cells(self) -> int:
@@ -32,20 +47,31 @@ class TokenRows:
 
     @property
     def count(self) -> int:
-        """Number of rows, prefix tokens included."""
-        return self.prefix + self.cells
+        """Number of rows, prefix and suffix tokens included."""
+        return self.others + self.cells
+
+    @property
+    def others(self) -> int:
+        """Number of tokens that are no patches."""
+        return self.prefix + self.suffix
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All rows, and those without prefix tokens, without suffix tokens, and without either."""
+        ends = [Span(), Span(self.prefix), Span(0, self.suffix), Span(self.prefix, self.suffix)]
+        return tuple(dict.fromkeys(ends))
 
     def kept(self, z: float) -> int:
-        """Number of rows that keep ratio `z` leaves, prefix tokens included (PaPr, Eq. 3)."""
-        return self.prefix + (keep_count(self.cells, z, self.prefix) if z < 1 else self.cells)
+        """Number of rows that keep ratio `z` leaves, prefix and suffix tokens included (PaPr, Eq. 3)."""
+        return self.others + (keep_count(self.cells, z, self.others) if z < 1 else self.cells)
 
     def index(self, cells: Tensor) -> Tensor:
-        """Cells (B, k) as indices (B, prefix + k), prefix tokens first."""
-        return with_prefix(cells, self.prefix)
+        """Cells (B, k) as indices (B, prefix + k + suffix)."""
+        return with_suffix(with_prefix(cells, self.prefix), self.prefix + self.cells, self.suffix)
 
     def cells_of(self, index: Tensor) -> Tensor:
-        """Indices (B, prefix + k), prefix tokens first, as cells (B, k)."""
-        return kept_patches(index, self.prefix)
+        """Indices (B, prefix + k + suffix) as cells (B, k)."""
+        return kept_patches(index, self.prefix, self.suffix)
 
     def mask(self, cells: Tensor) -> Tensor:
         """A boolean mask (B, *grid), True at `cells` (B, k)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from torch import Tensor, fx, nn
 
@@ -25,6 +26,7 @@ from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
 from . import inputs
+from .ends import tokens_behind
 from .example import Example
 from .module import PrunedModule
 from .plan import Plan, Refused, Target, TokenPlan
@@ -93,10 +95,10 @@ class _Planner:
         record = partial(self._record, opened)
         traced = record(model, images)
         check_batch_reads(traced, model, images)
-        site = prune_tokens.find_site(traced.graph, self.blocks)
-        eval_plan = self._mode(traced)
+        site = self._site(traced)
+        eval_plan = self._mode(traced, site)
         self._check_others(opened)
-        dynamic = self._takes_other_sizes(traced, site, opened)
+        taken = self._other_sizes(traced, site, opened)
         in_training = record(model, images, training=True).beside(traced)
         train_plan = self._training_plan(eval_plan, site, in_training)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
@@ -105,14 +107,21 @@ class _Planner:
                 f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
             )
         example = Example.of(model, images)
-        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        signature = self._signature(site, taken)
         if example.follows and casts_images(traced.graph, model, images, record):
             signature = signature.casting(example.like)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
-        target = Target(z, layout, dynamic)
+        target = Target(z, layout, bool(taken))
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
+
+    def _site(self, traced: Traced) -> TokenSite:
+        """The token stream, with the tokens that stand behind its patches."""
+        model, images, _ = self.request
+        site = prune_tokens.find_site(traced.graph, self.blocks)
+        part = cut(traced.scratch_root(model).eval(), traced.graph, site.stream)
+        return prune_tokens.find_site(traced.graph, self.blocks, tokens_behind(part, images, site.rows))
 
     def _record(self, opened: set[str], model: nn.Module, images: Tensor, *, training: bool = False) -> Traced:
         """A trace of the model, or of a copy of it, in which tokens are (B, N, C) somewhere."""
@@ -143,8 +152,17 @@ class _Planner:
         traced = self._record(wider, self.request.model, self.request.images)
         prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
 
-    def _takes_other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> bool:
-        """Whether the graph holds for images of other sizes, and the grid can be read there.
+    def _signature(self, site: TokenSite, taken: Sequence[tuple[int, ...]]) -> Signature:
+        """How the result is called: with images of any size, of one size, or with as many patches as those."""
+        model, images, layout = self.request
+        signature = Signature.of(model)
+        if not taken:
+            return signature.for_size(images.shape, layout)
+        same_count = all(prod(shape[1:]) == prod(images.shape[1:]) for shape in taken)
+        return signature.for_count(images.shape, layout, site.rows.grid) if same_count else signature
+
+    def _other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> Sequence[tuple[int, ...]]:
+        """Shapes of other sizes for which the graph holds, and at which the grid can be read.
 
         Raises:
             OpenError: The module that flattens the grid must be traced through for that.
@@ -152,13 +170,13 @@ class _Planner:
         model, images, layout = self.request
         taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout)
         if not taken or prune_tokens.grid_is_readable(site):
-            return bool(taken)
+            return taken
         if counts_follow(cut(traced.module(model), traced.graph, site.stream), images, taken, site.rows, layout):
-            return True
+            return taken
         join = site.flattening.node
         if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
             raise OpenError({str(join.target)}, "its sizes must be values of this graph")
-        return False
+        return ()
 
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""
@@ -168,9 +186,8 @@ class _Planner:
             return False
         return True
 
-    def _mode(self, traced: Traced) -> TokenPlan:
+    def _mode(self, traced: Traced, site: TokenSite) -> TokenPlan:
         """The plan of one mode."""
-        site = prune_tokens.find_site(traced.graph, self.blocks)
         root = traced.scratch_root(self.request.model)
         try:
             repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
@@ -178,7 +195,7 @@ class _Planner:
             raise
         except NoSiteError as error:
             raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
-        return TokenPlan(traced.graph, self.blocks, repairs, self.merge, self._reduced(root, site, repairs))
+        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, self._reduced(root, site, repairs))
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
@@ -205,7 +222,7 @@ class _Planner:
         if reason:
             return Refused(reason)
         try:
-            found = prune_tokens.find_site(traced.graph, self.blocks)
+            found = prune_tokens.find_site(traced.graph, self.blocks, site.rows.suffix)
         except NoSiteError as error:
             return Refused(str(error))
         if (found.rows, found.block) != (site.rows, site.block):
@@ -213,7 +230,7 @@ class _Planner:
                 f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
                 f"`{site.block}` reads {site.rows.prefix} and {site.rows.grid}"
             )
-        return self._mode(traced)
+        return self._mode(traced, found)
 
     def _to_open(self, error: OpenError, opened: set[str]) -> set[str]:
         """The modules that a pass asks to trace through.

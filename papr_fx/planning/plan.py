@@ -15,6 +15,7 @@ from ..ops import TokenRows
 from ..passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
 from ..passes.kinds import Kind
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
+from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..tracing.graphs import nodes_by_name
@@ -67,6 +68,7 @@ class TokenPlan:
     Attributes:
         dense: The traced graph.
         blocks: Qualified names of the trunk's repeated blocks.
+        suffix: How many tokens stand behind the patches.
         repairs: What else must change for the blocks to run on fewer tokens.
         reduction: How tokens become fewer from block to block, if they do.
         reduced: Where.
@@ -74,6 +76,7 @@ class TokenPlan:
 
     dense: fx.Graph
     blocks: tuple[str, ...]
+    suffix: int
     repairs: Repairs
     reduction: Reduction | None
     reduced: ReductionSites
@@ -84,15 +87,19 @@ class TokenPlan:
         """Whether tokens become fewer from block to block."""
         return self.reduction is not None and self.reduction.r > 0
 
+    def site(self, graph: fx.Graph) -> TokenSite:
+        """The token stream of a traced graph of the model."""
+        return prune_tokens.find_site(graph, self.blocks, self.suffix)
+
     def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
         """Rewrites `graph`, a traced graph of the model, in place."""
-        site = prune_tokens.find_site(graph, self.blocks)
+        site = self.site(graph)
         before = site.stream.next
         grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
         keep = None
         if target.z < 1:
             images = splice_proposal.find_site(graph)
-            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix)
+            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
             gather_positions.rewrite(graph, self.repairs, site, keep)
@@ -100,12 +107,12 @@ class TokenPlan:
             prune_tokens.rewrite(graph, site, keep)
             stage("prune_tokens", graph)
         if self.reduction is not None and self.reduces:
-            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows.prefix, keep))
+            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, keep))
             stage("reduce_tokens", graph)
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of tokens."""
-        site = prune_tokens.find_site(self.dense, self.blocks)
+        site = self.site(self.dense)
         where = f"at `{site.stream.name}` before `{site.block}`"
         return (Choice(0, site.rows, site.stream.name, "BNC", where),)
 

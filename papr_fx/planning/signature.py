@@ -19,6 +19,13 @@ from torch.fx.graph import CodeGen, _format_target
 from ..errors import ArgumentError
 from ..tracing.wrappers import unwrapped
 
+_WAY_OUT = "leave it out, or transform a module whose forward takes the images and passes the other value on"
+# Hooks capture these, and no graph runs hooks.
+_WAYS_OUT = {
+    "output_hidden_states": "leave it out. For the result of one block, cut the blocks behind it off before transform(), as "
+    "docs/models.md shows for LLaVA"
+}
+
 # Options of transformers' models that a graph follows, and the value that it is traced with.
 TRACED_OPTIONS: Mapping[str, bool] = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
@@ -37,6 +44,7 @@ class Signature:
         sides: (H, W), or (T, H, W), of the only images that the graph holds for; empty if it takes several sizes.
         axes: Their axes.
         cast: Name of the parameter whose dtype images are given; empty if the graph takes them as they are.
+        grid: The grid of patches of such images, if others with as many patches are taken too; else empty.
     """
 
     model: str
@@ -48,6 +56,7 @@ class Signature:
     sides: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
     cast: str = ""
+    grid: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -75,6 +84,10 @@ class Signature:
         """The same for a model that gives images the dtype of this parameter."""
         return replace(self, cast=parameter)
 
+    def for_count(self, shape: Sequence[int], layout: str, grid: tuple[int, ...]) -> Signature:
+        """The same for images of this size, and of others that have as many patches as `grid`."""
+        return replace(self.for_size(shape, layout), grid=grid)
+
     def on(self, graph: fx.Graph) -> fx.Graph:
         """The same graph, whose code takes these arguments."""
         if self.parameters or self.sides or self.cast or self.images != next(iter(graph.nodes)).target:
@@ -99,14 +112,25 @@ class Signature:
 
     def check_size(self, images: object) -> None:
         """Raises `ArgumentError` for images of another size than the graph holds for."""
-        if not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
+        if not self.sides or not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
             return
         sides = tuple(images.shape[axis] for axis in self.axes)
-        if sides != self.sides:
+        if not self._takes(sides):
+            others = f" and others of {math.prod(self.grid)} patches" if self.grid else ""
             raise ArgumentError(
-                f"{self.model} was transformed for images of {_by(self.sides)}, not {_by(sides)}: call transform with an "
-                "example_input of that size, on a model that takes it"
+                f"{self.model} was transformed for images of {_by(self.sides)}{others}, not {_by(sides)}: call transform with "
+                "an example_input of that size, on a model that takes it"
             )
+
+    def _takes(self, sides: tuple[int, ...]) -> bool:
+        """Whether the graph holds for images of this size. What is left over beside whole patches may be cut off or padded."""
+        if not self.grid:
+            return sides == self.sides
+        fewest = most = 1
+        for side, count, known in zip(sides, self.grid, self.sides, strict=True):  # plain, as `torch.compile` traces this
+            fewest *= side * count // known
+            most *= (side * count + known - 1) // known
+        return fewest <= math.prod(self.grid) <= most
 
     def _check(self, name: str, value: object) -> None:
         known = self.accepted.get(name, (None,) if name not in self.named else ())
@@ -115,8 +139,7 @@ class Signature:
         if not any(value is other or (type(value) is type(other) and value == other) for other in known):
             values = " or ".join(map(repr, known)) or "its default"
             raise ArgumentError(
-                f"{self.model} is a graph in which `{name}` is {values}, not {_shown(value)}: leave it out, or transform a "
-                "module whose forward takes the images and passes the other value on"
+                f"{self.model} is a graph in which `{name}` is {values}, not {_shown(value)}: {_WAYS_OUT.get(name, _WAY_OUT)}"
             )
 
 

@@ -70,7 +70,7 @@ def counts_follow(
         part: The graph as far as the stream, over a scratch copy of the model's modules.
         images: Images of the traced shape.
         shapes: The other shapes.
-        rows: The grid of the stream's tokens on `images`, and the tokens before it.
+        rows: The grid of the stream's tokens on `images`, and the tokens before and behind it.
         layout: Axes of the images.
     """
     patch = patch_sizes(images.shape, rows, layout)
@@ -80,7 +80,7 @@ def counts_follow(
     axes = [layout.index(letter) for letter in "THW" if letter in layout]
     for shape in shapes:
         grid = tuple(shape[axis] // size for axis, size in zip(axes, patch, strict=True))
-        if (_shapes_at(part, images, shape) or {}).get(stream, ())[1:2] != (TokenRows(grid, rows.prefix).count,):
+        if (_shapes_at(part, images, shape) or {}).get(stream, ())[1:2] != (TokenRows(grid, rows.prefix, rows.suffix).count,):
             return False
     return True
 

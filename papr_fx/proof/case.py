@@ -121,7 +121,7 @@ class Case:
         return self.run(self.pruned, self.images[: len(kept[0])], *self.indices(kept))
 
     def indices(self, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Cells (b, k) of each grid as indices of positions, (b, prefix + k)."""
+        """Cells (b, k) of each grid as indices of positions, (b, prefix + k + suffix)."""
         return [choice.rows.index(cells) for cells, choice in zip(kept, self.rewrite.choices, strict=True)]
 
     @property

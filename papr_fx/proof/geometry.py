@@ -17,9 +17,9 @@ from .rewrite import Stream
 
 
 def check(case: Case) -> None:
-    """Changes single patches of an image: the positions that the map scores there must move most, and no prefix token.
+    """Changes single patches of an image: the positions that the map scores there must move most, and no other token.
 
-    Fault: positions are not in row-major order of the grid, or a prefix token is computed from the image. The other parts
+    Fault: positions are not in row-major order of the grid, or a class token is computed from the image. The other parts
     do not find it: they choose positions at random, and any order of the grid is as good as another.
     Example: a toy ViT that flattens its grid column by column: changing patch (0, 3) moves token 13 most, where the map
     scores token 4. Every other error is below 4e-16.
@@ -64,11 +64,15 @@ def _movement(case: Case, graph: fx.Graph, stream: Stream, cells: Sequence[int])
 
 
 def _check_tokens(stream: Stream, moved: Tensor, cells: Sequence[int]) -> None:
-    """Raises unless each changed patch moves its own token most, and no prefix token."""
-    if stream.rows.prefix and bool((moved[:, : stream.rows.prefix] != 0).any()):
-        raise VerifyError(
-            f"geometry: the first {stream.rows.prefix} of `{stream.node}` were taken for prefix tokens, but a patch moves them"
-        )
+    """Raises unless each changed patch moves its own token most, and none in front of the grid or behind it."""
+    rows = stream.rows
+    ends = (("first", rows.prefix, moved[:, : rows.prefix]), ("last", rows.suffix, moved[:, rows.prefix + rows.cells :]))
+    for word, count, others in ends:
+        if count and bool((others != 0).any()):
+            raise VerifyError(
+                f"geometry: the {word} {count} of `{stream.node}` were taken for tokens beside the patches, such as a class "
+                "token, but a patch moves them"
+            )
     for cell, token in zip(cells, moved.argmax(1).tolist(), strict=True):
         if token != stream.rows.prefix + cell:
             raise VerifyError(

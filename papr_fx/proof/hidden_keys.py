@@ -79,7 +79,8 @@ def _last_tokens(case: Case) -> fx.Node:
 class HiddenKeys(TorchFunctionMode):
     """While active, every attention over `hidden.shape[1]` keys gives no weight to hidden ones.
 
-    A pruned model must compute what an unpruned one then computes for the other tokens (PaPr, Sec. 3.3).
+    A pruned model must compute what an unpruned one then computes for the other tokens (PaPr, Sec. 3.3). Where code puts
+    further tokens in front of them, behind them or between them, an attention over all of these hides the same ones.
 
     Args:
         hidden: (B, N) bool, True for the tokens to hide; N counts the prefix tokens.
@@ -89,28 +90,64 @@ class HiddenKeys(TorchFunctionMode):
         super().__init__()
         self.hidden = hidden
         self.seen = 0
-        self._weights_follow = False
+        self._longer: dict[int, Tensor] = {}  # masks of longer sequences, by length
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # parts of a sequence and their masks, by id
+        self._weights_follow: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        count = self.hidden.shape[1]
         given = {**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **kwargs} if func is F.scaled_dot_product_attention else {}
-        if given and given["key"].shape[-2] == count:
-            given["attn_mask"] = self._bias(given["query"]) + self._given(given.get("attn_mask"), given["query"])
+        if given and (hidden := self._mask(given["key"].shape[-2])) is not None:
+            given["attn_mask"] = self._bias(hidden, given["query"]) + self._given(given.get("attn_mask"), given["query"])
             args, kwargs = (), given
             self.seen += 1
-        elif func is F.multi_head_attention_forward and args[1].shape[0] == count:
-            kwargs["key_padding_mask"] = self._padding(kwargs.get("key_padding_mask"))
+        elif func is F.multi_head_attention_forward and (hidden := self._mask(args[1].shape[0])) is not None:
+            kwargs["key_padding_mask"] = self._padding(hidden, kwargs.get("key_padding_mask"))
             self.seen += 1
         elif func in (torch.softmax, F.softmax, Tensor.softmax) and (axis := self._key_axis(args, kwargs)):
-            bias = self._bias(args[0])  # (..., 1, N): keys are the last axis
+            hidden = cast(Tensor, self._mask(args[0].shape[axis]))
+            bias = self._bias(hidden, args[0])  # (..., 1, N): keys are the last axis
             args = (args[0] + (bias if axis == -1 else bias.transpose(-2, -1)), *args[1:])
             self.seen += 1
-            self._weights_follow = axis == -1
-        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._weights_follow and args[0].shape[-1] == count:
-            args = (args[0], args[1].masked_fill(self._rows(args[1]), 0))  # weights may be mixed after the softmax
-            self._weights_follow = False
-        return func(*args, **kwargs)
+            self._weights_follow = hidden if axis == -1 else None
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._are_weights(args[0]):
+            hidden = cast(Tensor, self._weights_follow)
+            args = (args[0], args[1].masked_fill(self._rows(hidden, args[1]), 0))  # weights may be mixed after the softmax
+            self._weights_follow = None
+        out = func(*args, **kwargs)
+        self._follow(func, args, kwargs, out)
+        return out
+
+    def _are_weights(self, values: Tensor) -> bool:
+        """Whether these are the attention weights that follow the last softmax over keys."""
+        return self._weights_follow is not None and values.shape[-1] == self._weights_follow.shape[1]
+
+    def _mask(self, count: int) -> Tensor | None:
+        """Which of `count` keys are hidden, (B, count); None if they are not the tokens."""
+        return self.hidden if count == self.hidden.shape[1] else self._longer.get(count)
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Notes which rows are hidden in parts of the tokens, and in longer sequences that are put together of them."""
+        if func is Tensor.__getitem__ and isinstance(out, Tensor) and out.ndim == args[0].ndim == 3:
+            whole, index = self._rows_of(args[0]), args[1]
+            if whole is not None and isinstance(index, tuple) and all(isinstance(part, slice) for part in index[:2]):
+                self._parts[id(out)] = (out, whole[:, index[1]])  # the tensor itself is held, so that its id stays its own
+        elif func in (torch.cat, torch.concat) and out.ndim == 3 and kwargs.get("dim", (*args, 0)[1]) in (1, -2):
+            pieces = kwargs["tensors"] if "tensors" in kwargs else args[0]
+            masks = [self._rows_of(piece) for piece in pieces]
+            if any(mask is not None for mask in masks):
+                none = torch.zeros_like(self.hidden[:, :1])
+                known = [none.expand(-1, p.shape[1]) if m is None else m for p, m in zip(pieces, masks, strict=True)]
+                whole = torch.cat(known, dim=1)
+                self._parts[id(out)] = (out, whole)
+                if out.shape[1] > self.hidden.shape[1]:
+                    self._longer[out.shape[1]] = whole
+
+    def _rows_of(self, tokens: Tensor) -> Tensor | None:
+        """Which rows of a value (B, n, C) are hidden, (B, n); None if it does not hold the tokens."""
+        if id(tokens) in self._parts:
+            return self._parts[id(tokens)][1]
+        return self._mask(tokens.shape[1]) if tokens.ndim == 3 and len(tokens) == len(self.hidden) else None
 
     def _key_axis(self, args: Any, kwargs: Any) -> int:
         """The axis of the keys, -1 or -2, that a softmax of attention weights is over; 0 if it is none."""
@@ -118,23 +155,23 @@ class HiddenKeys(TorchFunctionMode):
         if scores.ndim not in (3, 4) or not isinstance(dim, int):
             return 0
         axis = dim % scores.ndim - scores.ndim
-        return axis if axis in (-1, -2) and scores.shape[axis] == self.hidden.shape[1] else 0
+        return axis if axis in (-1, -2) and self._mask(scores.shape[axis]) is not None else 0
 
-    def _padding(self, given: Tensor | None) -> Tensor:
+    def _padding(self, hidden: Tensor, given: Tensor | None) -> Tensor:
         """A padding mask (B, N) that hides what the given one hides too."""
         if given is None:
-            return self.hidden
+            return hidden
         if given.dtype == torch.bool:
-            return given | self.hidden
-        return given.masked_fill(self.hidden, float("-inf"))
+            return given | hidden
+        return given.masked_fill(hidden, float("-inf"))
 
-    def _bias(self, like: Tensor) -> Tensor:
-        bias = torch.zeros(self.hidden.shape, dtype=like.dtype, device=like.device)
-        bias = bias.masked_fill(self.hidden, float("-inf"))[:, None, :]  # (B, 1, N)
+    def _bias(self, hidden: Tensor, like: Tensor) -> Tensor:
+        bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        bias = bias.masked_fill(hidden, float("-inf"))[:, None, :]  # (B, 1, N)
         return bias.unsqueeze(1) if like.ndim == 4 else bias.repeat_interleave(len(like) // len(bias), 0)  # heads by sample
 
-    def _rows(self, values: Tensor) -> Tensor:
-        rows = self.hidden.unsqueeze(-1)  # (B, N, 1)
+    def _rows(self, hidden: Tensor, values: Tensor) -> Tensor:
+        rows = hidden.unsqueeze(-1)  # (B, N, 1)
         return rows.unsqueeze(1) if values.ndim == 4 else rows.repeat_interleave(len(values) // len(rows), 0)
 
     def _given(self, mask: Tensor | None, like: Tensor) -> Tensor | float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import TokenRows, with_prefix
+from ..ops import TokenRows, with_prefix, with_suffix
 from ..tracing.numerics import tensors_of
 
 
@@ -18,12 +18,12 @@ class Place(NamedTuple):
 
     Attributes:
         axis: Their axis; 0 is the batch.
-        prefix: Tokens before the patches on that axis.
+        rows: The patches, and the tokens before and behind them on that axis.
         axes: Number of axes that the patches have: one, or those of the grid, whose sizes are k, 1, ... for kept ones.
     """
 
     axis: int
-    prefix: int
+    rows: TokenRows
     axes: int
 
 
@@ -35,28 +35,28 @@ def find_place(dense: Sequence[int], pruned: Sequence[int], rows: TokenRows, kep
     """
     if tuple(dense) == tuple(pruned):
         return None
-    grid, prefix = rows.grid, rows.prefix
-    forms = (  # tokens before the patches, and the sizes of their axes: with all patches, with the kept ones
-        (prefix, [rows.count], [prefix + kept]),
-        (0, [rows.cells], [kept]),
-        (0, [*grid], [kept, *[1] * (len(grid) - 1)]),
-    )
-    for axis, (first, before, after) in product(range(1, len(dense)), forms):
+    grid = rows.grid
+    # The rows of the axis, and the sizes of their axes: with all patches, with the kept ones.
+    parts = [TokenRows(grid, rows.prefix - span.first, rows.suffix - span.behind) for span in rows.spans]
+    forms = [(part, [part.count], [part.others + kept]) for part in parts]
+    forms.append((TokenRows(grid), [*grid], [kept, *[1] * (len(grid) - 1)]))
+    for axis, (part, before, after) in product(range(1, len(dense)), forms):
         end = axis + len(before)
         if [*dense[:axis], *after, *dense[end:]] == [*pruned] and [*dense[axis:end]] == before:
-            return Place(axis, first, len(before))
+            return Place(axis, part, len(before))
     raise ValueError(f"an output {tuple(dense)} becomes {tuple(pruned)}")
 
 
 def reorder(output: Any, places: Sequence[Place | None], cells: Tensor) -> list[Tensor]:
-    """The tensors of an output, whose patches are picked by `cells` (B, k), counted in its order without prefix tokens."""
+    """The tensors of an output, whose patches are picked by `cells` (B, k), counted in its order without other tokens."""
     return [_picked(tensor, place, cells) for tensor, place in zip(tensors_of(output), places, strict=True)]
 
 
 def _picked(tensor: Tensor, place: Place | None, cells: Tensor) -> Tensor:
     if place is None:
         return tensor
-    index = with_prefix(cells, place.prefix)
     rows = tensor.flatten(place.axis, place.axis + place.axes - 1)
+    count = rows.shape[place.axis] - place.rows.suffix
+    index = with_suffix(with_prefix(cells, place.rows.prefix), count, place.rows.suffix)
     kept = torch.stack([sample.index_select(place.axis - 1, i) for sample, i in zip(rows, index, strict=True)])
     return kept.unflatten(place.axis, (-1, *[1] * (place.axes - 1))) if place.axes > 1 else kept

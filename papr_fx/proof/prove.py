@@ -6,7 +6,7 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 1. Tracing (`traced`): the dense graph gives the model's output to the bit. The result is in the model's mode.
 2. Permutation: given all positions in random order, the rewritten graph gives the model's output.
 3. Negative control (`control`): with one position replaced by another, it does not. Else the proof sees nothing.
-4. Geometry: changing one patch of the image moves the position that the map scores for it, and no prefix token.
+4. Geometry: changing one patch of the image moves the position that the map scores for it, and no other token.
 5. Lengths: with fewer positions, too, the output does not depend on their order.
 6. Regions, for pixel operators: with fewer positions, the output is that of the dense graph with masked branches.
 7. Hidden keys, for tokens: kept tokens are those of the dense graph in which no attention sees the others.

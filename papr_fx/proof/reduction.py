@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..ops import TokenRows
 from ..ops.reduction import Matching
 from ..passes.kinds import Kind
 from ..tracing.blocks import last_tokens
@@ -44,7 +45,7 @@ def check(case: Case) -> None:
     *merged, matchings = case.run(_merging(case, additions, last), case.images)
     groups = _groups(cast("list[Matching]", matchings))
     averaged = _averaging(case.root, case.rewrite.dense_graph(), additions, last)
-    found = _spread(merged, groups[-1], choice.rows.prefix)
+    found = _spread(merged, groups[-1], choice.rows)
     error = relative_error(found, case.run(averaged, case.images, *groups))
     if not error <= case.tolerance:
         raise ComparisonError(
@@ -105,14 +106,14 @@ def _average(tokens: Tensor, groups: Tensor) -> Tensor:
     return members @ means
 
 
-def _spread(output: Any, groups: Tensor, prefix: int) -> list[Tensor]:
+def _spread(output: Any, groups: Tensor, rows: TokenRows) -> list[Tensor]:
     """The tensors of outputs that still hold tokens, or only patches, with each merged one repeated for all of its group."""
     count = int(groups.max()) + 1
 
     def spread(tensor: Tensor) -> Tensor:
-        for without in (0, prefix):  # the prefix tokens are the first groups
-            if tensor.ndim == 3 and tensor.shape[1] == count - without:
-                places = (groups[:, without:] - without).unsqueeze(-1)
+        for first, behind in rows.spans:  # the prefix tokens are the first groups, the suffix tokens the last
+            if tensor.ndim == 3 and tensor.shape[1] == count - first - behind:
+                places = (groups[:, first : groups.shape[1] - behind] - first).unsqueeze(-1)
                 return tensor.gather(1, places.expand(-1, -1, tensor.shape[-1]))
         return tensor
 

@@ -9,7 +9,6 @@ from tabulate import tabulate
 from torch import fx
 
 from ..ops import TokenRows
-from ..passes import prune_tokens
 from ..passes.kinds import Kind
 from ..planning.module import PrunedModule, checked_module
 from ..planning.plan import PixelPlan, TokenPlan
@@ -26,12 +25,13 @@ class SiteReport:
         name: For tokens, the node whose positions are gathered and the module it feeds; for pixels, the operator's last layer.
         grid: (rows, columns); (frames, rows, columns) for clips.
         prefix: Tokens before the grid, always kept.
-        dense: Positions before, the prefix included.
-        kept: Positions after, the prefix included.
+        dense: Positions before, with prefix and suffix.
+        kept: Positions after, with prefix and suffix.
         dense_macs: Multiply-accumulates per image of what runs on these positions: a pixel operator, or everything after the
             tokens.
         pruned_macs: The same after pruning.
         background: What dropped positions hold afterwards: "keep" (the residual) or "zero"; empty for tokens.
+        suffix: Tokens behind the grid, always kept.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SiteReport:
     dense_macs: int
     pruned_macs: int
     background: str
+    suffix: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Report:
         dense_macs: Multiply-accumulates of the dense model per image.
         pruned_macs: The same of the rewritten model, without the proposal.
         proposal_macs: The same of the proposal; 0 at z=1, where it does not run.
-        reduced: Where tokens are reduced after that: (block, tokens before, tokens after), prefix tokens included.
+        reduced: Where tokens are reduced after that: (block, tokens before, tokens after), all tokens counted.
         per_frame: Whether the proposal is a network of images, which sees each frame of a clip independently.
         fallback: Why tokens were not pruned although they come first; empty if they were, or if pixels were asked for.
         statistics: Mean and std of both networks' pixels, or for which they are unknown.
@@ -82,12 +83,15 @@ class Report:
         return self.pruned_macs + self.proposal_macs
 
     def __str__(self) -> str:
-        headers = ["site", "grid", "prefix", "positions dense", "kept", "GMACs dense", "pruned", "background"]
+        behind = any(s.suffix for s in self.sites)
+        others = ["prefix", "suffix"] if behind else ["prefix"]
+        headers = ["site", "grid", *others, "positions dense", "kept", "GMACs dense", "pruned", "background"]
         rows = [
             (
                 s.name,
                 "x".join(map(str, s.grid)),
                 s.prefix,
+                *([s.suffix] if behind else []),
                 s.dense,
                 s.kept,
                 _giga(s.dense_macs),
@@ -175,7 +179,7 @@ def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
 
 
 def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:
-    site = prune_tokens.find_site(mode.dense, mode.blocks)
+    site = mode.site(mode.dense)
     before = ancestors(site.stream)
     after = [node.name for node in mode.dense.nodes if node not in before]
     return _site_report(f"{site.stream.name} -> {site.block}", site.rows, site.rows.kept(z), macs.of(after), "")
@@ -189,7 +193,7 @@ def _pixel_sites(mode: PixelPlan, z: float, macs: _Macs) -> tuple[SiteReport, ..
 
 
 def _site_report(name: str, rows: TokenRows, kept: int, macs: tuple[int, int], background: str) -> SiteReport:
-    return SiteReport(name, rows.grid, rows.prefix, rows.count, kept, *macs, background)
+    return SiteReport(name, rows.grid, rows.prefix, rows.count, kept, *macs, background, rows.suffix)
 
 
 def _giga(count: int) -> str:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from .fakes import TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
+from .fakes import MODEL_ERRORS, TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
 from .graphs import remove_dead_code
 from .joins import WatchDraws
+from .numerics import forked_random
 from .tracer import ValueTracer, attribute
 
 _HOOKS = "Forward hooks (of {}) do not run while a model is traced: it must not need them"
@@ -103,6 +104,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         TraceError: The model's own forward cannot be recorded, or refuses these images.
     """
     closed: set[type[nn.Module]] = set()
+    hooks = hooked(model)
     while True:
         picked: set[str] = set()
 
@@ -115,10 +117,10 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         root = scratch_copy(model).train(training)
         _register_tensors(root)
         try:
-            return _cleaned(_recorded(root, images, pick), root, model)
+            return _cleaned(_recorded(root, images, pick, hooks=bool(hooks)), root, model)
         except TraceError as error:
             if error.module not in picked:
-                if hooks := hooked(model):
+                if hooks:
                     raise TraceError(f"{error}. {_HOOKS.format(', '.join(hooks))}", error.module) from error
                 raise
             closed.add(type(root.get_submodule(error.module)))
@@ -133,8 +135,8 @@ def _register_tensors(root: nn.Module) -> None:
                 module.register_buffer(name, value.detach(), persistent=False)
 
 
-def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], bool]) -> fx.Graph:
-    """The graph as it was recorded, with dead code."""
+def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], bool], *, hooks: bool) -> fx.Graph:
+    """The graph as it was recorded, with dead code; `hooks` says whether the model has hooks of the user."""
     name = type(root).__name__
     mode, fake = fake_like(images, TRACED_BATCH)
     scratch = scratch_copy(root)
@@ -146,13 +148,28 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"{name}.forward cannot be traced: {first_line(error)}") from error
+        reason = "" if hooks else _refusal(root, images)  # a scratch copy does not run the user's hooks
+        raise TraceError(reason or f"{name}.forward cannot be traced: {first_line(error)}") from error
     if draws.drew:
         raise TraceError(
             f"{name}.forward draws random numbers of a fixed size{' in training' if root.training else ''}, which would be "
             "constants of the graph: draw them like a value of the images (torch.rand_like), or in a module of their own"
         )
     return graph
+
+
+@torch.no_grad()
+def _refusal(root: nn.Module, images: Tensor) -> str:
+    """What the model itself says against images of this size; empty if it takes them."""
+    try:
+        with forked_random(images):
+            scratch_copy(root)(images.new_zeros((TRACED_BATCH, *images.shape[1:])))
+    except torch.OutOfMemoryError:  # says nothing about the model
+        return ""
+    except MODEL_ERRORS as error:
+        size = f"{type(root).__name__} itself does not run on images {tuple(images.shape)}"
+        return f"{size}: {first_line(error)}. Pass an example_input that it takes"
+    return ""
 
 
 def _cleaned(graph: fx.Graph, root: nn.Module, model: nn.Module) -> Traced:

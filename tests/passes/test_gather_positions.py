@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import papr_fx
 from papr_fx.ops import gather_positions, gather_tokens, kept_patches, resize_map, top_positions
+from papr_fx.ops.rows import Span
 from papr_fx.passes import gather_positions as the_pass
 from papr_fx.passes import prune_tokens, splice_proposal
 from papr_fx.passes.splice_proposal import Selection
@@ -71,7 +72,7 @@ def test_a_table_is_gathered_where_it_meets_the_kept_tokens():
     repairs = the_pass.find_sites(scratch_copy(before), site, BLOCKS, IMAGES)
     (table,) = repairs.tables
     assert table.pick.axes == (1,)
-    assert table.pick.first == 1
+    assert table.pick.span == Span(1, 0)
     selection = Selection(site.rows.grid, 0.5, site.rows.prefix)
     keep = splice_proposal.rewrite(graph, splice_proposal.find_site(graph), site.stream.next, selection)
     the_pass.rewrite(graph, repairs, site, keep)

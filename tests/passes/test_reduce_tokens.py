@@ -150,7 +150,7 @@ def test_each_block_leaves_one_token_less(reduction, expected):
     graph = graph_of(before, IMAGES)
     site, found = find(before, graph)
     assert [place.block for place in found.sites] == [*BLOCKS]
-    reduce_tokens.rewrite(graph, found, reduction, Remaining(site.rows.grid, site.rows.prefix, None))
+    reduce_tokens.rewrite(graph, found, reduction, Remaining(site.rows.grid, site.rows, None))
     assert_becomes(before, graph, expected(), IMAGES)
     assert len(find_all(graph, Kind.REDUCED)) == 2
 

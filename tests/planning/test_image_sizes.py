@@ -89,6 +89,25 @@ def test_grids_follow_the_aspect_ratio():
         assert list(papr_fx.keep_masks(gm, torch.randn(2, 3, height, width))) == [(height // 4, width // 4)]
 
 
+@torch.no_grad()
+def test_images_of_another_number_of_patches_are_refused_by_name():
+    model = enliven(CountOnly()).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+    message = r"images of 16 x 16 and others of 16 patches, not 16 x 24: call transform"
+    for ask in (gm, lambda x: papr_fx.keep_masks(gm, x)):
+        with pytest.raises(papr_fx.ArgumentError, match=message):
+            ask(torch.randn(1, 3, 16, 24))
+    for height, width in ((8, 32), (18, 17)):  # the rest of the image is cut off
+        x = torch.randn(1, 3, height, width)
+        assert gm(x).shape == model(x).shape
+        assert torch.compile(gm, fullgraph=True, backend="eager")(x).shape == model(x).shape
+
+
+def test_an_example_that_the_model_itself_refuses():
+    with pytest.raises(papr_fx.TraceError, match=r"CountOnly itself does not run on images \(1, 3, 16, 24\): .*example_input"):
+        papr_fx.transform(CountOnly().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 16, 24))
+
+
 @pytest.mark.parametrize("build", [AnySize, ChannelsLast, AnySizeUnfold])
 def test_grids_follow_the_image(build):
     model = enliven(build()).double().eval()

@@ -93,8 +93,8 @@ def test_uses_of_an_index_are_caught(name):
 def test_a_wrong_prefix_is_caught(shift, message, monkeypatch):
     find_site = prune_tokens.find_site
 
-    def shifted(graph, blocks):
-        site = find_site(graph, blocks)
+    def shifted(graph, blocks, suffix=0):
+        site = find_site(graph, blocks, suffix)
         return replace(site, rows=replace(site.rows, prefix=site.rows.prefix + shift))
 
     monkeypatch.setattr(prune_tokens, "find_site", shifted)
