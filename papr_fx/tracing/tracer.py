@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TraceError, first_line
+from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
-from .graphs import annotate, is_in_place
+from .graphs import annotate, attribute, is_in_place
 from .joins import RecordJoins
 from .whole_numbers import standing_in
 
@@ -150,6 +151,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self._contexts = _contexts()
         self._thread = threading.get_ident()
+        self._checkpoints = Checkpoints(lambda: not self._is_plain())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -186,7 +188,7 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Traces in this thread. torch.fx patches `nn.Module` for all of them, so one trace runs at a time."""
-        with _TRACING, standing_in(cast(nn.Module, root), self._converted):
+        with _TRACING, standing_in(cast(nn.Module, root), self._converted), self._checkpoints.watched():
             self._thread = threading.get_ident()
             return super().trace(root, concrete_args)
 
@@ -196,12 +198,12 @@ class ValueTracer(fx.Tracer):
             return None
         return self.create_proxy("call_function", kind, (value,), {})
 
-    def _is_foreign(self) -> bool:
-        """Whether a patched method was called by another thread, whose modules run as they are."""
-        return threading.get_ident() != self._thread
+    def _is_plain(self) -> bool:
+        """Whether modules run as they are: those of other threads, and those that evaluate a node."""
+        return self.evaluating or threading.get_ident() != self._thread
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_foreign() or self.evaluating:
+        if self._is_plain():
             return forward(*args, **kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -215,8 +217,10 @@ class ValueTracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        plain = self._is_foreign() or self.evaluating
-        return attr_val if plain else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self._is_plain() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._checkpoints.mark(super().create_node(*args, **kwargs))
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         inside = next(reversed(self.module_stack), "")
@@ -266,12 +270,6 @@ class ValueTracer(fx.Tracer):
             return self._scratch.get_submodule(target)(*args, **kwargs)
         except Exception as error:
             raise TraceError(f"`{target}` refused its input {_shapes(args)}: {first_line(error)}", target) from error
-
-
-def attribute(root: nn.Module, name: str) -> Any:
-    """The value of a dotted attribute of `root`."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(root.get_submodule(path), leaf)
 
 
 def image_parameter(forward: Callable[..., Any]) -> str:
