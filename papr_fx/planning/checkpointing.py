@@ -124,8 +124,10 @@ class _Writer:
     count: int = 0
 
     def write(self, nodes: Sequence[fx.Node], depth: int) -> None:
-        """Writes nodes that lie in the same `depth` regions. Those that others put between the nodes of a region and that read
-        nothing of it come before it, such as the choice of positions; those that do belong to it.
+        """Writes nodes that lie in the same `depth` regions.
+
+        Passes put nodes between those of a region. What reads nothing of it comes before it, such as the choice of positions;
+        what does belongs to it.
         """
         left = dict.fromkeys(nodes)
         for node in nodes:
@@ -177,7 +179,8 @@ class _Writer:
         """An option of `checkpoint` as an argument of a node: functions have no text."""
         if not callable(value):
             return value
-        variable = f"papr_{name}_{len(self.variables)}"
+        known = [variable for variable, other in self.variables.items() if other is value]
+        variable = known[0] if known else f"papr_{name}_{len(self.variables)}"
         self.variables[variable] = value
         return GlobalName(variable)
 
