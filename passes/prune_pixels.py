@@ -43,6 +43,7 @@ from ..dataflow.grids import grid_of, image_rank
 from ..dataflow.moves import find_moves, operands
 from ..dataflow.positionwise import Layout, PositionwiseProbe
 from ..ops import TokenRows, gather_pixels, write_pixels
+from ..tracing.checkpoints import lay_inside, regions_of
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
 from ..tracing.roles import tag
 from . import splice_proposal
@@ -232,6 +233,7 @@ def _rewrite_site(nodes: dict[str, fx.Node], site: PixelSite, number: int, index
     operands = (nodes[site.residual], nodes[site.branch], index.rows, site.layout, background)
     with graph.inserting_before(addition):
         written = graph.create_node("call_function", write_pixels, operands, name=f"papr_out_{number}")
+    lay_inside(written, regions_of(addition))
     addition.replace_all_uses_with(written)
     graph.erase_node(addition)
     nodes[site.addition] = written  # later sites know the sum by its name

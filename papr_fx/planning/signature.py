@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen, _format_target
+from torch.fx.graph import CodeGen, PythonCode, _format_target
 
 from ..errors import ArgumentError
 from ..tracing.wrappers import unwrapped
+from .checkpointing import is_checkpointed, outline, with_functions
 
 _WAY_OUT = "leave it out, or transform a module whose forward takes the images and passes the other value on"
 # Hooks capture these, and no graph runs hooks.
@@ -90,7 +91,8 @@ class Signature:
 
     def on(self, graph: fx.Graph) -> fx.Graph:
         """The same graph, whose code takes these arguments."""
-        if self.parameters or self.sides or self.cast or self.images != next(iter(graph.nodes)).target:
+        renamed = self.images != next(iter(graph.nodes)).target
+        if self.parameters or self.sides or self.cast or renamed or is_checkpointed(graph):
             graph.set_codegen(CallCode(self))
         return graph
 
@@ -144,11 +146,22 @@ class Signature:
 
 
 class CallCode(CodeGen):
-    """Generates a `forward` with the parameters of a model, which checks them first."""
+    """Generates a `forward` with the parameters of a model, which checks them first, and with its checkpointed regions."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, variables: Mapping[str, object] | None = None) -> None:
         super().__init__()
         self._signature = signature
+        self._variables = variables or {}
+
+    def _gen_python_code(self, nodes: Iterable[fx.Node], root_module: str, namespace: Any, **options: Any) -> PythonCode:
+        graph = next(iter(nodes)).graph
+        if not is_checkpointed(graph):
+            return super()._gen_python_code(cast(Any, nodes), root_module, namespace, **options)
+        outlined = outline(graph)
+        outlined.graph.set_codegen(CallCode(self._signature, outlined.variables))
+        code = outlined.graph.python_code(root_module, **options)
+        lines = {line: None if i is None else outlined.places[i] for line, i in (code._lineno_map or {}).items()}
+        return replace(code, src=with_functions(code.src), _lineno_map=lines)
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         signature = self._signature
@@ -165,7 +178,7 @@ class CallCode(CodeGen):
         return "\n".join([head, *lines])
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(_CHECK, self._signature.check), (_CHECK_SIZE, self._signature.check_size)]
+        return [(_CHECK, self._signature.check), (_CHECK_SIZE, self._signature.check_size), *self._variables.items()]
 
 
 _CHECK = "papr_check_arguments"

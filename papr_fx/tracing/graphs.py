@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ..errors import TraceError, first_line
+from .checkpoints import regions_of
 from .fakes import TRACED_BATCH, fake_like, faking
 
 
@@ -41,19 +42,25 @@ def leaves_of(arguments: Any) -> list[object]:
 
 
 def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
-    """Whether two graphs have equal nodes: names, targets, arguments and shapes."""
+    """Whether two graphs have equal nodes: names, targets, arguments, shapes and checkpoints."""
     return [_structure(node) for node in a.nodes] == [_structure(node) for node in b.nodes]
 
 
 def _structure(node: fx.Node) -> tuple[Any, ...]:
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Named(n.name))  # no string argument is equal to it
-    return node.name, node.op, node.target, repr(arguments), shape_of(node)
+    return node.name, node.op, node.target, repr(arguments), shape_of(node), regions_of(node)
 
 
 class _Named(NamedTuple):
     """A node among arguments."""
 
     name: str
+
+
+def attribute(root: nn.Module, name: str) -> Any:
+    """The value of a dotted attribute of `root`."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(root.get_submodule(path), leaf)
 
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:

@@ -40,17 +40,20 @@ class OwnNames:
         self._builtins = {**vars(builtins), **kinds, "super": self._super, "__import__": self._import}
 
     def function(self, function: FunctionType) -> FunctionType:
-        """The same function over other names, and the functions that it closes over too; itself if it is of torch."""
+        """The same function over other names, and the functions that it closes over too; itself if it is of torch.
+
+        Where it closes over itself it keeps itself: code compares that with what a class holds (`type(self).forward is ...`).
+        """
         if not _is_copied(function):
             return function
         if function in self._functions:
             return self._functions[function]
         names = self._globals_of(function.__globals__)
-        cells = tuple(CellType() if _holds_function(cell) else cell for cell in function.__closure__ or ())
+        cells = tuple(CellType() if _holds_other(cell, function) else cell for cell in function.__closure__ or ())
         made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells or None)
         made.__kwdefaults__ = function.__kwdefaults__
         vars(made).update(vars(function))
-        self._functions[function] = made  # it may call itself, or be closed over by what it closes over
+        self._functions[function] = made  # it may be closed over by what it closes over
         for cell, before in zip(cells, function.__closure__ or (), strict=True):
             if cell is not before:
                 cell.cell_contents = self.function(before.cell_contents)
@@ -155,13 +158,13 @@ def _is_copied(function: FunctionType) -> bool:
     return _package(function.__globals__.get("__name__", "?")) not in _LEFT_ALONE
 
 
-def _holds_function(cell: CellType) -> bool:
+def _holds_other(cell: CellType, function: FunctionType) -> bool:
     """Whether a function closes over another one, as what a decorator makes does. Other values are shared."""
     try:
         value = cell.cell_contents
     except ValueError:  # empty
         return False
-    return isinstance(value, FunctionType) and _is_copied(value)
+    return isinstance(value, FunctionType) and value is not function and _is_copied(value)
 
 
 def _package(name: object) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
 from .fakes import MODEL_ERRORS, TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
-from .graphs import remove_dead_code
+from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
 from .numerics import forked_random
-from .tracer import ValueTracer, attribute
+from .tracer import ValueTracer
 
 _HOOKS = "Forward hooks (of {}) do not run while a model is traced: it must not need them"
 

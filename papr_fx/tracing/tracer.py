@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 
 from ..errors import TraceError, first_line
+from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
-from .graphs import annotate, is_in_place, leaves_of
+from .graphs import annotate, attribute, is_in_place, leaves_of
 from .joins import RecordJoins
 from .opened_modules import opened_modules
 from .own_names import OwnNames
@@ -60,6 +61,7 @@ class ValueTracer(fx.Tracer):
         self._mode = mode
         self.evaluating = False
         self._contexts = _contexts()
+        self._checkpoints = Checkpoints(lambda: not self.evaluating)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -104,7 +106,8 @@ class ValueTracer(fx.Tracer):
         proxies: dict[str, fx.Proxy] = {}
         kinds = {kind.__name__: stand_in(kind, partial(self._converted, kind)) for kind in (int, float)}
         own = OwnNames(self._named, kinds)
-        with symbolic_tracing(), opened_modules(model, self._called, lambda name, t: self.getattr(name, t, proxies), own):
+        modules = opened_modules(model, self._called, lambda name, t: self.getattr(name, t, proxies), own)
+        with symbolic_tracing(), self._checkpoints.watched(), modules:
             forward, args = self.create_args_for_root(
                 own.function(cast(FunctionType, type(model).forward)), True, concrete_args
             )
@@ -117,7 +120,7 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta.clear()
         node.meta["inside"] = tuple(name for name, _ in self.module_stack.values())
-        return node
+        return self._checkpoints.mark(node)
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call_module(module, module._call_impl, args, kwargs)
@@ -208,12 +211,6 @@ class ValueTracer(fx.Tracer):
             return self._scratch.get_submodule(target)(*args, **kwargs)
         except Exception as error:
             raise TraceError(f"`{target}` refused its input {_shapes(args)}: {first_line(error)}", target) from error
-
-
-def attribute(root: nn.Module, name: str) -> Any:
-    """The value of a dotted attribute of `root`."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(root.get_submodule(path), leaf)
 
 
 def image_parameter(forward: Callable[..., Any]) -> str:

@@ -1,0 +1,150 @@
+"""Gradient checkpointing: calls of `torch.utils.checkpoint` while a model is traced.
+
+A traced call would dissolve in the graph, and with it the memory that it saves. So its function is traced as any other code,
+and its nodes keep in `meta` the regions that they lie in. Code that is made of the graph calls each region as one function
+through `checkpoint` again, see `papr_fx.planning.checkpointing`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, cast
+
+from torch import fx
+from torch.utils import checkpoint
+
+from .surroundings import SharedSetting
+
+
+@dataclass(frozen=True)
+class Region:
+    """One call of `checkpoint`.
+
+    Attributes:
+        number: Which one, in the order of the calls.
+        options: Its options that differ from their defaults. `use_reentrant` is none of them: regions are not re-entrant, which
+            gives the same values and gradients, and gives them too where no input of a region needs a gradient.
+    """
+
+    number: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_Args = tuple[Any, ...]
+_Options = Mapping[str, Any]
+_Call = Callable[[Callable[..., Any], _Args, _Options, _Options], Any]
+
+
+class Checkpoints:
+    """The calls of `checkpoint` in a model that is being traced.
+
+    Args:
+        is_recorded: Whether the code that runs now is being traced.
+    """
+
+    def __init__(self, is_recorded: Callable[[], bool]) -> None:
+        self._is_recorded = is_recorded
+        self._count = 0
+        self._inside: tuple[Region, ...] = ()
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """While active, what a traced call of `checkpoint` in this thread records is in a region."""
+        before, _active.checkpoints = _active.checkpoints, self
+        try:
+            with _watching():
+                yield
+        finally:
+            _active.checkpoints = before
+
+    def call(self, plain: _Call, function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
+        """A call of `checkpoint`: recorded in a region if it is traced, else `plain`."""
+        if not self._is_recorded():
+            return plain(function, args, kwargs, options)
+        with self._region({name: value for name, value in options.items() if name != "use_reentrant"}):
+            return function(*args, **kwargs)
+
+    def mark(self, node: fx.Node) -> fx.Node:
+        """Notes the regions that `node` is recorded in, and returns it."""
+        return lay_inside(node, self._inside)
+
+    @contextmanager
+    def _region(self, options: Mapping[str, Any]) -> Generator[None]:
+        outside = self._inside
+        self._inside = (*outside, Region(self._count, tuple(options.items())))
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._inside = outside
+
+
+def regions_of(node: fx.Node) -> tuple[Region, ...]:
+    """The regions that a node lies in, from the outermost to the innermost."""
+    return node.meta.get("checkpoints", ())
+
+
+def lay_inside(node: fx.Node, regions: tuple[Region, ...]) -> fx.Node:
+    """Notes that `node` lies in these regions, and returns it."""
+    if regions:
+        node.meta["checkpoints"] = regions
+    return node
+
+
+class _Active(threading.local):
+    """What the calls of a thread go to."""
+
+    checkpoints: Checkpoints | None = None
+
+
+_active = _Active()
+
+
+def _dispatch() -> Callable[[], None]:
+    """Sends all calls of `checkpoint` to what is active in their thread; returns what undoes it.
+
+    Code may have imported `checkpoint` to anywhere, or bound it in a partial. So what `checkpoint` itself calls is replaced.
+    """
+    inner = "_checkpoint_impl"
+    if not hasattr(checkpoint, inner):
+        return _dispatch_undecorated()
+    original = getattr(checkpoint, inner)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(original).parameters.items()}
+
+    def plain(function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
+        return original(function, args, kwargs, **options)
+
+    def call(function: Callable[..., Any], args: _Args, kwargs: _Options, **options: Any) -> Any:
+        given = {name: value for name, value in options.items() if value is not defaults[name]}
+        active = _active.checkpoints
+        return active.call(plain, function, args, kwargs, given) if active else plain(function, args, kwargs, given)
+
+    setattr(checkpoint, inner, call)
+    return lambda: setattr(checkpoint, inner, original)
+
+
+def _dispatch_undecorated() -> Callable[[], None]:
+    """The same before torch 2.12, where `checkpoint` is a function in the closure of its wrapper."""
+    wrapper = cast(FunctionType, checkpoint.checkpoint)
+    cell = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True))["fn"]
+    original = cell.cell_contents
+    names = {*inspect.signature(original).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+
+    def plain(function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
+        return original(function, *args, **options, **kwargs)
+
+    def call(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        options = {name: named.pop(name) for name in names & named.keys()}
+        active = _active.checkpoints
+        return active.call(plain, function, args, named, options) if active else plain(function, args, named, options)
+
+    cell.cell_contents = call
+    return lambda: setattr(cell, "cell_contents", original)
+
+
+_watching = SharedSetting(_dispatch)
