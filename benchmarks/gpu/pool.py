@@ -101,8 +101,10 @@ class Pool:
         return [child for started in self._active for child in started.children if not child.ended]
 
     def _start(self, waiting: deque[Started]) -> None:
-        """Starts processes while there are slots, in the order of the tasks."""
-        while sum(child.working for child in self._children) < self._settings.slots:
+        """Starts processes while there are slots, in the order of the tasks. Those that wait for their turn hold memory."""
+        while (working := sum(child.working for child in self._children)) < self._settings.slots:
+            if working and len(self._children) >= 3 * self._settings.slots // 2:
+                return
             if not any(started.waiting for started in self._active):
                 if not waiting:
                     return

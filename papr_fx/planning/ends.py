@@ -50,7 +50,7 @@ def _follow_image(part: fx.GraphModule, images: Tensor) -> Tensor:
     """Which rows of the stream change with the image, (N,). Parameters on the meta device are taken to be ones."""
     own = [*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False)]
     on_meta = {name: t for name, t in own if t.is_meta}
-    values = {name: torch.full(t.shape, t.is_floating_point(), dtype=t.dtype) for name, t in on_meta.items()}
+    values = {name: torch.full(t.shape, t.is_floating_point(), device="cpu", dtype=t.dtype) for name, t in on_meta.items()}
     plain = torch.zeros((1, *images.shape[1:]), dtype=images.dtype, device="cpu" if images.is_meta else images.device)
     if images.is_floating_point():
         changed = torch.full_like(plain, torch.nan)

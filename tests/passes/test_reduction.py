@@ -195,10 +195,10 @@ def test_the_proof_finds_a_fault(monkeypatch, fault):
         weigh = reduce_tokens._weight
         seen = []
 
-        def faulty(graph, attention, sizes, number):
+        def faulty(graph, attention, sizes, ends, number):
             seen.append(sizes)
             if fault == "bias of older sizes" and number == 1:
-                weigh(graph, attention, sizes, number)
+                weigh(graph, attention, sizes, ends, number)
 
         monkeypatch.setattr(reduce_tokens, "_weight", faulty)
     with pytest.raises(papr_fx.VerifyError, match="merging: the output is off"):
