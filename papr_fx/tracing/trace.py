@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from .fakes import MODEL_ERRORS, TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
+from .fakes import TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
 from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
 from .numerics import forked_random
@@ -166,7 +166,7 @@ def _refusal(root: nn.Module, images: Tensor) -> str:
             scratch_copy(root)(images.new_zeros((TRACED_BATCH, *images.shape[1:])))
     except torch.OutOfMemoryError:  # says nothing about the model
         return ""
-    except MODEL_ERRORS as error:
+    except Exception as error:  # it is user code, and may raise anything
         size = f"{type(root).__name__} itself does not run on images {tuple(images.shape)}"
         return f"{size}: {first_line(error)}. Pass an example_input that it takes"
     return ""
