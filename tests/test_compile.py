@@ -131,7 +131,8 @@ def test_inductor_keeps_the_same_positions(name, channels_last):
     assert relative_error(out, reference) < 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param("ConvNeXt", marks=pytest.mark.slow), "torchvision Swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ConvNeXt", "torchvision Swin"])
 @torch.no_grad()
 def test_compiles_as_one_graph_in_inductor(name):
     family = FAMILIES[name]

@@ -269,10 +269,8 @@ def test_compiled(merge):
     model = ToyViT(Shape(depth=DEPTH)).eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=merge)
     torch.compiler.reset()
-    fast = torch.compile(gm, fullgraph=True)
-    for batch in (2, 3):
-        x = images(model.shape, batch, dtype=torch.float32)
-        assert relative_error(fast(x), gm(x)) < 1e-4
+    x = images(model.shape, 2, dtype=torch.float32)
+    assert relative_error(torch.compile(gm, fullgraph=True)(x), gm(x)) < 1e-4
 
 
 @torch.no_grad()

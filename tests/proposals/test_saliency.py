@@ -63,6 +63,9 @@ def test_a_proposal_without_classes_is_refused(saliency):
         papr_fx.transform(ToyViT(Shape()), flat, 0.5, saliency=saliency)
 
 
+LOWERED = ("psm", "scorecam")  # without and with further passes through the network
+
+
 @pytest.mark.parametrize("saliency", NAMES)
 @torch.no_grad()
 def test_in_a_transformed_model(saliency):
@@ -71,7 +74,8 @@ def test_in_a_transformed_model(saliency):
     gm = papr_fx.transform(model, enliven(ConvNet()), 0.5, saliency=saliency)
     x = torch.randn(2, 3, 16, 24)
     torch.compiler.reset()
-    assert relative_error(torch.compile(gm, fullgraph=True)(x), gm(x)) < 1e-4
+    fast = torch.compile(gm, fullgraph=True, backend="inductor" if saliency in LOWERED else "aot_eager")
+    assert relative_error(fast(x), gm(x)) < 1e-4
     assert torch.equal(copy.deepcopy(gm)(x), gm(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gm(x).shape == (2, 7)
