@@ -110,8 +110,8 @@ def test_another_keep_ratio_is_compiled_once_more():
 @pytest.mark.parametrize(
     ("name", "channels_last"),
     [
-        *(("ViT", False), ("rotary ViT", False), ("ConvNeXt", True)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ConvNeXt", False), ("Swin", True))),
+        *(("rotary ViT", False), ("ConvNeXt", True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ViT", False), ("ConvNeXt", False), ("Swin", True))),
     ],
 )
 @torch.no_grad()
@@ -144,7 +144,7 @@ def test_compiles_as_one_graph_in_inductor(name):
     assert relative_error(compiled(x), gm(x)) < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("mode", [pytest.param("reduce-overhead", marks=pytest.mark.slow), "max-autotune"])
 @torch.no_grad()
 def test_modes(mode):
     _, gm, shape = pair("ViT")
