@@ -15,7 +15,7 @@ from ..tracing.blocks import block_of
 from ..tracing.graphs import ancestors, called, shape_of
 from .repairs import Count, Numbering, View
 from .tables import Tables
-from .token_run import TokenRun
+from .token_run import TokenRun, is_size
 
 # Calls that number positions, given how many there are.
 NUMBERING_CALLS = (torch.arange, torch.linspace)
@@ -231,8 +231,3 @@ def view_sizes(node: fx.Node) -> list[Any]:
     """The sizes that a reshape gets."""
     sizes = list(node.args[1:])
     return list(cast("Sequence[Any]", sizes[0])) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-
-
-def is_size(value: object) -> bool:
-    """Whether a value is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -14,10 +14,11 @@ from ..ops.rows import Span
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import called, shape_of
 from ..tracing.trace import OpenError
-from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views, is_size
+from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views
 from .repairs import Repairs
+from .slices import other_tokens
 from .tables import Tables
-from .token_run import RunError, TokenRun, TokenStream
+from .token_run import RunError, TokenRun, TokenStream, is_size
 
 
 def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repairs:
@@ -80,7 +81,7 @@ class ShorterRun(TokenRun):
         except RunError as failed:
             out = self._repaired(n, failed.error)
         else:
-            out = out if self.is_shorter(n, out) else self._of_kept(n, out)
+            out = out if self.is_shorter(n, out) and not other_tokens(self, n) else self._of_kept(n, out)
         kept = {kept for _, kept in self.lengths.values()}
         suspect = n.op == "call_module" and self.in_block(n) and not recorder.counts.isdisjoint(kept)
         if suspect and self._follows_length(n, recorder.counts):
@@ -93,19 +94,12 @@ class ShorterRun(TokenRun):
         if view is not None or called(node) != "getitem" or not isinstance(out, Tensor):
             return out if view is None else view
         cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
-        if cut is None and (stop := self._stop(node)):
+        if taken := other_tokens(self, node):
             raise NoSiteError(
-                f"`{node.name}` takes the tokens as far as number {stop}, a constant: with fewer tokens it would take others. "
-                "Count from the end or by the token count there, as in `x[:, :-n]`"
+                f"`{node.name}` takes {taken}, a constant: with fewer tokens it would take others. Slice by the number of "
+                "tokens in front of the patches and behind them (`x[:, n:-m]`), or by the token count there (`x.shape[1]`)"
             )
         return out if cut is None else cut
-
-    def _stop(self, node: fx.Node) -> int:
-        """The constant number of tokens at which a slice of the token axis stops; 0 if it is another call."""
-        index = cast("Any", node.args[1])
-        part = index[1] if isinstance(index, tuple) and len(cast("tuple[Any, ...]", index)) > 1 else None
-        dense = {count for count, _ in self.lengths.values()}
-        return part.stop if isinstance(part, slice) and type(part.stop) is int and part.stop in dense else 0
 
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
         """The result of a node that failed, with what it reads repaired."""
