@@ -131,5 +131,6 @@ def _checked_images(gm: PrunedModule, images: object) -> Tensor:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         axes = ", ".join(layout.replace("C", str(shape[axis])))
         raise ArgumentError(f"images must be a tensor ({axes}) such as (1, {', '.join(map(str, shape[1:]))}), not {found}")
-    gm.plan.signature.check_size(images)
-    return images
+    signature = gm.plan.signature
+    signature.check_size(images)
+    return signature.converted(images, gm.get_parameter(signature.cast).dtype) if signature.cast else images

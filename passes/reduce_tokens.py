@@ -26,13 +26,13 @@ Left alone:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.attentions import Attention, Mean, as_sdpa, call_arguments, find_readers
+from ..dataflow.attentions import Attention, Mean, TokenReaders, as_sdpa, call_arguments, find_readers
 from ..dataflow.moves import operands
 from ..errors import NoSiteError
 from ..ops import TokenRows
@@ -115,10 +115,23 @@ def find_sites(
         return ReductionSites()
     nodes = nodes_by_name(graph)
     start = list(nodes).index(calls[chosen[0]][0].name)
-    seen = find_readers(root, graph, [*nodes.values()][start:], {rows.count, rows.cells}, images)
+    counts = {rows.cells + rows.others - span.first - span.behind for span in rows.spans}
+    seen = find_readers(root, graph, [*nodes.values()][start:], counts, images)
+    _check_ends(nodes, seen, counts - {rows.count, rows.cells})
     attentions = [nodes[name] for name, _ in seen.attentions]
     sites = tuple(_site(token_site.stream, block, calls[block], attentions) for block in chosen)
     return ReductionSites(sites, seen.attentions, seen.means)
+
+
+def _check_ends(nodes: Mapping[str, fx.Node], seen: TokenReaders, counts: Collection[int]) -> None:
+    """Refuses what reads the patches and the tokens of one end alone, which are `counts`: its length would not tell which."""
+    read = {name: (nodes[name].all_input_nodes[0], axis) for name, axis in seen.means}
+    for name, heads in seen.attentions:
+        given = call_arguments(nodes[name])
+        read[name] = (given["query"], 1) if heads else (given["key"], -2)
+    for name, (value, axis) in read.items():
+        if (shape_of(value) or (0, 0))[axis] in counts:
+            raise NoSiteError(f"merge: `{name}` reads the patches and the other tokens of one end alone")
 
 
 def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens: Remaining) -> None:

@@ -25,7 +25,6 @@ from .jobs import Job
 from .subjects import SUBJECTS, Sight, at_unit_scale, images_for
 
 Row = dict[str, Any]
-DTYPES = ("float32", "bfloat16", "float16")
 _SHARE = {"float32": 0.99, "bfloat16": 0.85, "float16": 0.95}  # of kept positions that must be the same in another mode
 _ERROR = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # of outputs on the same positions
 

@@ -20,7 +20,6 @@ from .speed import DENSE
 Row = dict[str, Any]
 _ROUNDS, _LEAST_ROUNDS, _SAMPLES = 7, 3, 2
 _SECONDS_OF_TURNS = 2.5  # for all rounds of one task
-_MOST_PROFILED = 5  # tasks: while one is profiled, no other process is started
 _LAST = 20.0  # seconds before the end, in which what is ready is still timed
 
 
@@ -80,7 +79,6 @@ class Pool:
         if settings.context == "forkserver":
             self._context.set_forkserver_preload(["benchmarks.gpu.member"])
         self._active: list[Started] = []
-        self._profiled = 0
 
     def run(self, tasks: Sequence[Task]) -> list[Task]:
         """Runs tasks until the time is over; returns those of which nothing was told, for want of time."""

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import NoSiteError
 from ..ops.reduction import join_heads, split_heads
+from ..tracing.checkpoints import lay_inside, regions_of
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import Run, shape_of
 from ..tracing.trace import OpenError
@@ -123,9 +124,10 @@ def as_sdpa(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
     with graph.inserting_before(node):
 
         def create(function: Callable[..., Any], *arguments: Any, suffix: str) -> fx.Node:
-            return graph.create_node("call_function", function, arguments, name=f"{name}_{suffix}")
+            made = graph.create_node("call_function", function, arguments, name=f"{name}_{suffix}")
+            return lay_inside(made, regions_of(node))
 
-        weights = [graph.get_attr(f"{node.target}.{part}") for part in _MULTIHEAD_WEIGHTS]
+        weights = [lay_inside(graph.get_attr(f"{node.target}.{part}"), regions_of(node)) for part in _MULTIHEAD_WEIGHTS]
         split = create(split_heads, create(F.linear, tokens, *weights[:2], suffix="qkv"), heads, suffix="heads")
         queries, keys, values = (create(operator.getitem, split, i, suffix="qkv"[i]) for i in range(3))
         attention = create(F.scaled_dot_product_attention, queries, keys, values, suffix="mixed")

@@ -84,6 +84,7 @@ class TokenRun(Run):
         lengths = set(self.lengths.values())
         return all(size == before or (before, size) in lengths for before, size in zip(dense, out.shape, strict=True))
 
+
 def is_size(value: object) -> bool:
     """Whether a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -73,8 +73,9 @@ def prune_by_pixels(
     name = type(model).__name__
     example = Example.of(model, images)
     signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
-    if example.follows and casts_images(traced.graph, model, images, record):
-        signature = signature.casting(example.like)
+    floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
+    if floating:
+        signature = signature.casting(example.like, integers=integers)
     plan = Plan(name, eval_plan, train_plan, frozenset(opened), example, target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
     root.papr_proposal = proposal()

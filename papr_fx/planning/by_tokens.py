@@ -108,8 +108,9 @@ class _Planner:
             )
         example = Example.of(model, images)
         signature = self._signature(site, taken)
-        if example.follows and casts_images(traced.graph, model, images, record):
-            signature = signature.casting(example.like)
+        floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
+        if floating:
+            signature = signature.casting(example.like, integers=integers)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
         target = Target(z, layout, bool(taken))
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)

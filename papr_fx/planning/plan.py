@@ -18,7 +18,6 @@ from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
-from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import find
 from .example import Example
 from .signature import Signature
@@ -278,11 +277,6 @@ class Plan:
     def choices(self, training: bool) -> tuple[Choice, ...]:
         """Where positions are chosen, in order."""
         return self.mode(training).choices()
-
-
-def stream_of(graph: fx.Graph, choice: Choice) -> fx.Node:
-    """The node of a dense graph whose positions are in the order of `choice`."""
-    return nodes_by_name(graph)[choice.stream]
 
 
 def keep_of(graph: fx.Graph, choice: Choice) -> fx.Node:

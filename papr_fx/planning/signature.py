@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, PythonCode, _format_target
 
@@ -44,7 +45,8 @@ class Signature:
         rest: Names of `*args` and `**kwargs` among the parameters.
         sides: (H, W), or (T, H, W), of the only images that the graph holds for; empty if it takes several sizes.
         axes: Their axes.
-        cast: Name of the parameter whose dtype images are given; empty if the graph takes them as they are.
+        cast: Name of a parameter: floating images are converted to its dtype. Empty if images are taken as they are.
+        integers: Whether integers are converted too. Of bytes a model may make something else.
         grid: The grid of patches of such images, if others with as many patches are taken too; else empty.
     """
 
@@ -57,6 +59,7 @@ class Signature:
     sides: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
     cast: str = ""
+    integers: bool = False
     grid: tuple[int, ...] = ()
 
     @classmethod
@@ -81,9 +84,14 @@ class Signature:
         axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
         return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes)
 
-    def casting(self, parameter: str) -> Signature:
-        """The same for a model that gives images the dtype of this parameter."""
-        return replace(self, cast=parameter)
+    def casting(self, parameter: str, *, integers: bool) -> Signature:
+        """The same for a model that converts images to the dtype of this parameter: floating ones, or `integers` too."""
+        return replace(self, cast=parameter, integers=integers)
+
+    def converted(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images in that dtype, if they are converted."""
+        is_proxy = isinstance(cast(object, images), fx.Proxy)
+        return images.to(dtype) if is_proxy or self.integers or images.is_floating_point() else images
 
     def for_count(self, shape: Sequence[int], layout: str, grid: tuple[int, ...]) -> Signature:
         """The same for images of this size, and of others that have as many patches as `grid`."""
@@ -172,15 +180,22 @@ class CallCode(CodeGen):
         if signature.sides:
             lines.append(f"    {_CHECK_SIZE}({signature.images})")
         if signature.cast:
-            lines.append(f"    {signature.images} = {signature.images}.to({_format_target('self', signature.cast)}.dtype)")
+            dtype = f"{_format_target('self', signature.cast)}.dtype"
+            lines.append(f"    {signature.images} = {_CONVERT}({signature.images}, {dtype})")
         if images != signature.images:
             lines.append(f"    {images} = {signature.images}")
         return "\n".join([head, *lines])
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(_CHECK, self._signature.check), (_CHECK_SIZE, self._signature.check_size), *self._variables.items()]
+        checks = [
+            (_CHECK, self._signature.check),
+            (_CHECK_SIZE, self._signature.check_size),
+            (_CONVERT, self._signature.converted),
+        ]
+        return [*checks, *self._variables.items()]
 
 
+_CONVERT = "papr_converted"
 _CHECK = "papr_check_arguments"
 _CHECK_SIZE = "papr_check_size"
 

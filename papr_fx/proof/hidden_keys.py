@@ -130,9 +130,10 @@ class HiddenKeys(TorchFunctionMode):
         """Notes which rows are hidden in parts of the tokens, and in longer sequences that are put together of them."""
         if func is Tensor.__getitem__ and isinstance(out, Tensor) and out.ndim == args[0].ndim == 3:
             whole, index = self._rows_of(args[0]), args[1]
-            if whole is not None and isinstance(index, tuple) and all(isinstance(part, slice) for part in index[:2]):
-                self._parts[id(out)] = (out, whole[:, index[1]])  # the tensor itself is held, so that its id stays its own
-        elif func in (torch.cat, torch.concat) and out.ndim == 3 and kwargs.get("dim", (*args, 0)[1]) in (1, -2):
+            parts = cast("tuple[Any, ...]", index)[:2] if isinstance(index, tuple) else ()
+            if whole is not None and len(parts) == 2 and all(isinstance(part, slice) for part in parts):
+                self._parts[id(out)] = (out, whole[:, parts[1]])  # the tensor itself is held, so that its id stays its own
+        elif func in _CONCATENATIONS and out.ndim == 3 and _axis(args, kwargs) in (1, -2):
             pieces = kwargs["tensors"] if "tensors" in kwargs else args[0]
             masks = [self._rows_of(piece) for piece in pieces]
             if any(mask is not None for mask in masks):
@@ -178,3 +179,12 @@ class HiddenKeys(TorchFunctionMode):
         if mask is None:
             return 0.0
         return torch.where(mask, 0.0, float("-inf")).to(like.dtype) if mask.dtype == torch.bool else mask
+
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+
+def _axis(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The axis along which a call of `torch.cat` works."""
+    given = next((kwargs[name] for name in ("dim", "axis") if name in kwargs), None)
+    return given if given is not None else next(iter(args[1:]), 0)

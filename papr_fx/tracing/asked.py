@@ -55,8 +55,10 @@ def with_questions(
     return graph
 
 
-def casts_images(graph: fx.Graph, model: nn.Module, images: Tensor, record: Callable[[nn.Module, Tensor], Traced]) -> bool:
-    """Whether the model's code gives images of any dtype that of `images`, before all else.
+def casts_images(
+    graph: fx.Graph, model: nn.Module, images: Tensor, record: Callable[[nn.Module, Tensor], Traced]
+) -> tuple[bool, bool]:
+    """Whether the model's code first converts floating images to the dtype of `images`, and whether it does so with bytes.
 
     Code such as `if x.dtype != self.weight.dtype: x = x.to(self.weight.dtype)` leaves no trace where they are equal.
 
@@ -67,17 +69,23 @@ def casts_images(graph: fx.Graph, model: nn.Module, images: Tensor, record: Call
         record: Traces a model with images as that graph was traced.
     """
     other = torch.bfloat16 if images.dtype == torch.float32 else torch.float32
+    floating = _casts(graph, lambda: record(model, images.to(other)), images.dtype)
+    return floating, floating and _casts(graph, lambda: record(model, images.to(torch.uint8)), images.dtype)
+
+
+def _casts(graph: fx.Graph, again: Callable[[], Traced], dtype: torch.dtype) -> bool:
+    """Whether the model traced again, with other images, does what `graph` does once it has converted them to `dtype`."""
     try:
-        again = copy.deepcopy(record(model, images.to(other)).graph)
-    except TraceError:  # most models refuse it in their first layer
+        other = copy.deepcopy(again().graph)
+    except TraceError:  # most models refuse them in their first layer
         return False
-    (first,) = again.find_nodes(op="placeholder")
+    (first,) = other.find_nodes(op="placeholder")
     cast = next(iter(first.users), first)
-    if len(first.users) != 1 or called(cast) != "to" or cast.meta.get("dtype") != images.dtype:
+    if len(first.users) != 1 or called(cast) != "to" or cast.meta.get("dtype") != dtype:
         return False
     cast.replace_all_uses_with(first)
-    again.erase_node(cast)
-    return _form(graph) == _form(again)
+    other.erase_node(cast)
+    return _form(graph) == _form(other)
 
 
 def _form(graph: fx.Graph) -> list[tuple[object, ...]]:

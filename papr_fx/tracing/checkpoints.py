@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import fx
 from torch.utils import checkpoint
 
+from .own_names import original
 from .surroundings import SharedSetting
 
 
@@ -66,7 +67,7 @@ class Checkpoints:
         """A call of `checkpoint`: recorded in a region if it is traced, else `plain`."""
         if not self._is_recorded():
             return plain(function, args, kwargs, options)
-        with self._region({name: value for name, value in options.items() if name != "use_reentrant"}):
+        with self._region({name: original(value) for name, value in options.items() if name != "use_reentrant"}):
             return function(*args, **kwargs)
 
     def mark(self, node: fx.Node) -> fx.Node:

@@ -47,11 +47,11 @@ def opened_modules(
         read: Called with the name of a parameter or buffer, and its value.
         own: The names that methods see.
     """
-    changes = [_open(module, call, read, own) for module in root.modules()]
+    changes = [(module, _open(module, call, read, own)) for module in root.modules()]
     try:
         yield
     finally:
-        for module, added in zip(root.modules(), changes, strict=True):
+        for module, added in changes:
             _close(module, added)
 
 

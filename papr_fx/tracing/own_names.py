@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import sys
-from collections.abc import Callable
-from types import CellType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 # Called with a namespace, a name and its value there; returns what stands for the value, or the value itself.
@@ -19,6 +20,8 @@ Replace = Callable[[dict[str, Any], str, Any], Any]
 
 # Tensors' functions record themselves, and what Python brings along does not call the model's code.
 _LEFT_ALONE = sys.stdlib_module_names | {"torch"}
+# Where a function of a trace keeps the one that it was made of.
+_ORIGINAL = "papr_original"
 # Globals that the interpreter reads without asking `__missing__`.
 _SEEN_BY_PYTHON = ("__name__", "__package__", "__spec__", "__loader__", "__file__", "__path__", "__warningregistry__")
 
@@ -52,7 +55,9 @@ class OwnNames:
         cells = tuple(CellType() if _holds_other(cell, function) else cell for cell in function.__closure__ or ())
         made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells or None)
         made.__kwdefaults__ = function.__kwdefaults__
-        vars(made).update(vars(function))
+        vars(made).update(vars(function), **{_ORIGINAL: function})
+        for code in _class_bodies(function.__code__):  # Python looks names up there without asking `__missing__`
+            names.update({name: names[name] for name in code.co_names if name in names})
         self._functions[function] = made  # it may be closed over by what it closes over
         for cell, before in zip(cells, function.__closure__ or (), strict=True):
             if cell is not before:
@@ -77,6 +82,8 @@ class OwnNames:
             return replaced
         if isinstance(value, FunctionType):
             return self.function(value)
+        if type(value) is functools.partial and self.value({}, "", value.func) is not value.func:
+            return functools.partial(self.value({}, "", value.func), *value.args, **value.keywords)
         if isinstance(value, functools._lru_cache_wrapper):  # a cache would keep what is traced now
             return self.function(inner) if isinstance(inner := value.__wrapped__, FunctionType) else value
         return self.view(value) if isinstance(value, ModuleType) else value
@@ -127,6 +134,15 @@ class _Globals(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         return self._own.value(self._names, name, self._names[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
 
 class _View(ModuleType):
     def __init__(self, module: ModuleType, own: OwnNames) -> None:
@@ -152,6 +168,23 @@ class _Super:
         if not isinstance(value, MethodType) or not isinstance(value.__func__, FunctionType):
             return value
         return MethodType(own.function(value.__func__), value.__self__)
+
+
+def original(value: Any) -> Any:
+    """The function that a function of a trace was made of, also inside a partial; any other value itself."""
+    if type(value) is functools.partial:
+        named = {name: original(given) for name, given in value.keywords.items()}
+        return functools.partial(original(value.func), *map(original, value.args), **named)
+    return getattr(value, _ORIGINAL, value) if isinstance(value, FunctionType) else value
+
+
+def _class_bodies(code: CodeType) -> Iterator[CodeType]:
+    """The code of classes that are defined in a function."""
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            if not part.co_flags & inspect.CO_OPTIMIZED:
+                yield part
+            yield from _class_bodies(part)
 
 
 def _is_copied(function: FunctionType) -> bool:

@@ -38,6 +38,10 @@ _FACTORIES = (
 )
 
 
+# Types that PyTorch takes for a dtype; `fx` takes none as an argument.
+_DTYPES: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool}
+
+
 class ValueTracer(fx.Tracer):
     """An `fx.Tracer` that evaluates each node on fake tensors as it records it.
 
@@ -62,6 +66,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self._contexts = _contexts()
         self._checkpoints = Checkpoints(lambda: not self.evaluating)
+        self._kinds: dict[type, type] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._opened(m, module_qualified_name)
@@ -94,7 +99,11 @@ class ValueTracer(fx.Tracer):
         if is_container(a):
             made, parts = rebuilt(a)
             return self.create_node("call_function", made, tuple(self.create_arg(part) for part in parts), {})
-        return super().create_arg(a)
+        return super().create_arg(_DTYPES.get(self._real(a), a) if isinstance(a, type) else a)
+
+    def _real(self, a: Any) -> Any:
+        """What a stand-in for `int` or `float` stands for, which code may pass as a dtype; `a` itself otherwise."""
+        return self._kinds.get(a, a) if isinstance(a, type) else a
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As `fx.Tracer.trace` does, but patches `root` only, where that patches `nn.Module` and global names."""
@@ -105,6 +114,7 @@ class ValueTracer(fx.Tracer):
         self.tensor_attrs = {}  # of plain tensors, which are buffers here
         proxies: dict[str, fx.Proxy] = {}
         kinds = {kind.__name__: stand_in(kind, partial(self._converted, kind)) for kind in (int, float)}
+        self._kinds = {kinds[kind.__name__]: kind for kind in (int, float)}
         own = OwnNames(self._named, kinds)
         modules = opened_modules(model, self._called, lambda name, t: self.getattr(name, t, proxies), own)
         with symbolic_tracing(), self._checkpoints.watched(), modules:
@@ -136,7 +146,7 @@ class ValueTracer(fx.Tracer):
         def call(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
                 return self.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
+            return function(*map(self._real, args), **{name: self._real(value) for name, value in kwargs.items()})
 
         return call
 

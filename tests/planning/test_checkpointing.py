@@ -3,21 +3,21 @@
 import copy
 import io
 import pickle
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import papr_fx
 from papr_fx.planning.checkpointing import outline, with_functions
 from papr_fx.tracing.checkpoints import Region, lay_inside, regions_of
 from papr_fx.tracing.numerics import relative_error
 
-from ..models import toy_proposal
-from ..models.checkpointed import CASES, User
+from ..models import enliven, toy_proposal
+from ..models.checkpointed import CASES, User, by_block
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant calls, in any model
 
@@ -163,6 +163,44 @@ class Branches(nn.Module):
 
     def forward(self, x):
         return checkpoint(lambda x: x if x.mean() > 0 else -x, x, use_reentrant=False)
+
+
+def contexts():
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+
+def with_contexts(model, x):
+    for block in model.blocks:
+        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    return x
+
+
+def test_functions_among_the_options_are_the_users_own():
+    """A trace runs copies of functions; a copy could not be pickled."""
+    model = User(with_contexts).train()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example(model), verify=False)
+    assert {dict(region.options)["context_fn"] for node in gm.graph.nodes for region in regions_of(node)} == {contexts}
+    torch.save(gm, io.BytesIO())
+
+
+class MultiHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+def test_an_attention_that_is_opened_for_merging_stays_in_its_region():
+    model = User(partial(by_block, use_reentrant=False)).train()
+    for block in model.blocks:
+        block.attn = MultiHead()
+    enliven(model)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example(model), verify=False, merge=papr_fx.Merge(2))
+    inside = [node for node in gm.graph.nodes if node.target is torch.nn.functional.scaled_dot_product_attention]
+    assert len(inside) == 4
+    assert all(regions_of(node) for node in inside)
 
 
 def test_nothing_is_left_behind_by_a_trace_that_fails():

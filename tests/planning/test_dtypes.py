@@ -163,6 +163,32 @@ def test_images_of_any_dtype_where_the_model_takes_them(mode, dtype):
     assert torch.equal(compiled(x), gm(x.half()))
 
 
+class Scaling(Casting):
+    """Takes bytes as pixels from 0 to 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255 if x.dtype == torch.uint8 else x)
+
+
+@torch.no_grad()
+def test_bytes_are_converted_where_the_model_converts_them_alone():
+    x = images(Shape(), 3)
+    model = Scaling(enliven(ToyViT(Shape()))).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1].float(), verify=False)
+    assert torch.equal(gm(x.half()), gm(x.half().float()))
+    with pytest.raises(RuntimeError, match="type"):
+        gm(x.byte())
+
+
+@torch.no_grad()
+def test_queries_convert_images_as_the_model_does():
+    x = images(Shape(), 3)
+    model = Casting(enliven(ToyViT(Shape()))).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1].float(), verify=False)
+    found, wanted = (papr_fx.keep_masks(gm, given) for given in (x.half(), x.half().float()))
+    assert all(torch.equal(found[grid], wanted[grid]) for grid in wanted)
+
+
 def test_images_of_another_dtype_where_the_model_does_not():
     x = images(Shape(), 3)
     for model in (ToyViT(Shape()), Casting(ToyViT(Shape()), turns=True)):

@@ -107,6 +107,24 @@ class Asking(nn.Module):
         return ramp(x) if known and isinstance(torch, type(math)) else x
 
 
+class Looking(nn.Module):
+    """Reads globals by name, in the body of a class, and through a partial; passes types for dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp = functools.partial(recursive_ramp, depth=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        class Here:
+            found = ramp
+
+        assert "ramp" in globals()
+        assert globals().get("nothing") is None
+        missing = globals().get("ramp", lambda x: x)
+        ones = torch.ones(1, dtype=float) * (x == x).to(int)[:, :1, :1]
+        return (Here.found(x) + missing(x) + self.ramp(x) + ones.to(float)).to(x.dtype)
+
+
 class Model(ToyViT):
     """Adds a value by image in front of its tokens' blocks, made by a part of its own."""
 
@@ -118,7 +136,7 @@ class Model(ToyViT):
         return super().tokens(x) + 0.1 * self.part(x.flatten(1)[:, None])
 
 
-@pytest.mark.parametrize("kind", [Derived, Static, Held, Importing, Nested, Cached, Asking])
+@pytest.mark.parametrize("kind", [Derived, Static, Held, Importing, Nested, Cached, Asking, Looking])
 @torch.no_grad()
 def test_code_follows_the_batch_wherever_it_is(kind):
     """Where a name were left out, the batch size would be a constant."""
@@ -142,6 +160,28 @@ def test_a_warning_names_its_module():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"tests\.tracing\.test_own_names")
         papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+
+
+class Changing(nn.Module):
+    """Makes a part at its first call, and drops another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "old"):
+            del self.old
+            self.new = nn.Identity()
+        return self.new(x.sum((1, 2), keepdim=True))
+
+
+def test_a_model_may_change_its_parts():
+    model = enliven(Model(Changing())).eval()
+    traced = trace(model, torch.zeros(1, 3, 8, 12), lambda module, name: True)
+    x = torch.randn(2, 3, 8, 12)
+    assert hasattr(model.part, "old")
+    assert torch.equal(traced.module(model)(x), model(x))
 
 
 def test_modules_are_closed_again():
