@@ -227,6 +227,18 @@ def test_matching_and_dropping_leave_the_last_tokens():
     assert ops.last_sizes(sizes, 20, MORE).equal(sizes)
 
 
+class PooledBehind(Behind):
+    """Averages the patches and the tokens behind them, without the class token."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 1:].mean(1))
+
+
+def test_merging_refuses_a_mean_over_one_end():
+    with pytest.raises(papr_fx.NoSiteError, match="merge: `mean` reads the patches and the other tokens of one end alone"):
+        papr_fx.transform(PooledBehind().eval(), toy_proposal(), 0.6, mode="tokens", merge=papr_fx.Merge(2, "all"))
+
+
 class Prompted(Block):
     """Adds prompts to its tokens and takes them away again; `where` says how."""
 
@@ -240,11 +252,12 @@ class Prompted(Block):
         if self.where == "second":
             x = super().forward(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
             return torch.cat([x[:, :1], x[:, 1 + MORE :]], dim=1)
-        x = super().forward(torch.cat([x, prompts], dim=1))
+        put = (lambda parts: torch.concatenate(parts, axis=1)) if self.where == "axis" else (lambda parts: torch.cat(parts, 1))
+        x = super().forward(put([x[:,], prompts]))
         return x[:, :count] if self.where == "count" else x[:, :-MORE]
 
 
-@pytest.mark.parametrize(("where", "fused"), [("second", True), ("count", False), ("end", True)])
+@pytest.mark.parametrize(("where", "fused"), [("second", True), ("count", False), ("end", True), ("axis", True)])
 @torch.no_grad()
 def test_prompts_inside_a_block(where, fused):
     model = ToyViT(SHAPE)
