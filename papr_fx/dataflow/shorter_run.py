@@ -96,7 +96,7 @@ class ShorterRun(TokenRun):
         cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
         if taken := other_tokens(self, node):
             raise NoSiteError(
-                f"`{node.name}` takes {taken}, a constant: with fewer tokens it would take others. Slice by the number of "
+                f"`{node.name}` takes {taken}: of fewer tokens it would take others. Slice by the number of "
                 "tokens in front of the patches and behind them (`x[:, n:-m]`), or by the token count there (`x.shape[1]`)"
             )
         return out if cut is None else cut

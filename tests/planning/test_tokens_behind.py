@@ -313,5 +313,5 @@ def test_deep_prompts():
 
 
 def test_a_constant_number_of_tokens_is_refused():
-    with pytest.raises(papr_fx.NoSiteError, match=r"takes \[:17\] of 20 tokens, a constant"):
+    with pytest.raises(papr_fx.NoSiteError, match=r"takes \[:17\] of 20 tokens: of fewer"):
         papr_fx.transform(DeepPrompts(17).eval(), toy_proposal(), 0.5, mode="tokens", verify=False)
