@@ -33,6 +33,7 @@ def test_images_are_what_they_say():
     assert not torch.equal(train.pixels[:200], test.pixels)
 
 
+@pytest.mark.slow
 def test_training_example():
     out = run("-m", "examples.clutter", "--steps", 3, "--images", 120)
     assert "of held-out images right" in out

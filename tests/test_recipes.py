@@ -25,7 +25,7 @@ MODELS = {
 }
 # Compilers in C++ take their time: not for every model.
 FOR_ALL = ("torch.export and AOTInductor", "ONNX", "Half precision", "Saving and loading", "int8 weights")
-SLOW = {("torch.export and AOTInductor", model) for model in MODELS if model != "ViT"} | {
+SLOW = {("torch.export and AOTInductor", model) for model in MODELS} | {
     ("ONNX", "rotary ViT"),
     ("ONNX", "ConvNeXt"),
     ("ONNX", "Swin"),

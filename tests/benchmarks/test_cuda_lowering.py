@@ -42,8 +42,8 @@ MODELS = {
 }
 PROPOSALS = {"ViT": toy_proposal, "ConvNeXt": toy_proposal, "Swin": separable_proposal}
 GRIDS = {"ViT": 1, "ConvNeXt": 4, "Swin": 2}
-SLOW = "ConvNeXt"
-EACH = [pytest.param(name, marks=pytest.mark.slow if name == SLOW else ()) for name in MODELS]
+SLOW = ("ConvNeXt", "Swin")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
 
 
 class MaskIndexing(nn.Module):
@@ -110,7 +110,7 @@ def lower_all(path: Path, *, slow: bool) -> None:
         return lower(module, SHAPE, Target(GPUS[90], torch.bfloat16, compile_kernels=compile_kernels))
 
     for name, build in MODELS.items():
-        if name == SLOW and not slow:
+        if name in SLOW and not slow:
             continue
         model = build().eval()
         gm = papr_fx.transform(model, PROPOSALS[name](), 0.5, example_input=torch.zeros(1, *SHAPE[1:]), verify=False)
@@ -177,6 +177,7 @@ def test_bytes_and_time_are_those_of_an_h100(found, name, part):
     assert lowered["ms"] < lowered["bytes"] / 1e9
 
 
+@pytest.mark.slow
 def test_a_depthwise_convolution_joins_the_kernels_around_it(found):
     proposal = found["Swin"]["proposal"]
     assert proposal["calls"] == {"convolution": 2}  # the pointwise ones

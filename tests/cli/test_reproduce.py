@@ -90,6 +90,7 @@ def right(model: torch.nn.Module, preprocess, folder: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reproduced(small, capsys):
     folder = str(small / "images")
     for given, reason in (

@@ -22,6 +22,7 @@ def test_break_even(speeds, expected):
     assert break_even(rows) == {("m", "papr z=0.5", "eager"): expected}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_and_autocast():
     x = torch.zeros(1, 3, *Shape().image)

@@ -13,7 +13,11 @@ from ..models.hierarchical import FAMILIES, masked_run, timm_model
 
 
 @pytest.mark.parametrize(
-    ("build", "sites"), [(timm_model("convnext_tiny"), 18), (torchvision.models.swin_t, 12)], ids=["convnext", "swin"]
+    ("build", "sites"),
+    [
+        pytest.param(timm_model("convnext_tiny"), 18, id="convnext"),
+        pytest.param(torchvision.models.swin_t, 12, id="swin", marks=pytest.mark.slow),
+    ],
 )
 def test_meta_models_are_planned_without_numbers(build, sites):
     with torch.device("meta"):

@@ -31,6 +31,7 @@ def test_proposals_of_torchvision(network):
     assert relative_error(found(x), nn.Sequential(*stages)(x).mean(1)) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_x3d_is_cut_before_its_pooling():
     with warnings.catch_warnings():
