@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from typing import ClassVar
 
@@ -112,11 +113,10 @@ def run(seconds: float, names: list[str], works: list) -> list[int]:
         started.wait()
         end, count = time.monotonic() + seconds, 0
         while not count or (time.monotonic() < end and not stop.is_set()):
-            try:
+            with ExitStack() as failing:
+                failing.callback(stop.set)  # unless the work is done
                 works[number](cases[(number + count) % len(cases)])
-            except BaseException:
-                stop.set()
-                raise
+                failing.pop_all()
             count += 1
         return count
 

@@ -37,7 +37,7 @@ def serve(connection: Connection, job: Job, log: Path) -> None:
         else:
             _take_turns(connection, job, device)
         connection.send(("end", None))
-    except BaseException:  # whatever it is, the parent has to know
+    except Exception:  # it runs whole models; of a process that is killed the parent sees the end
         connection.send(("error", traceback.format_exc().strip().splitlines()[-12:]))
         raise
 

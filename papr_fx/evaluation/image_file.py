@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = (
 )
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
-# What Pillow raises for a file that is damaged, or too large.
+# What Pillow raises for a file that is damaged, too large, or in an encoding that it does not read (`NotImplementedError`).
 _DAMAGED = (
     *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
