@@ -27,7 +27,8 @@ from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
 from .proposals.statistics import InputStats, checked_stats
 from .review.stages import print_stages
-from .tracing.surroundings import plain_contexts
+from .tracing.results import shared_results
+from .tracing.surroundings import no_collection, plain_contexts
 from .tracing.trunk import Trunk, find_trunk
 
 Mode = Literal["auto", "tokens", "pixels"]
@@ -121,15 +122,16 @@ class _Pipeline:
 
     def run(self) -> PrunedModule:
         """The rewritten model, whatever contexts the caller is in."""
-        with plain_contexts(self.request.images.device):
-            return self._proved(find_trunk(self.request.model, self.request.images))
+        with plain_contexts(self.request.images.device), shared_results():
+            with no_collection():
+                trunk = find_trunk(self.request.model, self.request.images)
+            return self._proved(trunk)
 
     def _proved(self, trunk: Trunk) -> PrunedModule:
         if self.options.mode == "pixels":
             return self._finished(self._by_pixels())
         try:
-            planning_z = min(self.options.z, 0.9)  # at 1 there is nothing to plan
-            return self._finished(prune_by_tokens(self.request, trunk, self.network, planning_z, self.options.merge))
+            return self._finished(self._by_tokens(trunk))
         except (NoSiteError, VerifyError) as error:
             if self.options.mode == "tokens" or isinstance(error, SeveralTrunksError):
                 raise
@@ -137,8 +139,18 @@ class _Pipeline:
             reason = str(error).splitlines()[0]
         return self._finished(gm, fallback=reason)
 
+    @property
+    def _planning_z(self) -> float:
+        """A keep ratio at which there is something to plan."""
+        return min(self.options.z, 0.9)
+
+    def _by_tokens(self, trunk: Trunk) -> PrunedModule:
+        with no_collection():
+            return prune_by_tokens(self.request, trunk, self.network, self._planning_z, self.options.merge)
+
     def _by_pixels(self) -> PrunedModule:
-        return prune_by_pixels(self.request, self.network, min(self.options.z, 0.9), self.options.background)
+        with no_collection():
+            return prune_by_pixels(self.request, self.network, self._planning_z, self.options.background)
 
     def _instead(self, error: NoSiteError | VerifyError, trunk: Trunk) -> PrunedModule:
         """The model pruned by pixels, where it cannot be pruned by tokens because of `error`; otherwise raises that."""

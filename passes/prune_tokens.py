@@ -179,6 +179,14 @@ def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node) -> None:
     site.stream.replace_all_uses_with(tokens, delete_user_cb=reads_later)
 
 
+def no_tokens(nearest_miss: str) -> NoSiteError:
+    """Says that no block runs on tokens."""
+    return NoSiteError(
+        f"positions keep a spatial layout in the trunk, so tokens cannot be dropped: sought a block that maps (B, N, C) "
+        f"tokens to as many; the nearest miss {nearest_miss}"
+    )
+
+
 def _single_stream(graph: fx.Graph, blocks: Collection[str]) -> tuple[str, fx.Node]:
     """The first block that maps tokens to tokens, and the stream that it reads."""
     calls = block_calls(graph, blocks)
@@ -188,10 +196,7 @@ def _single_stream(graph: fx.Graph, blocks: Collection[str]) -> tuple[str, fx.No
     if not streams:
         name, nodes = calls[0]
         inputs = ", ".join(f"{n.name} {shape_of(n)}" for n in _inputs(nodes))
-        raise NoSiteError(
-            f"positions keep a spatial layout in the trunk, so tokens cannot be dropped: sought a block that maps (B, N, C) "
-            f"tokens to as many; the nearest miss `{name}` maps {inputs} to {shape_of(nodes[-1])}"
-        )
+        raise no_tokens(f"`{name}` maps {inputs} to {shape_of(nodes[-1])}")
     block, first, stream = streams[0]
     after = descendants(first[-1])
     for other, _, later in streams[1:]:

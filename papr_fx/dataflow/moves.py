@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..tracing.fakes import MODEL_ERRORS, TRACED_BATCH
-from ..tracing.graphs import Run, ancestors, called, shape_of
+from ..tracing.graphs import Run, called, shape_of
 from .positionwise import PERMUTATIONS, Layout
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -52,13 +52,22 @@ def operands(addition: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def residual_of(addition: fx.Node) -> fx.Node | None:
     """The shortcut of a residual addition: the operand with fewer ancestors; None if it is no such addition."""
-
-    def work(node: fx.Node) -> tuple[int, int]:
-        above = ancestors(node)
-        modules = sum(n.op == "call_module" for n in above)  # first: a branch may be one module, a shortcut many moves
-        return modules, len(above)
-
-    return min(operands(addition) or (), key=work, default=None)
+    pair = operands(addition)
+    if pair is None:
+        return None
+    waiting = {pair[0]: {0}, pair[1]: {1}}  # for which operand a node is needed
+    work = [(0, 0), (0, 0)]
+    node = addition
+    while any(len(readers) == 1 for readers in waiting.values()):  # ancestors of both count for neither
+        node = node.prev
+        readers = waiting.pop(node, set[int]())
+        if len(readers) == 1:
+            (reader,) = readers
+            modules, nodes = work[reader]  # modules first: a branch may be one module, a shortcut many moves
+            work[reader] = modules + (node.op == "call_module"), nodes + 1
+        for needed in node.all_input_nodes if readers else ():
+            waiting.setdefault(needed, set()).update(readers)
+    return pair[work[1] < work[0]]
 
 
 def find_moves(source: fx.Node, layout: Layout, root: nn.Module) -> Moves | None:
@@ -74,6 +83,8 @@ def find_moves(source: fx.Node, layout: Layout, root: nn.Module) -> Moves | None
         if before is not None:
             path.insert(0, node)
         node = before or residual_of(node)
+    if all(node.op == "call_module" and type(root.get_submodule(str(node.target))) is nn.Identity for node in path):
+        return None
     for start in range(len(path)):
         for first in ("BCHW", "BHWC"):
             found = _replayed(path[start:], first, layout, root)

@@ -10,7 +10,8 @@ Anything else mixes positions (a window, a norm or mean over space) or depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import ancestors, called, shape_of
+from ..tracing.likeness import form_of, kinds_of_modules
 from ..tracing.numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
 
 # Axes by letter: batch, channels, frames, rows and columns; or N positions in one axis.
@@ -54,7 +56,17 @@ class _RefusedError(Exception):
     """A node does not run on such inputs."""
 
 
-VerdictCache = dict[tuple[Any, ...], Verdict]
+@dataclass(frozen=True)
+class VerdictCache:
+    """Verdicts on modules of one model: on one of those that are alike.
+
+    Attributes:
+        verdicts: Them, by kind of module and what else it is called with.
+        numbers: The numbers of kinds.
+    """
+
+    verdicts: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
 
 
 class PositionwiseProbe:
@@ -70,7 +82,8 @@ class PositionwiseProbe:
         self._root = root
         self._training = training
         self._random = torch.Generator("cpu").manual_seed(0)
-        self._cache = cache
+        self._cache = cache.verdicts
+        self._kinds = kinds_of_modules(root, cache.numbers)
 
     def verdict(self, node: fx.Node, layouts: Mapping[fx.Node, Layout]) -> Verdict:
         """What `node` does, given the layouts of its inputs that hold positions. Its other inputs are constants."""
@@ -88,9 +101,11 @@ class PositionwiseProbe:
         if node.op != "call_module":
             return self._try(node, layout, layouts, lambda args, kwargs: _call(node, args, kwargs))
         target = str(node.target)
-        key = (target, layout, self._training, str(node.args[1:]), str(node.kwargs), len(node.all_input_nodes))
+        module = self._root.get_submodule(target)
+        given = form_of((node.args, node.kwargs), {n: shape_of(n) for n in node.all_input_nodes if n in layouts})
+        key = (self._kinds.get(module, module), layout, self._training, given)
         if key not in self._cache:
-            module = scratch_copy(self._root.get_submodule(target)).eval()
+            module = scratch_copy(module).eval()
             if any(buffer.is_meta and holds_indices(buffer) for buffer in module.buffers()):
                 return Verdict(reason="holds indices without values (meta device)")
             for part in module.modules():

@@ -79,6 +79,8 @@ class _Planner:
         """The modules that the graphs call, the plan, and all that was recorded in eval and training mode."""
         if not self.blocks:
             raise NoSiteError(f"{self.name} has no repeated blocks: sought composite modules (modules of modules), found none")
+        if self.trunk.spatial:
+            raise prune_tokens.no_tokens(self.trunk.spatial)
         opened = ancestors_of(self.blocks)
         while True:
             try:

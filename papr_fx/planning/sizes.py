@@ -27,8 +27,8 @@ def taken_sizes(
 ) -> list[tuple[int, ...]]:
     """Shapes of images of other sizes for which a graph gives the model's output; none if it differs for one of them.
 
-    One size has as many pixels as the traced one and another aspect, one has fewer or more. Code may keep a size of the traced
-    images, so shapes do not tell: both run on random images, with parameters at unit scale. Only shapes count on meta.
+    One size has another aspect than the traced one, one has fewer or more pixels. Code may keep a size of the traced images, so
+    shapes do not tell: both run on random images, with parameters at unit scale. Only shapes count on meta.
 
     Args:
         model: A scratch copy of the model, in eval mode.
@@ -112,11 +112,16 @@ def grids_follow(
 
 
 def _other_sizes(images: Tensor, layout: str, more: Sequence[tuple[int, int]]) -> list[list[tuple[int, ...]]]:
-    """Shapes of one image or clip of other sizes, in groups: as many pixels, fewer or more, (H, W) of `more`, longer."""
+    """Shapes of one image or clip of other sizes, in groups: another aspect, the same, (H, W) of `more`, longer.
+
+    Small ones come first. Of another aspect some have as many pixels, for models whose number of patches is fixed.
+    """
     height, width = images.shape[-2:]
-    same = [(2 * height, width // 2), (height // 2, 2 * width)]
+    aspect = [(height // 2, width), (2 * height, width // 2), (height // 2, 2 * width)]
     other = [(height // 2, width // 2), (2 * height, 2 * width), (2 * height, width)]
-    groups: list[list[tuple[int, ...]]] = [[(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (same, other, more)]
+    groups: list[list[tuple[int, ...]]] = [
+        [(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (aspect, other, more)
+    ]
     if "T" in layout:
         shape = [1, *images.shape[1:]]
         shape[layout.index("T")] *= 2

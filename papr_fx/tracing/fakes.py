@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Hashable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ArgumentError, first_line
+from .likeness import form_of
+from .results import fake_mode
 from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
 
 # Samples of the fake images while tracing. Not 1: broadcasting would hide which sizes follow the batch.
 TRACED_BATCH = 2
+
+_IMMUTABLE = frozenset({bool, int, float, str, type(None)})
 
 # What the code of a model raises for inputs that it does not take.
 MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
@@ -74,11 +78,30 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
                 memo[id(hook)] = hook
     plain_modules(model, memo)
     try:
+        _copy_modules(model, memo)
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ArgumentError(f"{type(model).__name__} holds something that cannot be copied: {first_line(error)}") from error
     set_flags(copied, flags_of(model))
     return copied
+
+
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copies modules into `memo` as `copy.deepcopy` would, in a third of the time. It copies those that copy themselves."""
+    plain = [m for m in reversed(list(model.modules())) if id(m) not in memo and _copies_plainly(type(m))]  # children first
+    copies = {module: object.__new__(type(module)) for module in plain}
+    memo.update({id(module): copied for module, copied in copies.items()})
+    for module, copied in copies.items():
+        vars(copied).update(
+            {name: value if type(value) in _IMMUTABLE else copy.deepcopy(value, memo) for name, value in vars(module).items()}
+        )
+
+
+def _copies_plainly(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules leaves copying to Python and `nn.Module`."""
+    own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+    slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+    return not slots and all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
 
 
 def flags_of(model: nn.Module) -> dict[str, bool]:
@@ -120,12 +143,15 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
     With real ones results are the same, but torch makes fakes of them anew for each operation, and caches no result: that takes
     three times as long.
     """
-    plain = (nn.Parameter, Tensor)  # subclasses convert themselves
     own = [module._parameters for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [dict(parameters) for parameters in own]
+    fakes: dict[Hashable, Any] = {}  # one for all that are alike
     for parameters in own:
-        fakes = {name: mode.from_tensor(p) for name, p in parameters.items() if p is not None and type(p) in plain}
-        parameters.update(cast("dict[str, nn.Parameter]", fakes))
+        for name, parameter in parameters.items():
+            if type(parameter) in (nn.Parameter, Tensor):  # subclasses convert themselves
+                form = form_of(parameter, {})
+                fakes[form] = fakes[form] if form in fakes else mode.from_tensor(cast(Tensor, parameter))
+                parameters[name] = fakes[form]
     try:
         yield
     finally:
@@ -135,6 +161,6 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
 
 def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
     """A fake mode that accepts real parameters, and fake images: `batch` samples shaped like `images`."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     with mode:
         return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)

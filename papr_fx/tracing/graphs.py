@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, Target, map_aggregate
 
 from ..errors import TraceError, first_line
 from .checkpoints import regions_of
 from .fakes import TRACED_BATCH, fake_like, faking
+from .results import LikeResults, Result, call_method, is_in_place
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -65,12 +66,14 @@ def attribute(root: nn.Module, name: str) -> Any:
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:
     """`node` and everything it is computed from, latest first."""
-    found = {node: None}
-    for candidate in reversed(node.graph.nodes):
-        if candidate in found:
-            found.pop(candidate)
-            found[candidate] = None
-            found.update(dict.fromkeys(n for n in candidate.all_input_nodes if n not in found))
+    found: dict[fx.Node, None] = {}
+    wanted = {node}
+    while wanted:
+        if node in wanted:
+            wanted.remove(node)
+            found[node] = None
+            wanted.update(node.all_input_nodes)
+        node = node.prev
     return found
 
 
@@ -106,8 +109,9 @@ def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = 
         TraceError: A node refuses its inputs.
     """
     mode, fake = fake_like(images, batch)
+    run = _Annotate(root, graph)
     with faking(mode, root):
-        _Annotate(root, graph=graph).run(fake)
+        run.run(fake)
 
 
 def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
@@ -133,14 +137,24 @@ class Run(fx.Interpreter):
 
 
 class _Annotate(Run):
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self._results = LikeResults(root)
+
     def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            inputs = ", ".join(f"{m.name} {shape_of(m)}" for m in n.all_input_nodes)
-            raise TraceError(f"`{n.target}` refused {inputs}: {first_line(error)}", str(n.target)) from error
+        value = self._results.of(n, lambda: Result(self._run(n), {})).value
         annotate(n, value)
         return value
+
+    def call_method(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        return call_method(str(target), args, kwargs)
+
+    def _run(self, node: fx.Node) -> Any:
+        try:
+            return super().run_node(node)
+        except Exception as error:
+            inputs = ", ".join(f"{m.name} {shape_of(m)}" for m in node.all_input_nodes)
+            raise TraceError(f"`{node.target}` refused {inputs}: {first_line(error)}", str(node.target)) from error
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
@@ -153,9 +167,3 @@ def fixed_value(node: fx.Node) -> object:
     if "parts" in node.meta:
         return len(node.meta["parts"])
     return node.meta.get("value", (shape_of(node) or (None,))[0])
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether a node calls a method such as `add_`, whose result code may discard."""
-    target = str(node.target)
-    return node.op == "call_method" and target.endswith("_") and not target.endswith("__")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from types import FunctionType
@@ -23,11 +22,12 @@ from ..errors import TraceError, first_line
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
-from .graphs import annotate, attribute, is_in_place, leaves_of
+from .graphs import annotate, attribute, leaves_of
 from .joins import RecordJoins
 from .opened_modules import opened_modules
 from .own_names import OwnNames
 from .proxies import ValueProxy
+from .results import LikeResults, Result, call_method, is_in_place
 from .surroundings import symbolic_tracing
 from .whole_numbers import stand_in
 
@@ -59,6 +59,7 @@ class ValueTracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=(*get_notrace_functions(), *_FACTORIES))
         self.values: dict[fx.Node, Any] = {}
+        self._results = LikeResults(scratch)
         self._opened = opened
         self._scratch = scratch
         self._images = images
@@ -181,27 +182,32 @@ class ValueTracer(fx.Tracer):
             )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "evaluating", self.evaluating)
-            self.evaluating = True
-            joins = RecordJoins(self._images.shape[0])
-            for context in (faking(self._mode), joins):
-                stack.enter_context(context)
-            self.values[node] = value = self._evaluate(node)
-        annotate(node, value)
+        for argument in node.all_input_nodes:
+            self._value_of(argument)
+        result = self._results.of(node, lambda: self._result(node))
+        self.values[node] = result.value
+        annotate(node, result.value)
+        node.meta.update(result.meta)
         if is_in_place(node) and type(args[0]) is ValueProxy:
             args[0].node = node  # later reads of the changed tensor must come after the change
-        if joins.joins:
-            node.meta["joins"] = joins.joins
-        if joins.folded:
-            node.meta["folded"] = joins.folded
-        if joins.random:
-            node.meta["random"] = True
-        return None if value is None else proxy  # code asks `is None`, which no proxy can answer
+        return None if result.value is None else proxy  # code asks `is None`, which no proxy can answer
+
+    def _result(self, node: fx.Node) -> Result:
+        """The fake value of a node, and what `RecordJoins` notes meanwhile."""
+        joins = RecordJoins(self._images.shape[0])
+        before, self.evaluating = self.evaluating, True
+        try:
+            with faking(self._mode), joins:
+                value = self._evaluate(node)
+        finally:
+            self.evaluating = before
+        noted = {"joins": joins.joins, "folded": joins.folded, "random": joins.random}
+        return Result(value, {name: found for name, found in noted.items() if found})
 
     def _value_of(self, node: fx.Node) -> Any:
         if node not in self.values:  # a buffer: recorded as an argument, without a proxy of its own
             self.values[node] = self._evaluate(node)
+            self._results.note(node, self.values[node])
             annotate(node, self.values[node])
         return self.values[node]
 
@@ -215,7 +221,7 @@ class ValueTracer(fx.Tracer):
         if node.op == "call_function":
             return cast(Callable[..., Any], node.target)(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
+            return call_method(cast(str, node.target), args, kwargs)
         target = cast(str, node.target)
         try:
             return self._scratch.get_submodule(target)(*args, **kwargs)

@@ -26,10 +26,12 @@ class Trunk:
     Attributes:
         blocks: Qualified names of the blocks, in the order of the module tree.
         others: Other repeated blocks that map tokens to tokens: those of a decoder, or of another trunk.
+        spatial: What the first block maps to what, where no block returns tokens because positions keep their grid.
     """
 
     blocks: tuple[str, ...]
     others: tuple[tuple[str, ...], ...] = ()
+    spatial: str = ""
 
 
 @dataclass
@@ -40,11 +42,13 @@ class _Calls:
         order: When the first one began.
         tokens: The tokens N of each call that maps tokens to as many.
         keeps_grid: Whether one maps a value with a grid, such as (B, H, W, C), to one of the same shape.
+        maps: Shapes that the last one takes, and the shape of the first tensor that it returns.
     """
 
     order: int
     tokens: list[int] = field(default_factory=list)
     keeps_grid: bool = False
+    maps: tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     on_tokens = [f for f in families if f.calls and not any(is_inside(f.members[0], name) for name in spatial)]
     candidates = [f for f in on_tokens if f.calls > 1] or [f for f in on_tokens if f.listed] or on_tokens
     if not candidates:
-        return Trunk(_largest(model, families))
+        blocks = _largest(model, families)
+        return Trunk(blocks, spatial=_spatial({name: calls.get(model.get_submodule(name)) for name in blocks}))
     heaviest = max(candidates, key=lambda family: family.cost)
     as_many = [f for f in candidates if f is heaviest or (f.tokens == heaviest.tokens and f.is_apart(heaviest))]
     chosen = min(as_many, key=lambda family: family.order)
@@ -133,6 +138,9 @@ def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]
 
     def end(_: nn.Module, args: object, kwargs: object, result: object) -> None:
         value = next(iter(tree_leaves(result)), None)  # a block may return more after its tokens
+        if isinstance(value, Tensor):
+            given = [tuple(tensor.shape) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+            found[module].maps = tuple(given), tuple(value.shape)
         if not isinstance(value, Tensor) or value.ndim < 3 or 1 not in value.shape[: 2 if value.ndim == 3 else 1]:
             return
         if any(isinstance(given, Tensor) and given.shape == value.shape for given in tree_leaves((args, kwargs))):
@@ -178,6 +186,15 @@ def _largest(model: nn.Module, families: Collection[_Family]) -> tuple[str, ...]
     if not repeated:
         return tuple(name for name, child in model.named_children() if _is_composite(child))
     return _in_order(model, max(repeated, key=lambda family: family.cost).members)
+
+
+def _spatial(calls: Mapping[str, _Calls | None]) -> str:
+    """What the first of these blocks maps to what, if all that run return values with a grid."""
+    maps = [(name, *call.maps) for name, call in calls.items() if call is not None]
+    if not maps or any(len(returned) < 4 for _, _, returned in maps):
+        return ""
+    name, given, returned = maps[0]
+    return f"`{name}` maps {', '.join(map(str, given))} to {returned}"
 
 
 def _in_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from papr_fx.dataflow.positionwise import PositionwiseProbe
+from papr_fx.dataflow.positionwise import PositionwiseProbe, VerdictCache
 from papr_fx.ops import (
     TokenRows,
     gather_pixels,
@@ -59,7 +59,7 @@ class Expected(Before):
 
 def sites_of(model: nn.Module) -> tuple[tuple[PixelSite, ...], tuple[Skipped, ...]]:
     root = aliased_copy(model)
-    return prune_pixels.find_sites(graph_of(model, IMAGES), root, PositionwiseProbe(root, {}, training=False))
+    return prune_pixels.find_sites(graph_of(model, IMAGES), root, PositionwiseProbe(root, VerdictCache(), training=False))
 
 
 @pytest.mark.parametrize(
