@@ -35,7 +35,7 @@ def taken_sizes(
         whole: Makes its graph, over a scratch copy of its modules.
         images: Images of the traced shape.
         layout: Their axes.
-        *more: Further (H, W) to try.
+        *more: (H, W) of another aspect to try first.
     """
     groups = _other_sizes(images, layout, more)
     if images.is_meta:
@@ -112,16 +112,14 @@ def grids_follow(
 
 
 def _other_sizes(images: Tensor, layout: str, more: Sequence[tuple[int, int]]) -> list[list[tuple[int, ...]]]:
-    """Shapes of one image or clip of other sizes, in groups: another aspect, the same, (H, W) of `more`, longer.
+    """Shapes of one image or clip of other sizes, in groups: another aspect, the same, longer. The first of a group counts.
 
     Small ones come first. Of another aspect some have as many pixels, for models whose number of patches is fixed.
     """
     height, width = images.shape[-2:]
-    aspect = [(height // 2, width), (2 * height, width // 2), (height // 2, 2 * width)]
+    aspect = [*more, (height // 2, width), (2 * height, width // 2), (height // 2, 2 * width)]
     other = [(height // 2, width // 2), (2 * height, 2 * width), (2 * height, width)]
-    groups: list[list[tuple[int, ...]]] = [
-        [(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (aspect, other, more)
-    ]
+    groups: list[list[tuple[int, ...]]] = [[(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (aspect, other)]
     if "T" in layout:
         shape = [1, *images.shape[1:]]
         shape[layout.index("T")] *= 2

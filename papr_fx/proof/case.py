@@ -12,17 +12,18 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ..errors import SiteError, VerifyError
+from ..ops import TokenRows
 from ..planning.module import PrunedModule, shell
 from ..tracing.blocks import is_inside
 from ..tracing.fakes import MODEL_ERRORS, aliased_copy, flags_of, set_flags
 from ..tracing.numerics import redraw, relative_error, tensors_of
 from .places import Place, find_place, reorder
-from .rewrite import Rewrite, Stream
+from .rewrite import Rewrite
 
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
-# Not the batch size of tracing: a batch size that was frozen into the graph shows.
-_BATCH = 3
+# Images of the permutation: a gather may mix them up. A batch size that was frozen into the graph shows on one image.
+_BATCH = 2
 
 
 class PrecisionError(VerifyError):
@@ -41,11 +42,11 @@ class Case:
         model: What the rewritten graph must agree with, a copy. In training mode see `in_training`.
         root: The modules that the graphs call, in eval mode.
         rewrite: The graphs.
-        images: Random images, (3, ...).
+        images: Random images, (2, ...).
         values: Parameters at unit scale, by name.
         random: Draws the orders and the probes.
-        orders: For each choice, all cells of its grid in random order, (3, n).
-        probes: For each stream, the cells where the image is changed.
+        orders: For each choice, all cells of its grid in random order, (2, n).
+        probes: For each grid of the streams, the cells where the image is changed.
     """
 
     model: nn.Module
@@ -55,7 +56,7 @@ class Case:
     values: dict[str, Tensor]
     random: torch.Generator
     orders: tuple[Tensor, ...] = ()
-    probes: tuple[tuple[Stream, list[int]], ...] = ()
+    probes: tuple[tuple[TokenRows, list[int]], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, gm: PrunedModule, dtype: torch.dtype, *, z: float = 0.5) -> Case:
@@ -91,10 +92,11 @@ class Case:
             torch.rand((_BATCH, choice.rows.cells), generator=random, device=device).argsort(dim=1)
             for choice in self.rewrite.choices
         )
-        return replace(self, orders=orders, probes=tuple((stream, self._probed(stream)) for stream in self.rewrite.streams))
+        grids = dict.fromkeys(stream.rows for stream in self.rewrite.streams)
+        return replace(self, orders=orders, probes=tuple((rows, self._probed(rows)) for rows in grids))
 
-    def _probed(self, stream: Stream) -> list[int]:
-        count = stream.rows.cells
+    def _probed(self, rows: TokenRows) -> list[int]:
+        count = rows.cells
         some = torch.randint(count, (6,), generator=self.random, device=self.random.device).tolist()
         return sorted({0, count - 1, *some})
 
@@ -196,13 +198,14 @@ class Case:
         return [self._effect(number) for number in range(len(self.orders))]
 
     def _effect(self, number: int) -> float | None:
-        """Replaces a grid's last cell by its first, or drops it if it is the only token."""
-        wrong = [cells[:1].clone() for cells in self.orders]
-        wrong[number][:, -1] = wrong[number][:, 0]
-        if wrong[number].shape[1] == 1:
-            if self.rewrite.choices[number].layout != "BNC":
-                return None  # a convolution does not run without positions
-            wrong[number] = wrong[number][:, :0]
+        """Replaces a grid's last kept cell by the first that is not, or drops it if it is the only token."""
+        wrong, others = [cells.clone() for cells in self.kept], self.orders[number][:1, self.kept[number].shape[1] :]
+        if others.numel():
+            wrong[number][:, -1] = others[:, 0]
+            return relative_error(self.run_pruned(wrong), self.kept_output)
+        if self.rewrite.choices[number].layout != "BNC":
+            return None  # a convolution does not run without positions
+        wrong[number] = wrong[number][:, :0]
         return relative_error(self.run_pruned(wrong), reorder(self.expected_first, self.places, self.orders[0][:1]))
 
     @property

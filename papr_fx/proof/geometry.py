@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from ..dataflow.moves import residual_of
 from ..errors import SiteError, VerifyError
+from ..ops import TokenRows
 from ..tracing.graphs import cut, nodes_by_name
+from ..tracing.numerics import tensors_of
 from .case import Case
 from .rewrite import Stream
 
@@ -29,15 +30,17 @@ def check(case: Case) -> None:
     """
     graph = case.rewrite.dense_graph()
     if case.rewrite.prunes_tokens:
-        ((stream, cells),) = case.probes
-        _check_tokens(stream, _movement(case, graph, stream, cells), cells)
+        ((rows, cells),) = case.probes
+        for stream, moved in _movements(case, graph, rows, cells).items():
+            _check_tokens(stream, moved, cells)
         return
     # A branch spreads a change over the grid. Without the branches, it stays in its place.
     for node in graph.nodes:
         residual = residual_of(node)
         if residual:
             node.op, node.target, node.args = "call_function", operator.pos, (residual,)
-    wrong = [stream for stream, cells in case.probes if not _in_order(stream, _movement(case, graph, stream, cells), cells)]
+    moved = [(movement, cells) for rows, cells in case.probes for movement in _movements(case, graph, rows, cells).items()]
+    wrong = [stream for (stream, movement), cells in moved if not _in_order(stream, movement, cells)]
     if wrong:
         where = ", ".join(f"`{stream.node}` on grid {stream.rows.grid}" for stream in wrong)
         raise SiteError(
@@ -47,9 +50,9 @@ def check(case: Case) -> None:
         )
 
 
-def _movement(case: Case, graph: fx.Graph, stream: Stream, cells: Sequence[int]) -> Tensor:
-    """How far each position of a stream moves when one patch of the image is changed, (cells, positions)."""
-    image, grid = case.images[:1], stream.rows.grid
+def _movements(case: Case, graph: fx.Graph, rows: TokenRows, cells: Sequence[int]) -> dict[Stream, Tensor]:
+    """How far each position of the streams on a grid moves when one patch of the image is changed, (cells, positions)."""
+    image, grid = case.images[:1], rows.grid
     probes = image.repeat(len(cells) + 1, *[1] * (image.ndim - 1))  # the first stays as it is
     for probe, cell in enumerate(cells, start=1):
         patch = probes[probe : probe + 1]
@@ -58,8 +61,14 @@ def _movement(case: Case, graph: fx.Graph, stream: Stream, cells: Sequence[int])
             first, end = (image.shape[axis] * edge // count for edge in (place, place + 1))
             patch = patch.narrow(axis, first, end - first)
         patch *= -1
-    value = cast(Tensor, case.run(cut(case.root, graph, nodes_by_name(graph)[stream.node]), probes))
-    positions = value.movedim(stream.layout.index("C"), -1).flatten(1, -2)  # (1 + cells, N, C)
+    streams, nodes = [stream for stream in case.rewrite.streams if stream.rows == rows], nodes_by_name(graph)
+    values = case.run(cut(case.root, graph, *(nodes[stream.node] for stream in streams)), probes)
+    return {stream: _moved(stream, value) for stream, value in zip(streams, tensors_of(values), strict=True)}
+
+
+def _moved(stream: Stream, value: Tensor) -> Tensor:
+    """How far each position of a batch is from that of its first image, (B - 1, N)."""
+    positions = value.movedim(stream.layout.index("C"), -1).flatten(1, -2)  # (B, N, C)
     return (positions[1:] - positions[:1]).abs().sum(-1)
 
 

@@ -28,6 +28,10 @@ def _full_products() -> Callable[[], None]:
     return undo
 
 
+# The most numbers that are drawn for a model. A prime: no two parameters start at the same place, and long kernels have no
+# equal rows.
+_DRAWN = 4_194_301
+
 # Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here.
 exact_float32 = SharedSetting(_full_products)
 
@@ -89,14 +93,22 @@ def redraw(model: torch.nn.Module, random: torch.Generator, dtype: torch.dtype) 
     """Parameters at unit scale and buffers as they are, by qualified name, in `dtype`, on the device of `random`.
 
     Kernels (two or more axes) keep the variance of their input. Everything else is added or multiplied per channel or
-    position (biases, scales, tables of shape (1, N, C)) and is drawn from a standard normal distribution. A buffer on the
-    meta device is filled with ones, unless it `holds_indices`: those cannot be made up.
+    position (biases, scales, tables of shape (1, N, C)) and is drawn from a standard normal distribution. Each parameter is a
+    piece of one long draw: to draw hundreds of millions of numbers takes longer than to run a model. A buffer on the meta
+    device is filled with ones, unless it `holds_indices`: those cannot be made up.
     """
     values: dict[str, torch.Tensor] = {}
+    used, total = 0, sum(parameter.numel() for parameter in model.parameters())
+    numbers = torch.randn(min(total, _DRAWN), generator=random, device=random.device, dtype=dtype)
     drawn: dict[torch.Tensor, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point():
-            values[name] = drawn.setdefault(parameter, unit_scale(parameter.shape, random, dtype))
+            if parameter not in drawn:
+                drawn[parameter] = _scaled(
+                    _piece(numbers, used % max(1, len(numbers)), parameter.numel()).view(parameter.shape)
+                )
+                used += parameter.numel()
+            values[name] = drawn[parameter]
     for name, buffer in model.named_buffers(remove_duplicate=False):
         kind = dtype if buffer.is_floating_point() else buffer.dtype
         if buffer.is_meta and not holds_indices(buffer):
@@ -113,6 +125,16 @@ def holds_indices(buffer: torch.Tensor) -> bool:
 
 def unit_scale(shape: Sequence[int], random: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
     """A parameter of that shape at unit scale, on the device of `random`."""
-    drawn = torch.randn(tuple(shape), generator=random, device=random.device, dtype=dtype)
-    kernel = len(shape) >= 2 and shape[0] > 1
-    return drawn.mul_(math.prod(shape[1:]) ** -0.5) if kernel else drawn
+    return _scaled(torch.randn(tuple(shape), generator=random, device=random.device, dtype=dtype))
+
+
+def _scaled(drawn: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers as a parameter of their shape, in place."""
+    kernel = drawn.ndim >= 2 and drawn.shape[0] > 1
+    return drawn.mul_(math.prod(drawn.shape[1:]) ** -0.5) if kernel else drawn
+
+
+def _piece(numbers: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """A copy of `count` consecutive numbers from a place on. Behind the last one the first follows."""
+    rounds = (start + count) // max(1, len(numbers))
+    return torch.cat([numbers[start : start + count], *[numbers] * rounds])[:count]
