@@ -71,7 +71,7 @@ def transform(
             reads, and where it warns: see `papr_fx.proposals.statistics`.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
-        merge: `Merge(r, blocks, proportional)`: token merging after the pruning, or alone with z=1. Or a peer of it.
+        merge: `Merge(r, blocks, proportional, schedule=...)`: token merging after the pruning, or alone with z=1. Or a peer.
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
         verify: Whether to prove the rewrite on the model before returning it.
 
@@ -154,6 +154,7 @@ class _Pipeline:
     def _finished(self, gm: PrunedModule, fallback: str = "") -> PrunedModule:
         """The module at the keep ratio asked for, proved."""
         gm.plan = replace(gm.plan, output=self.options.output, fallback=fallback)
+        gm.plan.at(self.options.z)  # refuses what takes more tokens than are left
         if gm.plan.z != self.options.z:
             gm.retarget(self.options.z)
         if os.environ.get("PAPR_FX_DEBUG") == "1":

@@ -28,13 +28,13 @@ class Variant:
         module: The model.
         macs: Multiply-accumulates per image or view, the proposal included.
         z: Keep ratio; 1 for the dense model.
-        r: Tokens merged per block.
+        r: Tokens merged per block: one number, or how they are spread, as `--merge` takes it.
     """
 
     module: nn.Module
     macs: int
     z: float = 1.0
-    r: int = 0
+    r: int | str = 0
 
     @property
     def name(self) -> str:
@@ -109,8 +109,10 @@ def pruned(
         return []
     verify = not subject.example.is_meta
     gm = transform(subject.model, proposal, ratios[0], example_input=subject.example, merge=merge, verify=verify, **options)
+    words = merge.words if merge else "0"
+    r = int(words) if words.isdigit() else words
     found: list[Variant] = []
     for z in ratios:
         module = sibling(gm, z=z)
-        found.append(Variant(module, report(module).total_macs, z, merge.r if merge else 0))
+        found.append(Variant(module, report(module).total_macs, z, r))
     return found

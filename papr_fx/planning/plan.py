@@ -18,6 +18,7 @@ from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
+from ..passes.schedules import first_excess
 from ..tracing.roles import find
 from .example import Example
 from .signature import Signature
@@ -84,7 +85,7 @@ class TokenPlan:
     @property
     def reduces(self) -> bool:
         """Whether tokens become fewer from block to block."""
-        return self.reduction is not None and self.reduction.r > 0
+        return self.reduction is not None and self.reduction.removes
 
     def site(self, graph: fx.Graph) -> TokenSite:
         """The token stream of a traced graph of the model."""
@@ -106,8 +107,25 @@ class TokenPlan:
             prune_tokens.rewrite(graph, site, keep)
             stage("prune_tokens", graph)
         if self.reduction is not None and self.reduces:
-            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, keep))
+            patches = site.rows.kept(target.z) - site.rows.others
+            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
             stage("reduce_tokens", graph)
+
+    def check_reduced(self, z: float) -> None:
+        """Refuses a list of numbers of tokens to remove, of which one is more than half of the patches that are left there.
+
+        Raises:
+            NoSiteError: It is.
+        """
+        if self.reduction is None or isinstance(self.reduction.r, int):
+            return
+        rows, amounts = self.site(self.dense).rows, self.reduction.r
+        if excess := first_excess(amounts, rows.kept(z) - rows.others):
+            place, left = excess
+            raise NoSiteError(
+                f"merge: r={list(amounts)} removes {amounts[place]} tokens in `{self.reduced.sites[place].block}`, which has "
+                f"{left} patches left at z={z:g}, and half of them, {left // 2}, can go at most"
+            )
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of tokens."""
@@ -242,7 +260,13 @@ class Plan:
         return found
 
     def at(self, z: float) -> Plan:
-        """The same plan for another keep ratio."""
+        """The same plan for another keep ratio.
+
+        Raises:
+            NoSiteError: More tokens should be removed from block to block than it leaves.
+        """
+        if isinstance(self.eval, TokenPlan):
+            self.eval.check_reduced(z)
         return replace(self, target=replace(self.target, z=z))
 
     def reducing(self, reduction: Reduction | None) -> Plan:
