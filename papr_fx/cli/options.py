@@ -16,7 +16,7 @@ from ..passes.merge_tokens import Merge
 from ..passes.schedules import Schedule
 from ..planning.module import checked_z
 from ..proposals.named import LITE0
-from ..proposals.saliency import NAMES
+from ..proposals.saliency import CLIP_NAMES, NAMES
 
 DEFAULT_MODEL = "vit_small_patch16_224"
 TIMM_SOURCES = "hf-hub:OWNER/NAME and local-dir:FOLDER name one that timm saved"
@@ -208,7 +208,14 @@ def add_networks(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--proposal-size", type=positive_int, help="shorter side of the proposal's images, in pixels (default: the model's)"
     )
-    command.add_argument("--saliency", choices=NAMES, default="psm", help="kind of saliency map (default: %(default)s)")
+    command.add_argument(
+        "--saliency",
+        choices=(*NAMES, *CLIP_NAMES),
+        default="psm",
+        metavar="NAME",
+        help=f"kind of saliency map: {', '.join(NAMES)}; for clips also motion, which needs no proposal, or motion* and one of "
+        "these (default: %(default)s)",
+    )
     command.add_argument(
         "--shared-stats", action="store_true", help="give the model's normalised images to the proposal unchanged"
     )

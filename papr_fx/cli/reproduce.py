@@ -113,7 +113,7 @@ def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) 
     return named_subject(spec)
 
 
-def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
+def _variants(subject: Subject, proposal: nn.Module | None, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
     """The variants that the lines describe. With merging, as many tokens are merged as gives the line's GMACs best."""
     found: dict[Line, Variant] = {}
     for merging in (False, True):

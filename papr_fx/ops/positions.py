@@ -26,6 +26,20 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=True).squeeze(1)
 
 
+def pool_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
+    """Averages maps as fine as their clips over the tubelets of a token grid.
+
+    Args:
+        significance: Maps (B, T, H, W).
+        grid: (frames, rows, columns) of the token grid.
+
+    Returns:
+        (B, *grid), float32 or the wider dtype of `significance`.
+    """
+    maps = significance.to(wide(significance))
+    return F.adaptive_avg_pool3d(maps.unsqueeze(1), tuple(grid)).squeeze(1)
+
+
 def keep_count(positions: int, z: float, others: int = 0) -> int:
     """How many positions of a grid are kept: floor(z * all tokens), at least 1 and at most the whole grid.
 

@@ -51,8 +51,8 @@ def prune_by_tokens(
     """
     planner = _Planner(request, trunk, merge)
     root, plan, recorded = planner.plan(z)
-    root.papr_proposal = proposal()
-    gm = _built(root, plan)
+    root.papr_proposal = network = proposal()
+    gm = _built(root, plan.seeing(network))
     check_token_reads(gm, planner.blocks, recorded)
     return gm
 

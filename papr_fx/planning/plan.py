@@ -19,6 +19,7 @@ from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..passes.schedules import first_excess
+from ..proposals.network import SignificanceNet
 from ..tracing.roles import find
 from .example import Example
 from .signature import Signature
@@ -54,11 +55,13 @@ class Target:
         z: Keep ratio in (0, 1].
         layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
         dynamic: Whether the model takes several image sizes, so that grids are read at run time.
+        fine: Whether the map is as fine as the clips, and is averaged over tubelets.
     """
 
     z: float
     layout: str
     dynamic: bool
+    fine: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class TokenPlan:
         grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
         keep = None
         if target.z < 1:
-            images = splice_proposal.find_site(graph)
+            images = splice_proposal.find_site(graph, fine=target.fine)
             selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
@@ -156,7 +159,7 @@ class PixelPlan:
 
     def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
         """Rewrites `graph`, a traced graph of the model, in place."""
-        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic)
+        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic, target.fine)
         prune_pixels.rewrite(graph, self.sites, choice)
         stage("prune_pixels", graph)
 
@@ -268,6 +271,10 @@ class Plan:
         if isinstance(self.eval, TokenPlan):
             self.eval.check_reduced(z)
         return replace(self, target=replace(self.target, z=z))
+
+    def seeing(self, network: SignificanceNet) -> Plan:
+        """The same plan for the maps of a network."""
+        return replace(self, target=replace(self.target, fine=network.fine))
 
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""
