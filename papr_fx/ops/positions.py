@@ -37,7 +37,11 @@ def pool_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
         (B, *grid), float32 or the wider dtype of `significance`.
     """
     maps = significance.to(wide(significance))
-    return F.adaptive_avg_pool3d(maps.unsqueeze(1), tuple(grid)).squeeze(1)
+    frames, rows, columns = grid
+    if maps.shape[1] % frames or maps.shape[2] % rows or maps.shape[3] % columns:
+        return F.adaptive_avg_pool3d(maps.unsqueeze(1), (frames, rows, columns)).squeeze(1)
+    cells = maps.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (frames, -1))
+    return cells.mean((2, 4, 6))  # the same, in operations that ONNX has
 
 
 def keep_count(positions: int, z: float, others: int = 0) -> int:

@@ -49,9 +49,9 @@ def needs_proposal(saliency: Saliency) -> bool:
 
 def parts_of(saliency: Saliency) -> tuple[bool, Saliency | None]:
     """Whether the map is made of motion, and the source that a network's features are needed for, if any."""
-    if not isinstance(saliency, str) or saliency not in CLIP_NAMES:
-        return False, saliency
-    return True, cast("Named | None", saliency.partition("*")[2] or None)
+    if isinstance(saliency, str) and saliency in CLIP_NAMES:
+        return True, cast("Named | None", saliency.partition("*")[2] or None)
+    return False, cast(Saliency, saliency)
 
 
 def build_map(saliency: Saliency, halves: Halves, sample: Tensor, name: str) -> nn.Module:
