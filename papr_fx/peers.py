@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from .passes.kinds import Kind
 from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduction import Reduction
+from .passes.schedules import SCHEDULES, Schedule
 from .planning.module import PrunedModule, shell, sibling
 from .tracing.macs import count_macs_by_node
 from .tracing.roles import has_role
@@ -34,7 +36,7 @@ _REDUCTIONS: dict[str, Reduction] = {
     "ats": AttentionPruning(),
 }
 _NAMES = (*_REDUCTIONS, *(f"papr+{name}" for name in _REDUCTIONS))
-REDUCERS = ("papr", *_NAMES, *(f"{name}:late" for name in _NAMES))
+REDUCERS = ("papr", *_NAMES, *(f"{name}:{schedule}" for schedule in SCHEDULES[1:] for name in _NAMES))
 
 
 def transcribed(gm: PrunedModule) -> fx.GraphModule:
@@ -86,11 +88,11 @@ def _write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, b
 def reduction_named(name: str) -> Reduction:
     """The reduction of a name of `REDUCERS`, such as "tome", "tome:late" or "papr+tome".
 
-    After PaPr, it acts in the second half of the blocks. "late" is its schedule.
+    After PaPr, it acts in the second half of the blocks. Behind the colon is its schedule.
     """
     pruning, _, peer = name.rpartition("+")
-    peer, _, late = peer.partition(":")
-    given = replace(_REDUCTIONS[peer], schedule="late") if late else _REDUCTIONS[peer]
+    peer, colon, schedule = peer.partition(":")
+    given = replace(_REDUCTIONS[peer], schedule=cast(Schedule, schedule)) if colon else _REDUCTIONS[peer]
     return replace(given, blocks="second-half") if pruning else given
 
 

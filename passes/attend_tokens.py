@@ -37,7 +37,7 @@ class AttentionPruning(Reduction):
         r: Number of tokens dropped in each block, or a list with one for each of these blocks; half of the patches at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: No effect, as every token stands for itself.
-        schedule: "constant" or "late", see `Reduction`.
+        schedule: "constant", "late" or "share", see `Reduction`.
     """
 
     blocks: Blocks = "all"

@@ -46,7 +46,7 @@ class TokenFusion(Reduction):
             at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by the number of patches it stands for.
-        schedule: "constant" or "late", see `Reduction`.
+        schedule: "constant", "late" or "share", see `Reduction`.
         linear_from: Number of these blocks, from the first, that drop tokens; the others merge them.
     """
 

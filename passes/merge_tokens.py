@@ -38,7 +38,8 @@ class Merge(Reduction):
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by the number of patches it stands for: True for models trained with
             labels, False for MAE (PaPr, Sec. 4.1). Averages over tokens are always weighted.
-        schedule: "constant", or "late": fewer than r in early blocks and more in late ones, for the same multiply-accumulates.
+        schedule: "constant", r in each block; or for the same multiply-accumulates "late", more in late blocks than in early
+            ones, or "share", the same share of the patches in each block.
 
     Raises:
         ArgumentError: A value is out of range.

@@ -45,7 +45,7 @@ class TokenPropagation(Reduction):
         r: Number of tokens dropped in each block, or a list with one for each of these blocks; half of the patches at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by its size, which grows by the shares it receives.
-        schedule: "constant" or "late", see `Reduction`.
+        schedule: "constant", "late" or "share", see `Reduction`.
         strength: Share of a dropped token that is passed on.
         edges: Number of tokens with like keys that each token is connected to.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import fx
 
 from ..errors import ArgumentError
-from .schedules import SCHEDULES, Schedule, Start, Work, late_amounts
+from .schedules import SCHEDULES, Schedule, Start, Work, spread_amounts
 
 Blocks = Literal["second-half", "all"] | Sequence[int]
 
@@ -78,7 +78,8 @@ class Reduction(ABC):
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights tokens by the patches that they stand for: yes for models trained with labels,
             no for MAE (PaPr, Sec. 4.1). Averages over tokens are weighted in any case.
-        schedule: "constant", or "late": fewer than r in early blocks and more in late ones, for the same multiply-accumulates.
+        schedule: "constant", r in each block; or for the same multiply-accumulates "late", more in late blocks than in early
+            ones, or "share", the same share of the patches in each block.
 
     Raises:
         ArgumentError: A value is out of range.
@@ -120,9 +121,9 @@ class Reduction(ABC):
 
     @property
     def words(self) -> str:
-        """What `r` is on the command line: 8, 8:late or 4,4,8,8."""
-        late = "" if self.schedule == "constant" else f":{self.schedule}"
-        return ",".join(map(str, self.numbers)) + late
+        """What `r` is on the command line: 8, 8:late, 8:share or 4,4,8,8."""
+        spread = "" if self.schedule == "constant" else f":{self.schedule}"
+        return ",".join(map(str, self.numbers)) + spread
 
     def amounts(self, start: Start, work: Sequence[Work]) -> tuple[int, ...]:
         """How many tokens each block is to remove.
@@ -133,7 +134,7 @@ class Reduction(ABC):
         """
         if not isinstance(self.r, int):
             return tuple(self.r)
-        return late_amounts(self.r, start, work) if self.schedule == "late" else (self.r,) * len(work)
+        return spread_amounts(self.schedule, self.r, start, work)
 
     @abstractmethod
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:

@@ -1,19 +1,22 @@
-"""How many tokens each block removes: as many in each, as many as a list says, or more in later blocks for the same work.
+"""How many tokens each block removes: as many in each, as many as a list says, or as a schedule spreads them.
 
 A token that goes in an early block saves the work of many blocks, but an early block knows least which token can go.
-`schedule="late"` lets the number grow with the square of depth: s * i^2 in the i-th of the chosen blocks. s is chosen so that
-the multiply-accumulates are those of the same r in each block, as nearly as whole tokens allow. No block removes more than half
-of its patches, in any schedule.
+
+    constant  r in each block
+    late      s * i^2 in the i-th of the blocks: few early, many late
+    share     s * n of the n patches that a block has: many early, few late, so that some are left behind the last block
+
+s is chosen so that the multiply-accumulates are those of the same r in each block, as nearly as whole tokens allow. No block
+removes more than half of its patches, in any schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-Schedule = Literal["constant", "late"]
-SCHEDULES: tuple[Schedule, ...] = ("constant", "late")
+Schedule = Literal["constant", "late", "share"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 _STEPS = 60  # of a bisection: below, a float's precision
 
@@ -57,28 +60,36 @@ def first_excess(amounts: Sequence[int], patches: int) -> tuple[int, int] | None
     return next(((i, before[i]) for i, amount in enumerate(amounts) if amount > before[i] // 2), None)
 
 
-def late_amounts(r: int, start: Start, work: Sequence[Work]) -> tuple[int, ...]:
+def spread_amounts(schedule: Schedule, r: int, start: Start, work: Sequence[Work]) -> tuple[int, ...]:
     """How many patches each block removes, for the same work as `r` in each.
 
     Args:
+        schedule: How they are spread.
         r: Patches that each block would remove with a constant schedule.
         start: The tokens before the first block.
         work: What follows on each reduction.
     """
-    goal = _total([r] * len(work), start, work)
+    constant = (r,) * len(work)
+    if schedule == "constant":
+        return constant
+    goal = _total(constant, start, work)
     low, high = 0.0, float(start.patches)  # at high, each block removes all it can
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _total(_squares(middle, start, work), start, work) > goal else (low, middle)
-    found = (_squares(scale, start, work) for scale in (low, high))
+        more = _total(_scaled(schedule, middle, start, work), start, work) > goal
+        low, high = (middle, high) if more else (low, middle)
+    found = (_scaled(schedule, scale, start, work) for scale in (low, high))
     return min(found, key=lambda amounts: abs(_total(amounts, start, work) - goal))
 
 
-def _squares(scale: float, start: Start, work: Sequence[Work]) -> tuple[int, ...]:
-    """`scale` times the square of each block's place, from 1, but at most half of the patches that the block has."""
-    wanted = [round(scale * place * place) for place in range(1, len(work) + 1)]
-    left = [start.patches, *left_after(wanted, start.patches)]
-    return tuple(before - after for before, after in pairwise(left))
+def _scaled(schedule: Schedule, scale: float, start: Start, work: Sequence[Work]) -> tuple[int, ...]:
+    """What each block removes: `scale` times the square of its place, from 1, or times its patches; half of them at most."""
+    left, amounts = start.patches, list[int]()
+    for place in range(1, len(work) + 1):
+        wanted = round(scale * (place * place if schedule == "late" else left))
+        amounts.append(min(wanted, left // 2))
+        left -= amounts[-1]
+    return tuple(amounts)
 
 
 def _total(amounts: Sequence[int], start: Start, work: Sequence[Work]) -> float:

@@ -29,8 +29,8 @@ def add_eval(command: argparse.ArgumentParser) -> None:
         "--merge",
         type=merging,
         metavar="R",
-        help="also merge R tokens per block, at every keep ratio: 8; 8:late (more in late blocks, for the same MACs); or "
-        "4,4,8,8 (one number for each block)",
+        help="also merge R tokens per block, at every keep ratio: 8; for the same MACs 8:late (more in late blocks) or "
+        "8:share (the same share in each block); or 4,4,8,8 (one number for each block)",
     )
     command.add_argument("--merge-blocks", choices=("second-half", "all"), default="second-half", help="default: %(default)s")
 

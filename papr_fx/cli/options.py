@@ -53,7 +53,7 @@ def nonnegative_int(text: str) -> int:
 
 
 def merging(text: str) -> str:
-    """Tokens to merge per block, as `merge_of` reads them: 8, 8:late or 4,4,8,8."""
+    """Tokens to merge per block, as `merge_of` reads them: 8, 8:late, 8:share or 4,4,8,8."""
     try:
         removes = merge_of(text).removes
     except ArgumentError as error:

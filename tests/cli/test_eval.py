@@ -85,6 +85,7 @@ def test_merging(labelled, tmp_path):
     [
         ("8", papr_fx.Merge(8)),
         ("8:late", papr_fx.Merge(8, schedule="late")),
+        ("8:share", papr_fx.Merge(8, schedule="share")),
         ("4,4,8,8", papr_fx.Merge([4, 4, 8, 8])),
     ],
 )
@@ -101,7 +102,7 @@ def test_what_merge_takes(text, merge):
         ("-1", "0 or more"),
         ("a", "must be a whole number, not 'a'"),
         ("4,", "must be a whole number, not ''"),
-        ("8:early", "schedule must be one of 'constant', 'late'"),
+        ("8:early", "schedule must be one of 'constant', 'late', 'share'"),
         ("8:", "schedule must be one of"),
         ("4,8:late", "spreads one r"),
     ],

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import papr_fx
 from papr_fx import peers
-from papr_fx.passes.schedules import Start, Work, late_amounts
+from papr_fx.passes.schedules import Start, Work, spread_amounts
 
 from .. import reducers
 from ..models import Shape, ToyViT, images, toy_proposal
-from .test_reduction import DEPTH, agree, eval_toy
+from .test_reduction import DEPTH, MODELS, agree, eval_toy
 from .test_reduction_forms import Summed
 
 BLOCKS = {"all": (0, 1, 2, 3), "second-half": (2, 3), (0, -1): (0, 3), (1, 2, 3): (1, 2, 3)}
@@ -78,49 +78,75 @@ def plain_total(amounts, patches, others, work):
     return total
 
 
-def capped(amounts, patches):
+def scaled(schedule, scale, patches, count):
+    """What `count` blocks remove, in either schedule."""
     found = []
-    for amount in amounts:
-        found.append(min(amount, patches // 2))
+    for place in range(1, count + 1):
+        wanted = scale * place**2 if schedule == "late" else scale * patches
+        found.append(min(int(wanted + 0.5), patches // 2))
         patches -= found[-1]
     return tuple(found)
 
 
 @hypothesis.given(
     r=st.integers(0, 30),
-    patches=st.integers(1, 120),
+    patches=st.integers(1, 40),
     others=st.integers(0, 3),
     work=st.lists(st.builds(Work, st.floats(1, 50), st.floats(0, 0.3)), min_size=1, max_size=7),
 )
-@hypothesis.settings(max_examples=60, deadline=None)
-def test_late_is_the_nearest_of_all_multiples_of_the_squares(r, patches, others, work):
-    """All that rounding makes of s * 1, s * 4, s * 9, ..., for s between any two of the places where one of them changes."""
-    places = range(1, len(work) + 1)
-    edges = sorted({0.0, *((m + 0.5) / i**2 for i in places for m in range(patches))})
+@pytest.mark.parametrize("schedule", ["late", "share"])
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_the_work_is_the_nearest_of_all_scales(schedule, r, patches, others, work):
+    """Of all that rounding makes of s * 1, s * 4, s * 9, ..., or of s * n; s lies between any two places where it changes."""
+    factors = [i**2 for i in range(1, len(work) + 1)] if schedule == "late" else range(1, patches + 1)
+    edges = sorted({0.0, *((m + 0.5) / factor for factor in factors for m in range(patches))})
     scales = [0.0, *((a + b) / 2 for a, b in pairwise(edges)), edges[-1] + 1]
     goal = plain_total([r] * len(work), patches, others, work)
-    tried = {capped([int(s * i**2 + 0.5) for i in places], patches) for s in scales}
+    tried = {scaled(schedule, s, patches, len(work)) for s in scales}
     best = min(abs(plain_total(amounts, patches, others, work) - goal) for amounts in tried)
-    found = late_amounts(r, Start(patches, others), work)
+    found = spread_amounts(schedule, r, Start(patches, others), work)
     assert found in tried
     assert abs(plain_total(found, patches, others, work) - goal) <= best + 1e-9 * goal
 
 
-def test_late_at_the_macs_of_a_constant_r():
+@pytest.mark.parametrize(
+    ("make", "width", "hidden"),
+    [
+        (lambda: ToyViT(Shape(), width=16).eval(), 16, 32),
+        (MODELS["torchvision"], 32, 48),
+        (MODELS["attention pooling"], 32, 128),
+    ],
+    ids=["kernel", "module", "attention pooling"],
+)
+def test_the_work_that_follows_on_each_block(make, width, hidden):
+    """An MLP, and the next block's attention: four projections of each token, two products of each pair of tokens."""
+    gm = papr_fx.transform(make(), toy_proposal(), 1, merge=papr_fx.Merge(1, "all"), verify=False)
+    *inner, last = gm.plan.eval.reduced.work
+    assert inner
+    for work in inner:
+        assert work == pytest.approx((2 * width * hidden + 4 * width**2, 2 * width))
+    assert last.per_pair == 0  # also where one query attends to all tokens behind the blocks
+    assert 2 * width * hidden <= last.per_token < 2 * width * hidden + 6 * width**2 + 10 * width
+
+
+def test_schedules_at_the_macs_of_a_constant_r():
     model = ToyViT(Shape(image=(24, 24), depth=4), width=64).eval()  # 96 patches
-    constant, late = (
+    constant, late, share = (
         papr_fx.transform(model, toy_proposal(), 1, merge=papr_fx.Merge(4, "all", schedule=schedule), verify=False)
-        for schedule in ("constant", "late")
+        for schedule in ("constant", "late", "share")
     )
     for z in (1, 0.5):
-        papr_fx.set_keep_ratio(constant, z)
-        papr_fx.set_keep_ratio(late, z)
-        plain, report = papr_fx.report(constant), papr_fx.report(late)
-        removed = [before - after for _, before, after in report.reduced]
-        assert report.pruned_macs == pytest.approx(plain.pruned_macs, rel=0.01)  # matching itself takes some
-        assert removed == sorted(removed)
-        assert removed[0] < 3
-        assert removed[-1] > 6
+        for gm in (constant, late, share):
+            papr_fx.set_keep_ratio(gm, z)
+        reports = [papr_fx.report(gm) for gm in (constant, late, share)]
+        _, rising, falling = ([before - after for _, before, after in found.reduced] for found in reports)
+        plain, *others = (found.pruned_macs for found in reports)
+        assert others == pytest.approx([plain, plain], rel=0.01)  # matching itself takes some
+        assert rising == sorted(rising)
+        assert rising[0] < 3
+        assert rising[-1] > 6
+        assert falling == sorted(falling, reverse=True)
+        assert 2 < falling[-1] <= falling[0] < 6
 
 
 @torch.no_grad()
@@ -175,7 +201,7 @@ def test_proved_copied_and_pickled():
         ({"r": [1, -1]}, "or a list of such numbers"),
         ({"r": [1, True]}, "or a list of such numbers"),
         ({"r": None}, "or a list of such numbers"),
-        ({"schedule": "early"}, "schedule must be one of 'constant', 'late'"),
+        ({"schedule": "early"}, "schedule must be one of 'constant', 'late', 'share'"),
         ({"r": [1, 2], "schedule": "late"}, "spreads one r over the blocks"),
     ],
 )
