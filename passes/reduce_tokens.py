@@ -45,7 +45,7 @@ from ..tracing.roles import tag
 from .kinds import Kind
 from .prune_tokens import TokenSite
 from .reduction import Attended, Reduction, State, chosen_blocks
-from .schedules import Start, Work
+from .schedules import Start, Work, first_excess
 from .splice_proposal import Sizes
 
 
@@ -162,6 +162,22 @@ def _check_ends(nodes: Mapping[str, fx.Node], seen: TokenReaders, counts: Collec
     for name, (value, axis) in read.items():
         if (shape_of(value) or (0, 0))[axis] in counts:
             raise NoSiteError(f"merge: `{name}` reads the patches and the other tokens of one end alone")
+
+
+def check_amounts(found: ReductionSites, reduction: Reduction, rows: TokenRows, z: float) -> None:
+    """Refuses a list of numbers of tokens to remove, of which one is more than half of the patches that are left there.
+
+    Raises:
+        NoSiteError: It is.
+    """
+    if isinstance(reduction.r, int):
+        return
+    if excess := first_excess(reduction.r, rows.kept(z) - rows.others):
+        place, left = excess
+        raise NoSiteError(
+            f"merge: r={list(reduction.r)} removes {reduction.r[place]} tokens in `{found.sites[place].block}`, which has "
+            f"{left} patches left at z={z:g}, and half of them, {left // 2}, can go at most"
+        )
 
 
 def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens: Remaining) -> None:

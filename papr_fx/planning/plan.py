@@ -18,7 +18,6 @@ from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
-from ..passes.schedules import first_excess
 from ..proposals.network import SignificanceNet
 from ..tracing.roles import find
 from .example import Example
@@ -113,22 +112,6 @@ class TokenPlan:
             patches = site.rows.kept(target.z) - site.rows.others
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
             stage("reduce_tokens", graph)
-
-    def check_reduced(self, z: float) -> None:
-        """Refuses a list of numbers of tokens to remove, of which one is more than half of the patches that are left there.
-
-        Raises:
-            NoSiteError: It is.
-        """
-        if self.reduction is None or isinstance(self.reduction.r, int):
-            return
-        rows, amounts = self.site(self.dense).rows, self.reduction.r
-        if excess := first_excess(amounts, rows.kept(z) - rows.others):
-            place, left = excess
-            raise NoSiteError(
-                f"merge: r={list(amounts)} removes {amounts[place]} tokens in `{self.reduced.sites[place].block}`, which has "
-                f"{left} patches left at z={z:g}, and half of them, {left // 2}, can go at most"
-            )
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of tokens."""
@@ -268,8 +251,8 @@ class Plan:
         Raises:
             NoSiteError: More tokens should be removed from block to block than it leaves.
         """
-        if isinstance(self.eval, TokenPlan):
-            self.eval.check_reduced(z)
+        if isinstance(self.eval, TokenPlan) and self.eval.reduction is not None:
+            reduce_tokens.check_amounts(self.eval.reduced, self.eval.reduction, self.eval.site(self.eval.dense).rows, z)
         return replace(self, target=replace(self.target, z=z))
 
     def seeing(self, network: SignificanceNet) -> Plan:
