@@ -54,7 +54,7 @@ class KeepRatio(float):
 
 def choose_keep_ratio(
     model: nn.Module,
-    proposal: nn.Module | str,
+    proposal: nn.Module | str | None,
     loader: Iterable[Any],
     *,
     max_drop: float | None = None,

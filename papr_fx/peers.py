@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx
 
 from . import ops
+from .errors import ArgumentError
 from .passes.attend_tokens import AttentionPruning
 from .passes.fuse_tokens import TokenFusion
 from .passes.kinds import Kind
 from .passes.merge_tokens import Merge
 from .passes.propagate_tokens import TokenPropagation
 from .passes.reduction import Reduction
+from .passes.schedules import SCHEDULES, Schedule
 from .planning.module import PrunedModule, shell, sibling
 from .tracing.macs import count_macs_by_node
 from .tracing.roles import has_role
@@ -33,7 +35,8 @@ _REDUCTIONS: dict[str, Reduction] = {
     "gtp": TokenPropagation(),
     "ats": AttentionPruning(),
 }
-REDUCERS = ("papr", *_REDUCTIONS, *(f"papr+{name}" for name in _REDUCTIONS))
+_NAMES = (*_REDUCTIONS, *(f"papr+{name}" for name in _REDUCTIONS))
+REDUCERS = ("papr", *_NAMES, *(f"{name}:{schedule}" for schedule in SCHEDULES[1:] for name in _NAMES))
 
 
 def transcribed(gm: PrunedModule) -> fx.GraphModule:
@@ -83,9 +86,14 @@ def _write_pixels(residual: Tensor, branch: Tensor, rows: Tensor, layout: str, b
 
 
 def reduction_named(name: str) -> Reduction:
-    """The reduction of a name of `REDUCERS`, such as "tome" or "papr+tome"; after PaPr, in the second half of the blocks."""
+    """The reduction of a name of `REDUCERS`, such as "tome", "tome:late" or "papr+tome".
+
+    After PaPr, it acts in the second half of the blocks. Behind the colon is its schedule.
+    """
     pruning, _, peer = name.rpartition("+")
-    return replace(_REDUCTIONS[peer], blocks="second-half") if pruning else _REDUCTIONS[peer]
+    peer, colon, schedule = peer.partition(":")
+    given = replace(_REDUCTIONS[peer], schedule=cast(Schedule, schedule)) if colon else _REDUCTIONS[peer]
+    return replace(given, blocks="second-half") if pruning else given
 
 
 def kept_before(z: float) -> float:
@@ -94,8 +102,14 @@ def kept_before(z: float) -> float:
 
 
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
-    """The same module with the reduction's r chosen so that its MACs, the proposal included, are nearest to `macs`."""
-    given = cast(Reduction, gm.plan.reduction)
+    """The same module with the reduction's r chosen so that its MACs, the proposal included, are nearest to `macs`.
+
+    Raises:
+        ArgumentError: It has no reduction with one r.
+    """
+    given = gm.plan.reduction
+    if given is None or not isinstance(given.r, int):
+        raise ArgumentError(f"at_macs chooses the one r of a reduction, such as merge=papr_fx.Merge(r=8), not of {given}")
     tried: dict[int, tuple[int, PrunedModule]] = {}  # by r
 
     def macs_with(r: int) -> int:

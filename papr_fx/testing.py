@@ -40,7 +40,7 @@ class Checked(NamedTuple):
 
 @torch.no_grad()
 def check(
-    model: nn.Module, proposal: nn.Module | str, z: float, *, example_input: Tensor | None = None, **options: Any
+    model: nn.Module, proposal: nn.Module | str | None, z: float, *, example_input: Tensor | None = None, **options: Any
 ) -> Checked:
     """Runs every oracle that applies on a copy of `model`, in float64 and eval mode, with parameters redrawn at unit scale.
 

@@ -22,7 +22,7 @@ from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import prune_by_tokens
 from .planning.module import PrunedModule, checked_z
 from .proof.prove import prove
-from .proposals.build import ImageSpec, ProposalOptions, build_proposal
+from .proposals.build import ImageSpec, ProposalOptions, build_proposal, check_proposal
 from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
 from .proposals.statistics import InputStats, checked_stats
@@ -36,7 +36,7 @@ Mode = Literal["auto", "tokens", "pixels"]
 
 def transform(
     model: nn.Module,
-    proposal: nn.Module | str,
+    proposal: nn.Module | str | None,
     z: float,
     *,
     example_input: Tensor | None = None,
@@ -58,7 +58,8 @@ def transform(
         model: A classifier of images (B, C, H, W), or of clips (B, C, T, H, W) or (B, T, C, H, W), in either mode.
         proposal: A light ConvNet classifier (its head is dropped), a module that returns features (B, K, h, w) or a map
             (B, h, w), or a name in timm (`hf-hub:`, `local-dir:` too), torchvision.models.video or pytorchvideo (with weights).
-            For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently.
+            For clips, a 3-D ConvNet that takes (B, C, T, H, W), or one for images, which sees each frame independently. None
+            with saliency="motion".
         z: Share of tokens to keep, in (0, 1]: `int(N * z)` patches beside the other tokens, where N counts both; or
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
         example_input: Images such as the model takes; only the shape matters. Default: the size that the model states.
@@ -72,7 +73,9 @@ def transform(
             reads, and where it warns: see `papr_fx.proposals.statistics`.
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
-        merge: `Merge(r, blocks, proportional)`: token merging after the pruning, or alone with z=1. Or a peer of it.
+            For clips also "motion", the change from frame to frame without a proposal, and its product with the map of a
+            proposal: "motion*psm", "motion*cam" and so on.
+        merge: `Merge(r, blocks, proportional, schedule=...)`: token merging after the pruning, or alone with z=1. Or a peer.
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
         verify: Whether to prove the rewrite on the model before returning it.
 
@@ -87,6 +90,7 @@ def transform(
     size = inputs.checked_size(proposal_size, request.images)
     spec = ImageSpec.of(request.images, request.layout)
     sight = ProposalOptions(size, checked_stats(input_stats, spec.channels), checked_saliency(saliency), verify)
+    check_proposal(proposal, spec, sight)
     network = cache(lambda: build_proposal(proposal, request.model, spec, sight))
     gm = _Pipeline(request, network, options).run()
     if doubt := gm.papr_proposal.doubt:
@@ -166,6 +170,7 @@ class _Pipeline:
     def _finished(self, gm: PrunedModule, fallback: str = "") -> PrunedModule:
         """The module at the keep ratio asked for, proved."""
         gm.plan = replace(gm.plan, output=self.options.output, fallback=fallback)
+        gm.plan.at(self.options.z)  # refuses what takes more tokens than are left
         if gm.plan.z != self.options.z:
             gm.retarget(self.options.z)
         if os.environ.get("PAPR_FX_DEBUG") == "1":

@@ -34,9 +34,10 @@ class AttentionPruning(Reduction):
     """Pruning by the class token's attention, a peer of `Merge`, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Number of tokens dropped in each block, capped at half of its patches.
+        r: Number of tokens dropped in each block, or a list with one for each of these blocks; half of the patches at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: No effect, as every token stands for itself.
+        schedule: "constant", "late" or "share", see `Reduction`.
     """
 
     blocks: Blocks = "all"
@@ -45,5 +46,5 @@ class AttentionPruning(Reduction):
         """Inserts the nodes of one block."""
         if not at.prefix:
             raise NoSiteError("merge: AttentionPruning needs the attention of a class token, and this model has none")
-        stay = at.create("attended", most_attended, at.queries, at.keys, at.values, self.r, at.prefix, at.scale, *at.ends[1:])
+        stay = at.create("attended", most_attended, at.queries, at.keys, at.values, at.r, at.prefix, at.scale, *at.ends[1:])
         return at.create("tokens", gather_tokens, at.tokens, stay), State(None, None)

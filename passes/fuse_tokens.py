@@ -42,9 +42,11 @@ class TokenFusion(Reduction):
     """Token fusion, a peer of `Merge`, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Number of tokens dropped or merged in each block, capped at half of its patches.
+        r: Number of tokens dropped or merged in each block, or a list with one for each of these blocks; half of the patches
+            at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by the number of patches it stands for.
+        schedule: "constant", "late" or "share", see `Reduction`.
         linear_from: Number of these blocks, from the first, that drop tokens; the others merge them.
     """
 
@@ -60,7 +62,7 @@ class TokenFusion(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        match = at.create("match", match_tokens, at.keys, self.r, *at.ends)
+        match = at.create("match", match_tokens, at.keys, at.r, *at.ends)
         if at.number < self.linear_from:
             (stay,) = at.parts(match, "stay")
             return at.create("tokens", gather_tokens, at.tokens, stay), State(None, None)

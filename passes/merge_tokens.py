@@ -34,10 +34,12 @@ class Merge(Reduction):
     """Token merging, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Number of tokens merged in each block, capped at half of its patches.
+        r: Number of tokens merged in each block, or a list with one for each of these blocks; half of the patches at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by the number of patches it stands for: True for models trained with
             labels, False for MAE (PaPr, Sec. 4.1). Averages over tokens are always weighted.
+        schedule: "constant", r in each block; or for the same multiply-accumulates "late", more in late blocks than in early
+            ones, or "share", the same share of the patches in each block.
 
     Raises:
         ArgumentError: A value is out of range.
@@ -45,7 +47,7 @@ class Merge(Reduction):
 
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
-        match = tag(at.create("match", match_tokens, at.keys, self.r, *at.ends), Kind.MATCH, at.number)
+        match = tag(at.create("match", match_tokens, at.keys, at.r, *at.ends), Kind.MATCH, at.number)
         merged = at.create("merge", merge_tokens, at.tokens, state.sizes, match)
         tokens, sizes = at.parts(merged, "tokens", "sizes")
         return tokens, State(sizes, None)

@@ -42,9 +42,10 @@ class TokenPropagation(Reduction):
     """Graph-based token propagation, a peer of `Merge`, for `transform(..., merge=...)`.
 
     Attributes:
-        r: Number of tokens dropped in each block, capped at half of its patches.
+        r: Number of tokens dropped in each block, or a list with one for each of these blocks; half of the patches at most.
         blocks: Which blocks: "second-half", "all", or their numbers.
         proportional: Whether attention weights each token by its size, which grows by the shares it receives.
+        schedule: "constant", "late" or "share", see `Reduction`.
         strength: Share of a dropped token that is passed on.
         edges: Number of tokens with like keys that each token is connected to.
 
@@ -64,7 +65,7 @@ class TokenPropagation(Reduction):
     def insert(self, at: Attended, state: State) -> tuple[fx.Node, State]:
         """Inserts the nodes of one block."""
         behind = at.ends[1:]
-        chosen = at.create("chosen", choose_tokens, at.queries, at.keys, state.sizes, self.r, at.prefix, at.scale, *behind)
+        chosen = at.create("chosen", choose_tokens, at.queries, at.keys, state.sizes, at.r, at.prefix, at.scale, *behind)
         graph = at.create("graph", neighbour_graph, at.keys, state.places, at.grid, at.prefix, self.edges, *behind)
         propagated = at.create("propagate", propagate_tokens, at.tokens, state.sizes, chosen, graph, self.strength)
         tokens, sizes = at.parts(propagated, "tokens", "sizes")

@@ -109,6 +109,7 @@ class PixelChoice:
         layout: Axes of the images or clips.
         training: Whether the graph is for training mode.
         dynamic: Whether grids are read at run time.
+        fine: Whether the map is as fine as the clips.
     """
 
     z: float
@@ -116,6 +117,7 @@ class PixelChoice:
     layout: str = "BCHW"
     training: bool = False
     dynamic: bool = False
+    fine: bool = False
 
 
 def find_sites(graph: fx.Graph, root: nn.Module, probe: PositionwiseProbe) -> tuple[tuple[PixelSite, ...], tuple[Skipped, ...]]:
@@ -150,7 +152,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[PixelSite], choice: PixelChoice) ->
         choice: What holds for all sites.
     """
     nodes = nodes_by_name(graph)
-    images = splice_proposal.find_site(graph)
+    images = splice_proposal.find_site(graph, fine=choice.fine)
     indexer = PixelIndexer(graph, nodes, images, choice.z, dynamic=choice.dynamic)
     indices = indexer.indices([site.placing for site in sites])
     for number, (site, index) in enumerate(zip(sites, indices, strict=True)):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, cast
 
 from torch import Tensor, fx, nn
@@ -39,10 +40,12 @@ from ..ops import TokenRows
 from ..ops.reduction import mean_by_size, size_bias
 from ..tracing.blocks import block_calls
 from ..tracing.graphs import descendants, nodes_by_name, shape_of
+from ..tracing.macs import count_macs_by_node
 from ..tracing.roles import tag
 from .kinds import Kind
 from .prune_tokens import TokenSite
-from .reduction import Attended, Blocks, Reduction, State, chosen_blocks
+from .reduction import Attended, Reduction, State, chosen_blocks
+from .schedules import Start, Work, first_excess
 from .splice_proposal import Sizes
 
 
@@ -69,11 +72,13 @@ class ReductionSites:
         sites: Where tokens become fewer, in order.
         attentions: Nodes that attend to tokens that may be fewer.
         means: Nodes that average them.
+        work: What follows on each reduction, up to the next.
     """
 
     sites: tuple[ReductionSite, ...] = ()
     attentions: tuple[Attention, ...] = ()
     means: tuple[Mean, ...] = ()
+    work: tuple[Work, ...] = ()
 
 
 class Remaining(NamedTuple):
@@ -82,16 +87,18 @@ class Remaining(NamedTuple):
     Attributes:
         grid: Sizes of the patches' grid, numbers or nodes.
         rows: The tokens before and behind the patches. They stay.
+        patches: How many patches there are, on images of the traced shape.
         keep: The node of the kept indices (B, N), where some tokens were dropped.
     """
 
     grid: Sizes
     rows: TokenRows
+    patches: int
     keep: fx.Node | None
 
 
 def find_sites(
-    root: nn.Module, token_site: TokenSite, blocks: tuple[str, ...], wanted: Blocks, images: Tensor
+    root: nn.Module, token_site: TokenSite, blocks: tuple[str, ...], reduction: Reduction, images: Tensor
 ) -> ReductionSites:
     """Finds where tokens can become fewer.
 
@@ -99,7 +106,7 @@ def find_sites(
         root: A scratch copy of the modules that the graph calls.
         token_site: The token stream of a traced graph. The graph is not changed.
         blocks: Qualified names of the trunk's blocks.
-        wanted: In which of them.
+        reduction: Says in which of them.
         images: Images of the traced shape.
 
     Raises:
@@ -110,7 +117,7 @@ def find_sites(
     calls: dict[str, list[fx.Node]] = {}
     for name, part in block_calls(graph, blocks):  # a block may be called in several parts
         calls.setdefault(name, []).extend(part)
-    chosen = chosen_blocks(list(calls), wanted)
+    chosen = chosen_blocks(list(calls), reduction)
     if not chosen:
         return ReductionSites()
     nodes = nodes_by_name(graph)
@@ -120,7 +127,30 @@ def find_sites(
     _check_ends(nodes, seen, counts - {rows.count, rows.cells})
     attentions = [nodes[name] for name, _ in seen.attentions]
     sites = tuple(_site(token_site.stream, block, calls[block], attentions) for block in chosen)
-    return ReductionSites(sites, seen.attentions, seen.means)
+    return ReductionSites(sites, seen.attentions, seen.means, _work(root, graph, sites, seen.attentions, images))
+
+
+def _work(
+    root: nn.Module, graph: fx.Graph, sites: Sequence[ReductionSite], attentions: Sequence[Attention], images: Tensor
+) -> tuple[Work, ...]:
+    """What follows on each site, from the multiply-accumulates of the dense graph."""
+    pairs = {name: _per_pair(call_arguments(nodes_by_name(graph)[name])) for name, _ in attentions}
+    macs, nodes = count_macs_by_node(root, graph, images), nodes_by_name(graph)
+    names = list(nodes)
+    count = (shape_of(nodes[sites[0].addition]) or (0, 0))[1]
+    starts = [names.index(site.addition) + 1 for site in sites]
+    found: list[Work] = []
+    for first, end in zip(starts, [*starts[1:], len(names)], strict=True):
+        inside = names[first:end]
+        per_pair = sum(pairs.get(name, 0) for name in inside)
+        found.append(Work(sum(macs.get(name, 0) for name in inside) / count - per_pair * count, per_pair))
+    return tuple(found)
+
+
+def _per_pair(given: Mapping[str, fx.Node]) -> float:
+    """Multiply-accumulates of an attention for each pair of tokens; 0 if its queries are not the tokens."""
+    query, key = shape_of(given["query"]) or (0, 0), shape_of(given["key"]) or (0, 0)
+    return 2 * prod(query) / query[0] / query[-2] if query[-2] == key[-2] else 0  # twice the width of all heads
 
 
 def _check_ends(nodes: Mapping[str, fx.Node], seen: TokenReaders, counts: Collection[int]) -> None:
@@ -134,9 +164,26 @@ def _check_ends(nodes: Mapping[str, fx.Node], seen: TokenReaders, counts: Collec
             raise NoSiteError(f"merge: `{name}` reads the patches and the other tokens of one end alone")
 
 
+def check_amounts(found: ReductionSites, reduction: Reduction, rows: TokenRows, z: float) -> None:
+    """Refuses a list of numbers of tokens to remove, of which one is more than half of the patches that are left there.
+
+    Raises:
+        NoSiteError: It is.
+    """
+    if isinstance(reduction.r, int):
+        return
+    if excess := first_excess(reduction.r, rows.kept(z) - rows.others):
+        place, left = excess
+        raise NoSiteError(
+            f"merge: r={list(reduction.r)} removes {reduction.r[place]} tokens in `{found.sites[place].block}`, which has "
+            f"{left} patches left at z={z:g}, and half of them, {left // 2}, can go at most"
+        )
+
+
 def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens: Remaining) -> None:
-    """Reduces the tokens at every site."""
-    additions = {site.addition: site for site in found.sites}
+    """Reduces the tokens at every site, except where the reduction removes none."""
+    amounts = reduction.amounts(Start(tokens.patches, tokens.rows.others), found.work)
+    places = {site.addition: place for place, site in enumerate(found.sites) if amounts[place]}
     heads, axes = dict(found.attentions), dict(found.means)
     attended: dict[str, fx.Node] = {}  # each as a call of `scaled_dot_product_attention`
     state, number = State(None, tokens.keep), 0
@@ -148,17 +195,17 @@ def rewrite(graph: fx.Graph, found: ReductionSites, reduction: Reduction, tokens
                 _weight(graph, attention, state.sizes, (suffix,) if suffix else (), number)
         if node.name in axes and state.sizes is not None:
             _average(node, axes[node.name], state.sizes, suffix)
-        if node.name in additions:
-            before = set(graph.nodes)
-            attention = attended[additions[node.name].attention]
+        if node.name in places:
+            before, place = set(graph.nodes), places[node.name]
+            attention = attended[found.sites[place].attention]
             queries, keys, values = cast("tuple[fx.Node, ...]", attention.args[:3])
             scale = attention.kwargs.get("scale")
-            at = Attended(number, queries, keys, values, scale, node, prefix, suffix, tokens.grid)
+            at = Attended(place, amounts[place], queries, keys, values, scale, node, prefix, suffix, tokens.grid)
             with graph.inserting_before(node.next):
                 fewer, state = reduction.insert(at, state)
-            tag(fewer, Kind.REDUCED, number)
+            tag(fewer, Kind.REDUCED, place)
             node.replace_all_uses_with(fewer, delete_user_cb=before.__contains__)
-            number += 1
+            number = place + 1
 
 
 def _site(stream: fx.Node, block: str, nodes: Sequence[fx.Node], attentions: Sequence[fx.Node]) -> ReductionSite:

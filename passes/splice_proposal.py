@@ -13,6 +13,8 @@ Becomes:
 Because: the map depends only on the images (PaPr, Sec. 3.1), so it is computed before the first block, and one choice serves
 every use of the grid.
 
+A map as fine as the clips, of motion, is averaged over tubelets: `papr_psm = pool_map(papr_map, grid)`.
+
 Left alone:
     1. A graph without an image placeholder, or with several (`NoSiteError`).
 """
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops import resize_map, top_positions
+from ..ops import pool_map, resize_map, top_positions
 from ..tracing.roles import find_all, tag
 from .kinds import Kind
 
@@ -39,9 +41,15 @@ _AXES = ("frames", "rows", "columns")
 
 @dataclass(frozen=True)
 class ImageSite:
-    """Where the images enter."""
+    """Where the images enter.
+
+    Attributes:
+        images: Their placeholder.
+        fine: Whether their map is as fine as they are, so that it is averaged over the cells of a grid.
+    """
 
     images: fx.Node
+    fine: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,8 @@ class Selection:
     suffix: str = ""
 
 
-def find_site(graph: fx.Graph) -> ImageSite:
-    """Finds the image placeholder of a traced model.
+def find_site(graph: fx.Graph, *, fine: bool = False) -> ImageSite:
+    """Finds the image placeholder of a traced model; `fine` says what map its images will have.
 
     Raises:
         NoSiteError: There is none, or several.
@@ -76,7 +84,7 @@ def find_site(graph: fx.Graph) -> ImageSite:
         raise NoSiteError(
             f"the graph takes {len(found)} inputs ({', '.join(n.name for n in found)}); one image batch is needed"
         )
-    return ImageSite(found[0])
+    return ImageSite(found[0], fine)
 
 
 def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Selection) -> fx.Node:
@@ -90,7 +98,8 @@ def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Select
     with graph.inserting_before(before):
         if significance is None:
             significance = tag(graph.create_node("call_module", PROPOSAL, (site.images,), name="papr_map"), Kind.MAP)
-        psm = graph.create_node("call_function", resize_map, (significance, grid), name=f"papr_psm{suffix}")
+        resize = pool_map if site.fine else resize_map
+        psm = graph.create_node("call_function", resize, (significance, grid), name=f"papr_psm{suffix}")
         chosen = (psm, z, selection.prefix, *([selection.behind] if selection.behind else []))
         keep = graph.create_node("call_function", top_positions, chosen, name=f"papr_keep{suffix}")
     tag(psm, Kind.PSM, selection.number)

@@ -45,7 +45,8 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         type=_methods,
         default=("papr",),
         metavar="NAME,...",
-        help=f"what to measure at the MACs of each keep ratio, any of {', '.join(METHODS)} (default: papr)",
+        help=f"what to measure at the MACs of each keep ratio, any of {', '.join(_shown())} (default: papr); a name "
+        "may end in :late or :share, as tome:late does: how tokens are spread over blocks, see --merge of eval",
     )
     command.add_argument("--batch-size", "-b", type=positive_int, nargs="+", default=[1, 8, 32], help="images per batch")
     command.add_argument("--img-size", type=positive_int, help="side of the images, in pixels (default: the model's)")
@@ -120,10 +121,15 @@ def _model_and_images(arguments: argparse.Namespace, name: str) -> tuple[nn.Modu
     return model, images
 
 
+def _shown() -> list[str]:
+    """The names of methods, without those that differ from another in their schedule only."""
+    return [name for name in METHODS if ":" not in name]
+
+
 def _methods(text: str) -> tuple[str, ...]:
     """Names of methods, separated by commas."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(METHODS)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(_shown())}, also with :late or :share")
     return names

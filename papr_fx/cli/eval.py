@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from tabulate import tabulate
 
 from ..evaluation import variants
-from ..passes.merge_tokens import Merge
 from .counting import counted
 from .data import kind_of
 from .distributed import is_first, started
 from .networks import described, proposal_of, subject_of
-from .options import add_data, add_networks, add_run, positive_int, ratios
+from .options import add_data, add_networks, add_run, merge_of, merging, ratios
 from .results import finish, row_of, speed_key
 
 
@@ -25,7 +25,13 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--z", type=ratios, default=(1.0, 0.7, 0.5), help="keep ratios, separated by commas (default: 1.0,0.7,0.5)"
     )
-    command.add_argument("--merge", type=positive_int, metavar="R", help="also merge R tokens per block, at every keep ratio")
+    command.add_argument(
+        "--merge",
+        type=merging,
+        metavar="R",
+        help="also merge R tokens per block, at every keep ratio: 8; for the same MACs 8:late (more in late blocks) or "
+        "8:share (the same share in each block); or 4,4,8,8 (one number for each block)",
+    )
     command.add_argument("--merge-blocks", choices=("second-half", "all"), default="second-half", help="default: %(default)s")
 
 
@@ -33,7 +39,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx eval`, on one process or as one of those that torchrun started."""
     with started(arguments) as device:
         subject = subject_of(arguments, device)
-        merge = Merge(arguments.merge, arguments.merge_blocks) if arguments.merge else None
+        merge = replace(merge_of(arguments.merge), blocks=arguments.merge_blocks) if arguments.merge else None
         evaluated = [variants.dense(subject)]
         if changed := [z for z in arguments.z if z < 1 or merge]:
             proposal, options = proposal_of(arguments, subject)

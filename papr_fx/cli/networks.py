@@ -15,6 +15,7 @@ from ..evaluation.models import image_model, proposal_for
 from ..evaluation.subject import ModelSpec, Subject, named_subject
 from ..evaluation.variants import ProposalSpec
 from ..proposals.named import LITE0
+from ..proposals.saliency import needs_proposal
 from ..proposals.statistics import InputStats
 
 
@@ -44,7 +45,7 @@ def subject_of(arguments: argparse.Namespace, device: torch.device) -> Subject:
     return named_subject(spec)
 
 
-def proposal_of(arguments: argparse.Namespace, subject: Subject) -> tuple[nn.Module, dict[str, Any]]:
+def proposal_of(arguments: argparse.Namespace, subject: Subject) -> tuple[nn.Module | None, dict[str, Any]]:
     """The proposal of `eval` and `tune`, and the options of `transform` that go with it."""
     spec = ProposalSpec(
         arguments.proposal,
@@ -65,6 +66,8 @@ def views_of(arguments: argparse.Namespace) -> Views:
 def described(arguments: argparse.Namespace, subject: Subject, model: str, proposal: str) -> str:
     """The names of both networks, and which of them have random weights."""
     words = [model + ("" if subject.loaded else " (random weights; --pretrained loads real ones)")]
+    if not needs_proposal(getattr(arguments, "saliency", "psm")):
+        return f"{words[0]}, no proposal: {arguments.saliency}"
     loaded = arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0
     words.append(f"proposal {proposal}" + ("" if loaded else " (random weights)"))
     return ", ".join(words)

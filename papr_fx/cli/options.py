@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..errors import ArgumentError
 from ..evaluation.classes import ORDERS
 from ..evaluation.models import VIDEO_MODELS
+from ..passes.merge_tokens import Merge
+from ..passes.schedules import Schedule
 from ..planning.module import checked_z
 from ..proposals.named import LITE0
-from ..proposals.saliency import NAMES
+from ..proposals.saliency import CLIP_NAMES, NAMES
 
 DEFAULT_MODEL = "vit_small_patch16_224"
 TIMM_SOURCES = "hf-hub:OWNER/NAME and local-dir:FOLDER name one that timm saved"
@@ -48,6 +50,29 @@ def nonnegative_int(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
     return number
+
+
+def merging(text: str) -> str:
+    """Tokens to merge per block, as `merge_of` reads them: 8, 8:late, 8:share or 4,4,8,8."""
+    try:
+        removes = merge_of(text).removes
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not removes:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return text
+
+
+def merge_of(text: str) -> Merge:
+    """The reduction of `--merge`. Text, not this, is what goes into files of results.
+
+    Raises:
+        ArgumentError: A number is out of range, or the schedule is unknown.
+    """
+    counts, colon, schedule = text.partition(":")
+    numbers = [_whole(part) for part in counts.split(",")]
+    spread = cast(Schedule, schedule if colon else "constant")
+    return Merge(numbers[0] if len(numbers) == 1 else numbers, schedule=spread)
 
 
 def fraction(text: str) -> float:
@@ -183,7 +208,14 @@ def add_networks(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--proposal-size", type=positive_int, help="shorter side of the proposal's images, in pixels (default: the model's)"
     )
-    command.add_argument("--saliency", choices=NAMES, default="psm", help="kind of saliency map (default: %(default)s)")
+    command.add_argument(
+        "--saliency",
+        choices=(*NAMES, *CLIP_NAMES),
+        default="psm",
+        metavar="NAME",
+        help=f"kind of saliency map: {', '.join(NAMES)}; for clips also motion, which needs no proposal, or motion* and one of "
+        "these (default: %(default)s)",
+    )
     command.add_argument(
         "--shared-stats", action="store_true", help="give the model's normalised images to the proposal unchanged"
     )

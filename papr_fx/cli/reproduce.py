@@ -113,7 +113,7 @@ def _subject(arguments: argparse.Namespace, table: Table, device: torch.device) 
     return named_subject(spec)
 
 
-def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
+def _variants(subject: Subject, proposal: nn.Module | None, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
     """The variants that the lines describe. With merging, as many tokens are merged as gives the line's GMACs best."""
     found: dict[Line, Variant] = {}
     for merging in (False, True):
@@ -126,7 +126,8 @@ def _variants(subject: Subject, proposal: nn.Module, lines: Sequence[Line], opti
 def _merged(variant: Variant, line: Line) -> Variant:
     """The variant with as many tokens merged as comes nearest to the line's GMACs."""
     module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
-    return Variant(module, report(module).total_macs, line.z, cast(Reduction, module.plan.reduction).r)
+    (r,) = cast(Reduction, module.plan.reduction).numbers
+    return Variant(module, report(module).total_macs, line.z, r)
 
 
 def _named(variant: Variant) -> str:

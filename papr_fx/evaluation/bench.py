@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..passes.reduction import Reduction
 from ..peers import REDUCERS, at_macs, kept_before, reduction_named, transcribed
 from ..planning.module import PrunedModule, sibling
 from ..review.report import report
@@ -107,7 +108,7 @@ def _at(z: float, method: str, gm: PrunedModule, reduced: PrunedModule | None) -
         return f"{method} z={z:g}", Candidate(gm if method == "papr" else transcribed(gm), macs)
     own = kept_before(z) if method.startswith("papr+") else 1.0
     fitted = at_macs(sibling(reduced, z=own), macs)
-    r = cast(Any, fitted.plan.reduction).r
+    (r,) = cast(Reduction, fitted.plan.reduction).numbers
     words = f"{method} z={own:g} r={r}" if own < 1 else f"{method} r={r}"
     return f"{words} (for z={z:g})", Candidate(fitted, report(fitted).total_macs)
 

@@ -12,6 +12,7 @@ from ..errors import ArgumentError, first_line
 from ..passes.reduction import Reduction
 from ..planning.module import sibling
 from ..proposals.named import LITE0
+from ..proposals.saliency import needs_proposal
 from ..review.report import report
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs
@@ -28,13 +29,13 @@ class Variant:
         module: The model.
         macs: Multiply-accumulates per image or view, the proposal included.
         z: Keep ratio; 1 for the dense model.
-        r: Tokens merged per block.
+        r: Tokens merged per block: one number, or how they are spread, as `--merge` takes it.
     """
 
     module: nn.Module
     macs: int
     z: float = 1.0
-    r: int = 0
+    r: int | str = 0
 
     @property
     def name(self) -> str:
@@ -63,13 +64,17 @@ class ProposalSpec:
     saliency: Any = "psm"
 
 
-def proposal_of(subject: Subject, spec: ProposalSpec) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds a proposal network; returns it with the options of `transform` that go with it.
+def proposal_of(subject: Subject, spec: ProposalSpec) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Builds a proposal network, unless the map needs none; returns it with the options of `transform` that go with it.
 
     Raises:
         ProposalError: No installed library knows it, or its weights cannot be loaded.
         ArgumentError: It takes no checkpoint.
     """
+    if not needs_proposal(spec.saliency):
+        if spec.checkpoint or spec.shared:
+            raise ArgumentError(f"saliency {spec.saliency} uses no proposal: leave out what says how to build and feed one")
+        return None, {"proposal_size": spec.size, "saliency": spec.saliency}
     if spec.name == LITE0 and spec.checkpoint:
         raise ArgumentError(f"--proposal-checkpoint: {LITE0} comes with its own weights; name another --proposal")
     proposal, own = proposal_for(subject.statistics, spec.name, pretrained=spec.pretrained, checkpoint=spec.checkpoint)
@@ -91,13 +96,13 @@ def dense(subject: Subject) -> Variant:
 
 
 def pruned(
-    subject: Subject, proposal: nn.Module, ratios: Sequence[float], *, merge: Reduction | None = None, **options: Any
+    subject: Subject, proposal: nn.Module | None, ratios: Sequence[float], *, merge: Reduction | None = None, **options: Any
 ) -> list[Variant]:
     """The model pruned at each keep ratio. A model on the meta device has no values, so it is not proved.
 
     Args:
         subject: The model.
-        proposal: A ConvNet.
+        proposal: A ConvNet; None where the map needs none.
         ratios: Keep ratios in (0, 1].
         merge: Token reduction in the blocks, if any.
         **options: Further options of `transform`.
@@ -109,8 +114,10 @@ def pruned(
         return []
     verify = not subject.example.is_meta
     gm = transform(subject.model, proposal, ratios[0], example_input=subject.example, merge=merge, verify=verify, **options)
+    words = merge.words if merge else "0"
+    r = int(words) if words.isdigit() else words
     found: list[Variant] = []
     for z in ratios:
         module = sibling(gm, z=z)
-        found.append(Variant(module, report(module).total_macs, z, merge.r if merge else 0))
+        found.append(Variant(module, report(module).total_macs, z, r))
     return found

@@ -26,6 +26,24 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=True).squeeze(1)
 
 
+def pool_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
+    """Averages maps as fine as their clips over the tubelets of a token grid.
+
+    Args:
+        significance: Maps (B, T, H, W).
+        grid: (frames, rows, columns) of the token grid.
+
+    Returns:
+        (B, *grid), float32 or the wider dtype of `significance`.
+    """
+    maps = significance.to(wide(significance))
+    frames, rows, columns = grid
+    if maps.shape[1] % frames or maps.shape[2] % rows or maps.shape[3] % columns:
+        return F.adaptive_avg_pool3d(maps.unsqueeze(1), (frames, rows, columns)).squeeze(1)
+    cells = maps.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (frames, -1))
+    return cells.mean((2, 4, 6))  # the same, in operations that ONNX has
+
+
 def keep_count(positions: int, z: float, others: int = 0) -> int:
     """How many positions of a grid are kept: floor(z * all tokens), at least 1 and at most the whole grid.
 

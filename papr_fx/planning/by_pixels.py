@@ -78,9 +78,9 @@ def prune_by_pixels(
         signature = signature.casting(example.like, integers=integers)
     plan = Plan(name, eval_plan, train_plan, frozenset(opened), example, target, signature)
     plan.mode(model.training)  # refuses a mode that cannot be pruned
-    root.papr_proposal = proposal()
+    root.papr_proposal = network = proposal()
     try:
-        return PrunedModule(root, plan)
+        return PrunedModule(root, plan.seeing(network))
     except TraceError as error:
         raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
 

@@ -51,8 +51,8 @@ def prune_by_tokens(
     """
     planner = _Planner(request, trunk, merge)
     root, plan, recorded = planner.plan(z)
-    root.papr_proposal = proposal()
-    gm = _built(root, plan)
+    root.papr_proposal = network = proposal()
+    gm = _built(root, plan.seeing(network))
     check_token_reads(gm, planner.blocks, recorded)
     return gm
 
@@ -202,14 +202,14 @@ class _Planner:
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
-        if self.merge is None or not self.merge.r:
+        if self.merge is None or not self.merge.removes:
             return ReductionSites()
         used = repairs.first_node()
         if used:
             raise NoSiteError(
                 f"merge: {self.name} uses positions beyond its embedding (`{used}`), and a merged token has no position"
             )
-        found = reduce_tokens.find_sites(root, site, self.blocks, self.merge.blocks, self.request.images)
+        found = reduce_tokens.find_sites(root, site, self.blocks, self.merge, self.request.images)
         targets = {node.name: str(node.target) for node in site.stream.graph.nodes}
         for attention in found.attentions:
             if attention.heads:  # its forward will not be called

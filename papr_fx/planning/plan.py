@@ -18,6 +18,7 @@ from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
+from ..proposals.network import SignificanceNet
 from ..tracing.roles import find
 from .example import Example
 from .signature import Signature
@@ -53,11 +54,13 @@ class Target:
         z: Keep ratio in (0, 1].
         layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
         dynamic: Whether the model takes several image sizes, so that grids are read at run time.
+        fine: Whether the map is as fine as the clips, and is averaged over tubelets.
     """
 
     z: float
     layout: str
     dynamic: bool
+    fine: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class TokenPlan:
     @property
     def reduces(self) -> bool:
         """Whether tokens become fewer from block to block."""
-        return self.reduction is not None and self.reduction.r > 0
+        return self.reduction is not None and self.reduction.removes
 
     def site(self, graph: fx.Graph) -> TokenSite:
         """The token stream of a traced graph of the model."""
@@ -97,7 +100,7 @@ class TokenPlan:
         grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
         keep = None
         if target.z < 1:
-            images = splice_proposal.find_site(graph)
+            images = splice_proposal.find_site(graph, fine=target.fine)
             selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
@@ -106,7 +109,8 @@ class TokenPlan:
             prune_tokens.rewrite(graph, site, keep)
             stage("prune_tokens", graph)
         if self.reduction is not None and self.reduces:
-            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, keep))
+            patches = site.rows.kept(target.z) - site.rows.others
+            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
             stage("reduce_tokens", graph)
 
     def choices(self) -> tuple[Choice, ...]:
@@ -138,7 +142,7 @@ class PixelPlan:
 
     def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
         """Rewrites `graph`, a traced graph of the model, in place."""
-        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic)
+        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic, target.fine)
         prune_pixels.rewrite(graph, self.sites, choice)
         stage("prune_pixels", graph)
 
@@ -242,8 +246,18 @@ class Plan:
         return found
 
     def at(self, z: float) -> Plan:
-        """The same plan for another keep ratio."""
+        """The same plan for another keep ratio.
+
+        Raises:
+            NoSiteError: More tokens should be removed from block to block than it leaves.
+        """
+        if isinstance(self.eval, TokenPlan) and self.eval.reduction is not None:
+            reduce_tokens.check_amounts(self.eval.reduced, self.eval.reduction, self.eval.site(self.eval.dense).rows, z)
         return replace(self, target=replace(self.target, z=z))
+
+    def seeing(self, network: SignificanceNet) -> Plan:
+        """The same plan for the maps of a network."""
+        return replace(self, target=replace(self.target, fine=network.fine))
 
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""

@@ -128,5 +128,6 @@ class Rewrite:
         """The graph on all tokens that merges them, in proportion to their sizes, where the plan reduces them."""
         assert isinstance(self.mode, TokenPlan)
         assert self.mode.reduction
-        merge = Merge(max(1, self.mode.reduction.r), self.mode.reduction.blocks)
+        numbers = self.mode.reduction.numbers
+        merge = Merge(max(1, sum(numbers) // len(numbers)), self.mode.reduction.blocks)  # at every site, in any schedule
         return self.plan.reducing(merge).at(1.0).rewrite(self.training)

@@ -8,18 +8,19 @@ the pooling is dropped: the paper's map has uniform class weights. A network of 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from ..errors import ProposalError
+from ..errors import ArgumentError, ProposalError
 from .depthwise import replace_depthwise
+from .motion import MotionNet
 from .named import create_network
 from .network import Preparation, SignificanceNet, resized, takes_clips
 from .planar import replace_planar
-from .saliency import Saliency, build_map
+from .saliency import Saliency, build_map, parts_of
 from .split import split_network
 from .statistics import InputStats, Network, Renormalisation, renormalisation
 
@@ -90,6 +91,7 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
         proposal: A ConvNet classifier; a module that returns a feature map (B, K, h, w) or a map (B, h, w); or a name that
             `create_network` knows, whose pretrained weights are then loaded. For clips, a network with 3-D convolutions takes
             (B, C, T, H, W) and returns features (B, K, t, h, w) or a map (B, t, h, w); any other network takes the frames.
+            None where the map is motion alone.
         model: The target. Only its normalisation statistics are read.
         images: What the target takes.
         options: How the proposal is used.
@@ -98,6 +100,28 @@ def build_proposal(proposal: object, model: nn.Module, images: ImageSpec, option
         ProposalError: `proposal` yields no significance map; the message says why.
         VerifyError: Fusing the proposal changed its output.
     """
+    moving, source = parts_of(options.saliency)
+    network = None if source is None else _network(proposal, model, images, replace(options, saliency=source))
+    return MotionNet(images.layout, network) if moving or network is None else network
+
+
+def check_proposal(proposal: object, images: ImageSpec, options: ProposalOptions) -> None:
+    """Raises `ArgumentError` if the source of the map does not go with the proposal, or with the images."""
+    moving, source = parts_of(options.saliency)
+    named = f"saliency={options.saliency!r}"
+    if moving and not images.clips:
+        raise ArgumentError(f"{named} is the change from frame to frame, and the model takes images {images.shape}, no clips")
+    if moving and images.extent[0] < 2:
+        raise ArgumentError(f"{named} is the change from frame to frame, and clips {images.shape} have one frame")
+    if source is None and proposal is not None:
+        raise ArgumentError(
+            f'{named} uses no proposal: pass proposal=None, or saliency="motion*psm" to multiply it with the proposal\'s map'
+        )
+    if source is None and (options.size is not None or options.input_stats != "auto"):
+        raise ArgumentError(f"{named} uses no proposal, so proposal_size and input_stats have no effect: leave them out")
+
+
+def _network(proposal: object, model: nn.Module, images: ImageSpec, options: ProposalOptions) -> SignificanceNet:
     source = _load(proposal)
     network = _merged_copy(source)
     clips = takes_clips(network)
@@ -144,7 +168,8 @@ def _load(proposal: object) -> nn.Module:
             ) from error
     if not isinstance(proposal, nn.Module):
         raise ProposalError(
-            f"proposal must be a ConvNet (torch.nn.Module) or the name of a timm model, not {type(proposal).__name__}"
+            f"proposal must be a ConvNet (torch.nn.Module) or the name of a timm model, not {type(proposal).__name__}; only "
+            'saliency="motion" does without one, on clips'
         )
     if isinstance(proposal, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
         raise ProposalError(f"proposal is a {type(proposal).__name__}: pass the plain module that it was made from")

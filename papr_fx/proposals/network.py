@@ -41,6 +41,7 @@ class SignificanceNet(nn.Module):
     It is frozen: its parameters take no gradient, and it stays in eval mode when `train` is called.
     """
 
+    fine = False  # whether its maps have the resolution of the images, so that they are averaged over patches
     scale: Tensor | None
     shift: Tensor | None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,44 @@ from .cams import ClassActivation, GradCAM, ScoreCAM, class_weights
 from .split import Halves
 
 Named = Literal["psm", "expected-cam", "cam", "gradcam", "scorecam", "random"]
-Saliency = Named | Callable[[Tensor], Tensor]
-NAMES: tuple[Named, ...] = ("psm", "expected-cam", "cam", "gradcam", "scorecam", "random")
+Moving = Literal[
+    "motion", "motion*psm", "motion*expected-cam", "motion*cam", "motion*gradcam", "motion*scorecam", "motion*random"
+]
+Saliency = Named | Moving | Callable[[Tensor], Tensor]
+NAMES: tuple[Named, ...] = get_args(Named)
+CLIP_NAMES: tuple[Moving, ...] = get_args(Moving)  # for clips only
 
 _PRIME = 2**31 - 1  # its square fits int64
 
 
 def checked_saliency(saliency: object) -> Saliency:
-    """Returns a name among `NAMES`, or a function of features; else raises `ArgumentError`."""
-    if saliency in NAMES or (callable(saliency) and not isinstance(saliency, type)):
+    """Returns a name among `NAMES` or `CLIP_NAMES`, or a function of features; else raises `ArgumentError`."""
+    if saliency in (*NAMES, *CLIP_NAMES) or (callable(saliency) and not isinstance(saliency, type)):
         return cast(Saliency, saliency)
     words = ", ".join(f'"{name}"' for name in NAMES)
-    raise ArgumentError(f"saliency must be one of {words}, or a function of features (B, K, h, w), not {saliency!r}")
+    raise ArgumentError(
+        f'saliency must be one of {words}; for clips also "motion", or "motion*" and one of these; or a function of features '
+        f"(B, K, h, w), not {saliency!r}"
+    )
+
+
+def needs_proposal(saliency: Saliency) -> bool:
+    """Whether a source of the map needs a proposal."""
+    return parts_of(saliency)[1] is not None
+
+
+def parts_of(saliency: Saliency) -> tuple[bool, Saliency | None]:
+    """Whether the map is made of motion, and the source that a network's features are needed for, if any."""
+    if isinstance(saliency, str) and saliency in CLIP_NAMES:
+        return True, cast("Named | None", saliency.partition("*")[2] or None)
+    return False, cast(Saliency, saliency)
 
 
 def build_map(saliency: Saliency, halves: Halves, sample: Tensor, name: str) -> nn.Module:
     """Builds the module that maps (features, images, trunk) to maps (B, h, w), or (B, t, h, w), float32 or wider.
 
     Args:
-        saliency: A name, or a function of features with channels in axis 1.
+        saliency: A name of `NAMES`, or a function of features with channels in axis 1.
         halves: The proposal.
         sample: One image as the trunk takes it.
         name: Class name of the proposal, for messages.

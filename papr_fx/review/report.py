@@ -14,7 +14,7 @@ from ..planning.module import PrunedModule, checked_module
 from ..planning.plan import PixelPlan, TokenPlan
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.macs import count_macs_by_node
-from ..tracing.roles import find, find_all
+from ..tracing.roles import find_all, number_of
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,11 @@ def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
     if not isinstance(mode, TokenPlan) or not mode.reduces:
         return ()
     counts = {node.name: shape[1] for node in module.graph.nodes if (shape := shape_of(node)) and len(shape) == 3}
-    after = [find(module.graph, Kind.REDUCED, number).name for number in range(len(mode.reduced.sites))]
+    after = {number_of(node): node.name for node in find_all(module.graph, Kind.REDUCED)}
     return tuple(
-        (site.block, counts[site.addition], counts[name]) for site, name in zip(mode.reduced.sites, after, strict=True)
+        (site.block, counts[site.addition], counts[after[place]])
+        for place, site in enumerate(mode.reduced.sites)
+        if place in after  # none goes where a schedule says 0
     )
 
 

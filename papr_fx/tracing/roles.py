@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 from torch import fx
 
@@ -34,6 +35,11 @@ def has_role(node: fx.Node, kind: Enum) -> bool:
     """Whether `node` is of that kind."""
     role = node.meta.get("role")
     return isinstance(role, Role) and role.kind is kind
+
+
+def number_of(node: fx.Node) -> int:
+    """The number of a node that was tagged."""
+    return cast(Role, node.meta["role"]).number
 
 
 def find(graph: fx.Graph, kind: Enum, number: int = 0) -> fx.Node:

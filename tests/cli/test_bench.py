@@ -17,7 +17,7 @@ def test_rows(tmp_path, capsys, suffix):
         "--z",
         "0.5",
         "--reducers",
-        "papr,transcription,tome,papr+tome",
+        "papr,transcription,tome,papr+tome:late",
         "--proposal",
         "test_resnet",
         "--results-file",

@@ -1,5 +1,6 @@
 """`papr-fx eval`: counts against a plain loop, the same on many processes and after interruptions; what it refuses."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from timm.data import create_transform, resolve_data_config
 
 import papr_fx
 from papr_fx.cli.main import main
+from papr_fx.cli.options import merge_of, merging
 
 from ..labelled import counted, networks, options, rows_of, weights
 
@@ -76,6 +78,51 @@ def test_merging(labelled, tmp_path):
         assert row["top1"] == round(100 * right / 41, 3)
         assert row["gmacs"] == papr_fx.report(gm).total_macs / 1e9
     assert found[1]["gmacs"] < found[0]["gmacs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "merge"),
+    [
+        ("8", papr_fx.Merge(8)),
+        ("8:late", papr_fx.Merge(8, schedule="late")),
+        ("8:share", papr_fx.Merge(8, schedule="share")),
+        ("4,4,8,8", papr_fx.Merge([4, 4, 8, 8])),
+    ],
+)
+def test_what_merge_takes(text, merge):
+    assert merge_of(merging(text)) == merge
+    assert merge.words == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("0", "must be at least 1"),
+        ("0,0", "must be at least 1"),
+        ("-1", "0 or more"),
+        ("a", "must be a whole number, not 'a'"),
+        ("4,", "must be a whole number, not ''"),
+        ("8:early", "schedule must be one of 'constant', 'late', 'share'"),
+        ("8:", "schedule must be one of"),
+        ("4,8:late", "spreads one r"),
+    ],
+)
+def test_what_merge_refuses(text, reason):
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        merging(text)
+
+
+def test_merging_by_a_schedule(labelled, tmp_path, capsys):
+    """Both forms are evaluated, and their rows say which they are; a list of another length is refused with both counts."""
+    for text in ("2:late", "1,0,3"):
+        results = tmp_path / "a.json"
+        assert main(options(labelled, results, "--merge", text, "--z", 1)) == 0
+        (row,) = rows_of(results)[1:]
+        assert row["r"] == text
+        assert row["gmacs"] < rows_of(results)[0]["gmacs"]
+        assert f" {text} " in capsys.readouterr().out
+    assert main(options(labelled, tmp_path / "b.json", "--merge", "1,2,3,4")) == 2
+    assert "r has 4 numbers, and blocks='second-half' picks" in capsys.readouterr().err
 
 
 class Harmful:

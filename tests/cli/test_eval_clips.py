@@ -40,6 +40,33 @@ def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path,
         assert row["videos_per_sec"] > 0
 
 
+def test_motion_needs_no_proposal(labelled_clips, tmp_path, capsys):
+    """Counts are those of the module that keeps what moves; its multiply-accumulates are the model's alone."""
+    results = tmp_path / "a.json"
+    data, folder = labelled_clips / "kinetics", labelled_clips / "model"
+    given = ["eval", data, "--model", folder, "--saliency", "motion", "--z", "0.5", "--temporal-views", 1]
+    given += ["--spatial-views", 1, "--frame-step", 2, "--workers", 0, "--results-file", results]
+    assert main([str(part) for part in given]) == 0
+    assert "no proposal: motion" in capsys.readouterr().out
+    model = transformers.VideoMAEForVideoClassification.from_pretrained(folder).eval()
+    report = papr_fx.report(papr_fx.transform(model, None, 0.5, saliency="motion", verify=False))
+    row = json.loads(results.read_text())["rows"][1]
+    assert row["gmacs"] == report.pruned_macs / 1e9
+    assert row["count"] == 6
+    for more, reason in (
+        (["--proposal-size", 64], "proposal_size and input_stats have no effect"),
+        (["--shared-stats"], "saliency motion uses no proposal"),
+        (["--proposal-checkpoint", "a.pth"], "saliency motion uses no proposal"),
+    ):
+        assert main([str(part) for part in [*given[:-2], *more]]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_motion_is_for_clips(labelled, capsys):
+    assert main(["eval", str(labelled), "--model", "test_vit", "--saliency", "motion*psm", "--z", "0.5"]) == 2
+    assert "the model takes images (1, 3, 160, 160), no clips" in capsys.readouterr().err
+
+
 def timm_state():
     torch.manual_seed(3)
     return timm.create_model("test_resnet").state_dict()

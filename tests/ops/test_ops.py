@@ -1,5 +1,6 @@
 """The functions that rewritten graphs call, against plain Python: decimals, loops and sorts."""
 
+import itertools
 from math import prod
 
 import pytest
@@ -75,6 +76,19 @@ def test_gathered_positions_against_loops():
             assert torch.equal(batched[image, i], own[image, a])
             for j, b in enumerate(cells):
                 assert torch.equal(pairs[image, :, i, j], bias[0, :, a, b])
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 2), (4, 5, 3), (6, 8, 10)], ids=["divides", "does not", "as it is"])
+def test_pool_map_averages_over_cells(grid):
+    """Where sizes are no multiples, cells share pixels: each goes from the floor of an edge to the ceiling of the next."""
+    maps = torch.rand(2, 6, 8, 10, dtype=torch.float64)
+    found = ops.pool_map(maps, grid)
+    assert found.shape == (2, *grid)
+    for cell in itertools.product(*map(range, grid)):
+        edges = [(i * side // n, -(-(i + 1) * side // n)) for i, side, n in zip(cell, maps.shape[1:], grid, strict=True)]
+        (a, b), (c, d), (e, f) = edges
+        assert torch.allclose(found[:, *cell], maps[:, a:b, c:d, e:f].mean((1, 2, 3)), rtol=0, atol=1e-14)
+    assert ops.pool_map(maps.half(), grid).dtype == torch.float32
 
 
 def test_resize_map_keeps_corners_and_orientation():

@@ -132,7 +132,7 @@ class Attended(Reduced):
 
 def find(model: nn.Module, graph: torch.fx.Graph) -> tuple[prune_tokens.TokenSite, reduce_tokens.ReductionSites]:
     site = prune_tokens.find_site(graph, BLOCKS)
-    return site, reduce_tokens.find_sites(scratch_copy(model), site, BLOCKS, "all", IMAGES)
+    return site, reduce_tokens.find_sites(scratch_copy(model), site, BLOCKS, papr_fx.Merge(1, "all"), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_each_block_leaves_one_token_less(reduction, expected):
     graph = graph_of(before, IMAGES)
     site, found = find(before, graph)
     assert [place.block for place in found.sites] == [*BLOCKS]
-    reduce_tokens.rewrite(graph, found, reduction, Remaining(site.rows.grid, site.rows, None))
+    reduce_tokens.rewrite(graph, found, reduction, Remaining(site.rows.grid, site.rows, site.rows.cells, None))
     assert_becomes(before, graph, expected(), IMAGES)
     assert len(find_all(graph, Kind.REDUCED)) == 2
 
