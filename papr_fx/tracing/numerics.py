@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
@@ -11,25 +11,11 @@ from typing import Any, cast
 import torch
 from torch.utils import _pytree as pytree
 
+from ..versions import make_products_exact
 from .surroundings import SharedSetting
 
-
-def _full_products() -> Callable[[], None]:
-    backends: Any = torch.backends  # its settings are made at run time
-    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-
-    def undo() -> None:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-    return undo
-
-
 # Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here.
-exact_float32 = SharedSetting(_full_products)
+exact_float32 = SharedSetting(make_products_exact)
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.fx._symbolic_trace
 
 
 class SharedSetting:
@@ -70,12 +69,4 @@ def plain_contexts(device: torch.device) -> Generator[None]:
             if kind != "meta":
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.device("cpu") if device.type == "meta" else device)
-        yield
-
-
-@contextmanager
-def symbolic_tracing() -> Generator[None]:
-    """Says to code that asks for it that this thread traces. Older releases of torch would say so to all threads."""
-    said = getattr(torch.fx._symbolic_trace, "_is_fx_tracing_context", None)
-    with said(True) if said is not None else nullcontext():
         yield

@@ -17,9 +17,9 @@ import torch
 from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 
 from ..errors import TraceError, first_line
+from ..versions import is_wrapped, symbolic_tracing
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
@@ -28,7 +28,6 @@ from .joins import RecordJoins
 from .opened_modules import opened_modules
 from .own_names import OwnNames
 from .proxies import ValueProxy
-from .surroundings import symbolic_tracing
 from .whole_numbers import stand_in
 
 # These take sizes and no tensor, so torch would not notice a proxy among their arguments.
@@ -137,7 +136,7 @@ class ValueTracer(fx.Tracer):
 
     def _named(self, names: dict[str, Any], name: str, value: Any) -> Any:
         """A function that takes no tensor, or that must not be traced through: recorded where an argument is traced."""
-        if id(value) in self._autowrap_function_ids or (id(names), name) in _wrapped_fns_to_patch:
+        if id(value) in self._autowrap_function_ids or is_wrapped(names, name):
             return self._recorded(value)
         return value
 
