@@ -14,8 +14,31 @@ from typing import Any, cast
 import torch
 import torch.fx._symbolic_trace
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import _format_target as format_target
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop_count
+
+__all__ = [
+    "BatchNorm",
+    "CheckpointCall",
+    "FakeTensorMode",
+    "NormBase",
+    "TorchDispatchMode",
+    "flop_formulas",
+    "format_target",
+    "is_compiled",
+    "is_transformed",
+    "is_wrapped",
+    "make_products_exact",
+    "redirect_checkpoint",
+    "symbolic_tracing",
+    "tree_leaves",
+]
 
 _Args = tuple[Any, ...]
 _Options = Mapping[str, Any]

@@ -9,9 +9,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
 
-from ..versions import make_products_exact
+from ..versions import make_products_exact, tree_leaves
 from .surroundings import SharedSetting
 
 # Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here.
@@ -32,7 +31,7 @@ def tensors_of(output: object) -> list[torch.Tensor]:
         return [output]
     parts = parts_of(output)
     if parts is None:
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return [tensor for part in parts.values() for tensor in tensors_of(part)]
 
 

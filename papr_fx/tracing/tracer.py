@@ -16,10 +16,9 @@ from typing import Any, cast
 import torch
 from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TraceError, first_line
-from ..versions import is_wrapped, symbolic_tracing
+from ..versions import FakeTensorMode, is_wrapped, symbolic_tracing
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
