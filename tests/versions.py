@@ -3,14 +3,29 @@
 from importlib.util import find_spec
 
 import pytest
+import timm
 import torch
+import transformers
 
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("+")[0].split(".")[:3] if number.isdecimal())
+
+
+TORCH, TIMM, TRANSFORMERS = (release(library.__version__) for library in (torch, timm, transformers))
 
 # Before torch 2.12 `checkpoint` is no decorator, and has fewer options.
 CHECKPOINT_DECORATES = TORCH >= (2, 12)
 
 HAS_TORCHCAM = pytest.mark.skipif(find_spec("torchcam") is None, reason="torchcam for Python 3.10 needs numpy 1")
+TIMM_ON_META = pytest.mark.skipif(TIMM < (1, 0, 21), reason="timm 1.0.20 reads numbers from tensors: none on the meta device")
+AS_LISTED = pytest.mark.skipif(
+    TIMM < (1, 0, 31) or TRANSFORMERS < (5, 23), reason="docs/coverage.md lists the architectures of newer libraries"
+)
+# transformers 5.8 still does, 5.15 does not.
+SWIN_OF_TRANSFORMERS = pytest.mark.skipif(
+    TRANSFORMERS < (5, 15), reason="the mask of transformers' Swin is filled by assignments to slices, which are not traced"
+)
 
 # Files that are not collected, and why.
 LEFT_OUT: dict[str, str] = {}
