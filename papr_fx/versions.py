@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.fx._symbolic_trace
+from torch import fx
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _format_target as format_target
@@ -38,6 +39,7 @@ __all__ = [
     "redirect_checkpoint",
     "symbolic_tracing",
     "tree_leaves",
+    "without_types",
 ]
 
 _Args = tuple[Any, ...]
@@ -71,6 +73,13 @@ def symbolic_tracing() -> AbstractContextManager[Any]:
 def is_wrapped(names: dict[str, Any], name: str) -> bool:
     """Whether `torch.fx.wrap` was called for `name` in a module with these global names."""
     return (id(names), name) in torch.fx._symbolic_trace._wrapped_fns_to_patch
+
+
+def without_types(graph: fx.Graph) -> fx.Graph:
+    """The graph itself, without what torch 2.9 pickles in the place of its nodes' types: their targets."""
+    for node in graph.nodes:
+        node.type = None if node.type == node.target else node.type
+    return graph
 
 
 def is_compiled(module: object) -> bool:
@@ -123,14 +132,17 @@ def _redirect_checkpoint_before_2_12(handle: CheckpointHandler) -> _Undo:
     wrapper = cast(FunctionType, checkpoint.checkpoint)
     cell = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True))["fn"]
     original = cell.cell_contents
-    names = {*inspect.signature(original).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    defaults = {name: option.default for name, option in inspect.signature(original).parameters.items()}
+    defaults = {**defaults, "preserve_rng_state": True}
+    names = defaults.keys() - {"function", "args", "kwargs"}
 
     def plain(function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
         return original(function, *args, **options, **kwargs)
 
     def call(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        options = {name: named.pop(name) for name in names & named.keys()}
-        return handle(plain, function, args, named, options)
+        options = {name: named.pop(name) for name in defaults if name in names & named.keys()}
+        given = {name: value for name, value in options.items() if value is not defaults[name]}
+        return handle(plain, function, args, named, given)
 
     cell.cell_contents = call
     return lambda: setattr(cell, "cell_contents", original)

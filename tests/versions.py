@@ -1,5 +1,6 @@
 """What the oldest versions lack that papr-fx runs on: tests of it are left out there, each for a reason given here."""
 
+import inspect
 from importlib.util import find_spec
 
 import pytest
@@ -17,15 +18,42 @@ TORCH, TIMM, TRANSFORMERS = (release(library.__version__) for library in (torch,
 # Before torch 2.12 `checkpoint` is no decorator, and has fewer options.
 CHECKPOINT_DECORATES = TORCH >= (2, 12)
 
+# transformers' DINOv3 asks for it.
+AUTOCAST_ON_META = TORCH >= (2, 12)
+
+
+def called_by_checkpoint() -> object:
+    """The function that `torch.utils.checkpoint.checkpoint` calls."""
+    if CHECKPOINT_DECORATES:
+        return vars(torch.utils.checkpoint)["_checkpoint_impl"]
+    return inspect.getclosurevars(torch.utils.checkpoint.checkpoint).nonlocals["fn"]
+
+
+def switch_checkpoints_on(model: transformers.PreTrainedModel) -> None:
+    """Newer versions of transformers have another name for it."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
 HAS_TORCHCAM = pytest.mark.skipif(find_spec("torchcam") is None, reason="torchcam for Python 3.10 needs numpy 1")
 TIMM_ON_META = pytest.mark.skipif(TIMM < (1, 0, 21), reason="timm 1.0.20 reads numbers from tensors: none on the meta device")
 AS_LISTED = pytest.mark.skipif(
     TIMM < (1, 0, 31) or TRANSFORMERS < (5, 23), reason="docs/coverage.md lists the architectures of newer libraries"
 )
+NAMES_RETURN_DICT = pytest.mark.skipif(
+    TRANSFORMERS < (5,), reason="towers of transformers 4 take return_dict in a decorator only: no pruned tower takes it"
+)
 # transformers 5.8 still does, 5.15 does not.
 SWIN_OF_TRANSFORMERS = pytest.mark.skipif(
     TRANSFORMERS < (5, 15), reason="the mask of transformers' Swin is filled by assignments to slices, which are not traced"
 )
+
+# Of torch itself and of what it calls, none of papr-fx; by the first version of torch that says it no longer.
+WARNINGS = {
+    (2, 12): [
+        "ignore:Please use the new API settings to control TF32:UserWarning",  # inductor asks for the old ones
+        "ignore:.*torch.jit.* is deprecated:DeprecationWarning",  # timm scripts activations and boxes
+    ],
+}
 
 # Files that are not collected, and why.
 LEFT_OUT: dict[str, str] = {}

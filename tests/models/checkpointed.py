@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequ
 
 import papr_fx
 
-from ..versions import CHECKPOINT_DECORATES
+from ..versions import CHECKPOINT_DECORATES, switch_checkpoints_on
 from .vits import Shape, ToyViT, enliven
 
 MERGED = {"merge": papr_fx.Merge(2)}
@@ -118,7 +118,7 @@ def of_transformers(model, config, **options):
     def make(on):
         made = enliven(getattr(transformers, model)._from_config(getattr(transformers, config)(num_labels=5, **options)))
         if on:
-            made.activation_checkpointing_enable()
+            switch_checkpoints_on(made)
         return made
 
     return make
