@@ -20,6 +20,8 @@ CHECKPOINT_DECORATES = TORCH >= (2, 12)
 
 # transformers' DINOv3 asks for it.
 AUTOCAST_ON_META = TORCH >= (2, 12)
+# Layers of transformers 4 are traced through, so they are in regions; those of 5 are called whole. Dense, and merged.
+REGIONS_OF_TRANSFORMERS = (2, 2) if TRANSFORMERS < (5,) else (0, 1)
 
 
 def called_by_checkpoint() -> object:

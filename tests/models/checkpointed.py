@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequ
 
 import papr_fx
 
-from ..versions import CHECKPOINT_DECORATES, switch_checkpoints_on
+from ..versions import CHECKPOINT_DECORATES, REGIONS_OF_TRANSFORMERS, switch_checkpoints_on
 from .vits import Shape, ToyViT, enliven
 
 MERGED = {"merge": papr_fx.Merge(2)}
@@ -139,8 +139,8 @@ CASES = {
     "timm ViT": (VIT, {}, 2),
     "timm Swin": (SWIN, {"mode": "pixels"}, 2),
     "timm ConvNeXt": (CONVNEXT, {}, 3),
-    "transformers ViT": (HF_VIT, {}, 0),
-    "transformers ViT, merged": (HF_VIT, MERGED, 1),
+    "transformers ViT": (HF_VIT, {}, REGIONS_OF_TRANSFORMERS[0]),
+    "transformers ViT, merged": (HF_VIT, MERGED, REGIONS_OF_TRANSFORMERS[1]),
     "re-entrant": (user(partial(by_block, use_reentrant=True, **OPTIONS)), {}, 4),
     "selective": (user(partial(by_block, use_reentrant=False, **SELECTIVE)), {}, 4),
     "nested": (user(nested), {}, 4),
