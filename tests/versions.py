@@ -41,6 +41,9 @@ TIMM_ON_META = pytest.mark.skipif(TIMM < (1, 0, 21), reason="timm 1.0.20 reads n
 AS_LISTED = pytest.mark.skipif(
     TIMM < (1, 0, 31) or TRANSFORMERS < (5, 23), reason="docs/coverage.md lists the architectures of newer libraries"
 )
+AS_WRITTEN = pytest.mark.skipif(
+    TIMM < (1, 0, 31) or TRANSFORMERS < (5, 23), reason="the graph diff is of the code of newer libraries"
+)
 NAMES_RETURN_DICT = pytest.mark.skipif(
     TRANSFORMERS < (5,), reason="towers of transformers 4 take return_dict in a decorator only: no pruned tower takes it"
 )
