@@ -1,6 +1,7 @@
 """What the oldest versions lack that papr-fx runs on: tests of it are left out there, each for a reason given here."""
 
 import inspect
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -52,13 +53,15 @@ SWIN_OF_TRANSFORMERS = pytest.mark.skipif(
     TRANSFORMERS < (5, 15), reason="the mask of transformers' Swin is filled by assignments to slices, which are not traced"
 )
 
-# Of torch itself and of what it calls, none of papr-fx; by the first version of torch that says it no longer.
-WARNINGS = {
-    (2, 12): [
+# Filters of warnings of torch itself and of the code that calls it: papr-fx does nothing of what they warn of.
+WARNINGS: list[str] = []
+if TORCH < (2, 12):
+    WARNINGS += [
         "ignore:Please use the new API settings to control TF32:UserWarning",  # inductor asks for the old ones
         "ignore:.*torch.jit.* is deprecated:DeprecationWarning",  # timm scripts activations and boxes
-    ],
-}
+    ]
+if sys.version_info[:3] == (3, 13, 0):
+    WARNINGS.append("ignore:Guards may run slower:RuntimeWarning")  # dynamo wants 3.13.1
 
 # Files that are not collected, and why.
 LEFT_OUT: dict[str, str] = {}
