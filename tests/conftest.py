@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 from .labelled import save, write_checkpoints
 from .labelled_clips import write_clips
-from .versions import LEFT_OUT, TORCH, WARNINGS
+from .versions import LEFT_OUT, WARNINGS
 
 settings.register_profile(
     "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -30,9 +30,8 @@ def pytest_report_header() -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--accept"):
         os.environ["PAPR_FX_ACCEPT"] = "1"
-    for version, filters in WARNINGS.items():
-        for line in filters if version > TORCH else ():
-            config.addinivalue_line("filterwarnings", line)
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
