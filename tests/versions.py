@@ -46,6 +46,9 @@ AS_LISTED = pytest.mark.skipif(
 AS_WRITTEN = pytest.mark.skipif(
     TIMM < (1, 0, 31) or TRANSFORMERS < (5, 23), reason="the graph diff is of the code of newer libraries"
 )
+MODULES_OF_TRANSFORMERS_5 = pytest.mark.skipif(
+    TRANSFORMERS < (5,), reason="the test, as docs/models.md, reads modules, classes and messages of transformers 5"
+)
 NAMES_RETURN_DICT = pytest.mark.skipif(
     TRANSFORMERS < (5,), reason="towers of transformers 4 take return_dict in a decorator only: no pruned tower takes it"
 )
