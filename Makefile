@@ -1,17 +1,26 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST_VENV ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
 
-.PHONY: setup demo test test-all check bench accept coverage
+.PHONY: setup demo test test-all test-oldest check bench accept coverage
 
 setup: $(STAMP)
 
-# torch first, by its exact version: pip then takes the build that constraints.txt names and nothing newer.
+# torch first, by its exact version: pip then takes the build that the file of constraints names and nothing newer.
+define install
+$(1) -m venv $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' $(2))
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[dev]' 'setuptools>=77'
+touch $@
+endef
+
 $(STAMP): pyproject.toml constraints.txt
-	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' constraints.txt)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 'setuptools>=77'
-	touch $(STAMP)
+	$(call install,python3,constraints.txt)
+
+$(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST_PYTHON),constraints-oldest.txt)
 
 demo: setup
 	$(PYTHON) -m papr_fx demo
@@ -21,6 +30,10 @@ test: setup check
 
 test-all: setup check
 	$(PYTHON) -m pytest -n 2 --all
+
+# The suite on the oldest versions. Their wheels of torch bring the CUDA libraries, 5 GB: OLDEST_VENV says where to.
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -n 2
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,20 @@
 """papr-fx: one call that makes a pretrained vision model run only on the significant patches (PaPr, ECCV 2024)."""
 
+from . import requirements as requirements  # the first: it refuses versions that the others fail on
+
+# isort: split
 from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio
-from .errors import ArgumentError, NoSiteError, PaprError, ProposalError, StatisticsWarning, TraceError, VerifyError
+from .errors import (
+    ArgumentError,
+    NoSiteError,
+    PaprError,
+    ProposalError,
+    StatisticsWarning,
+    TraceError,
+    VerifyError,
+    VersionError,
+)
 from .passes.merge_tokens import Merge
 from .planning.module import PrunedModule, set_keep_ratio
 from .queries import keep_masks, restore_grid, significance
@@ -22,6 +34,7 @@ __all__ = [
     "StatisticsWarning",
     "TraceError",
     "VerifyError",
+    "VersionError",
     "choose_keep_ratio",
     "graph_diff",
     "keep_masks",

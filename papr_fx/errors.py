@@ -47,6 +47,10 @@ class SiteError(VerifyError):
         self.additions = additions
 
 
+class VersionError(PaprError, ImportError):
+    """Python, or a library that papr-fx is built on, is older than any version that it runs on."""
+
+
 class StatisticsWarning(UserWarning):
     """The mean and std of one network's pixels are unknown, so the proposal gets images that are normalised for the model."""
 

@@ -8,12 +8,14 @@ from hypothesis import HealthCheck, settings
 
 from .labelled import save, write_checkpoints
 from .labelled_clips import write_clips
+from .versions import LEFT_OUT, WARNINGS
 
 settings.register_profile(
     "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("papr")
 torch.set_num_threads(1)
+collect_ignore = list(LEFT_OUT)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,9 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run slow sweeps too")
 
 
+def pytest_report_header() -> list[str]:
+    return [f"left out: {file}: {why}" for file, why in LEFT_OUT.items()]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--accept"):
         os.environ["PAPR_FX_ACCEPT"] = "1"
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

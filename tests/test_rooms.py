@@ -14,7 +14,7 @@ ROOT = Path(papr_fx.__file__).parent
 
 # From the lowest to the highest. A name is a folder, or a file of the package itself.
 ROOMS = [
-    *("errors", "ops", "tracing", "dataflow", "proposals", "passes", "planning", "review", "proof"),
+    *("errors", "requirements", "versions", "ops", "tracing", "dataflow", "proposals", "passes", "planning", "review", "proof"),
     *("queries", "video_file", "video", "transform", "testing", "peers", "evaluation", "choose", "cli"),
     *("__init__", "__main__"),
 ]

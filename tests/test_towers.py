@@ -13,6 +13,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
 from .oracles import count_by_hand
+from .versions import MODULES_OF_TRANSFORMERS_5
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -24,6 +25,7 @@ def picked(tokens: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([sample[index] for sample, index in zip(tokens.expand(len(rows), -1, -1), rows, strict=True)])
 
 
+@MODULES_OF_TRANSFORMERS_5
 @pytest.mark.parametrize("between", [False, True])
 @torch.no_grad()
 def test_yolos(between):
@@ -72,6 +74,7 @@ def text_with(places: int) -> Tensor:
     return torch.tensor([[1, 2, *[49] * places, 3, 4]] * 2)
 
 
+@MODULES_OF_TRANSFORMERS_5
 @torch.no_grad()
 def test_a_pruned_tower_in_llava():
     """The code of docs/models.md, as it stands."""
@@ -106,6 +109,7 @@ def test_a_pruned_tower_in_llava():
     assert torch.equal(model(input_ids=text_with(16), pixel_values=x).logits, dense)
 
 
+@MODULES_OF_TRANSFORMERS_5
 @torch.no_grad()
 def test_the_hidden_state_that_llava_asks_for_is_refused_with_the_way_out():
     model = llava()

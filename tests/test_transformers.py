@@ -14,6 +14,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from .models import enliven, toy_proposal
 from .oracles import attention_without
+from .versions import NAMES_RETURN_DICT
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 48, "image_size": 64}
 PATCH_16 = {"patch_size": 16}
@@ -157,6 +158,7 @@ class Speaks(nn.Module):
         return self.vision_tower(pixels, output_hidden_states=None, return_dict=True).last_hidden_state
 
 
+@NAMES_RETURN_DICT
 @torch.no_grad()
 def test_a_tower_in_a_compiled_model():
     gm = papr_fx.transform(build("CLIPVisionModel"), toy_proposal(), 0.5)

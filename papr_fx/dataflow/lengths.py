@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import NoSiteError
 from ..tracing.blocks import block_of
 from ..tracing.graphs import ancestors, called, shape_of
+from ..versions import TorchDispatchMode
 from .repairs import Count, Numbering, View
 from .tables import Tables
 from .token_run import TokenRun, is_size

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import ancestors, called, shape_of
 from ..tracing.likeness import form_of, kinds_of_modules
 from ..tracing.numerics import exact_float32, holds_indices, redraw, relative_error, tensors_of, unit_scale
+from ..versions import NormBase
 
 # Axes by letter: batch, channels, frames, rows and columns; or N positions in one axis.
 Layout = str
@@ -109,7 +109,7 @@ class PositionwiseProbe:
             if any(buffer.is_meta and holds_indices(buffer) for buffer in module.buffers()):
                 return Verdict(reason="holds indices without values (meta device)")
             for part in module.modules():
-                part.training = self._training and isinstance(part, _NormBase)
+                part.training = self._training and isinstance(part, NormBase)
             run = self._redrawn(module)
             self._cache[key] = self._try(node, layout, layouts, run)
         return self._cache[key]

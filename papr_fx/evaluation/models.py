@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import load_checkpoint
 from torch import nn
 
 from ..errors import ArgumentError, ProposalError
@@ -55,7 +56,10 @@ def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options:
     if checkpoint and not Path(checkpoint).is_file():
         raise ArgumentError(f"there is no checkpoint {checkpoint}")
     try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **options).eval()
+        model = timm.create_model(name, pretrained=pretrained, **options).eval()
+        if checkpoint:
+            load_checkpoint(model, checkpoint, weights_only=True)  # older versions of timm would run code in the file
+        return model
     except Exception as error:  # a loader may raise anything for a file that is no checkpoint of this model
         source = f" from {checkpoint}" if checkpoint else "" if ":" in name else " from timm's hub"
         raise ArgumentError(f"the weights of {name!r} could not be loaded{source}: {type(error).__name__} {error}") from error

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..errors import ArgumentError
 from ..passes import splice_proposal
 from ..proposals.network import takes_clips
+from ..versions import is_compiled
 from .module import PrunedModule
 from .signature import TRACED_OPTIONS
 
@@ -66,7 +67,7 @@ def checked_model(model: object) -> nn.Module:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError("model is a ScriptModule, whose Python code is gone: pass the module that was scripted")
-    if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules()):
+    if is_compiled(model) or any(m._compiled_call_impl is not None for m in model.modules()):
         raise ArgumentError(
             "model was already given to torch.compile: transform the plain module first, then torch.compile(gm)"
         )
@@ -75,7 +76,7 @@ def checked_model(model: object) -> nn.Module:
             "model is an exported program, fixed in size and mode: transform the module, then export the result"
         )
     for name, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if is_compiled(module):
             raise ArgumentError(f"model.{name} was given to torch.compile: put the plain module there, then compile the result")
         if isinstance(module, PrunedModule):
             what = f"its submodule `{name}`" if name else "it"

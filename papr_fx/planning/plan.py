@@ -20,6 +20,7 @@ from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.roles import find
+from ..versions import without_types
 from .example import Example
 from .signature import Signature
 
@@ -274,7 +275,7 @@ class Plan:
 
     def dense_graph(self, training: bool) -> fx.Graph:
         """A copy of the traced graph."""
-        return copy.deepcopy(self.mode(training).dense)
+        return without_types(copy.deepcopy(self.mode(training).dense))
 
     def rewrite(self, training: bool, stage: Stage = lambda name, graph: None) -> fx.Graph:
         """The graph for keep ratio `z`. At 1 it is the dense one, unless tokens are reduced: nothing is left to choose."""

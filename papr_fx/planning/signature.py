@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen, PythonCode, _format_target
+from torch.fx.graph import CodeGen, PythonCode
 
 from ..errors import ArgumentError
 from ..tracing.wrappers import unwrapped
+from ..versions import format_target
 from .checkpointing import is_checkpointed, outline, with_functions
 
 _WAY_OUT = "leave it out, or transform a module whose forward takes the images and passes the other value on"
@@ -180,7 +181,7 @@ class CallCode(CodeGen):
         if signature.sides:
             lines.append(f"    {_CHECK_SIZE}({signature.images})")
         if signature.cast:
-            dtype = f"{_format_target('self', signature.cast)}.dtype"
+            dtype = f"{format_target('self', signature.cast)}.dtype"
             lines.append(f"    {signature.images} = {_CONVERT}({signature.images}, {dtype})")
         if images != signature.images:
             lines.append(f"    {images} = {signature.images}")

@@ -15,6 +15,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ProposalError
+from ..versions import is_compiled
 from .depthwise import replace_depthwise
 from .motion import MotionNet
 from .named import create_network
@@ -171,7 +172,7 @@ def _load(proposal: object) -> nn.Module:
             f"proposal must be a ConvNet (torch.nn.Module) or the name of a timm model, not {type(proposal).__name__}; only "
             'saliency="motion" does without one, on clips'
         )
-    if isinstance(proposal, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
+    if isinstance(proposal, torch.jit.ScriptModule) or is_compiled(proposal):
         raise ProposalError(f"proposal is a {type(proposal).__name__}: pass the plain module that it was made from")
     tensors = [*proposal.parameters(), *proposal.buffers()]
     if any(t.is_meta for t in tensors):

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
+
+from ..versions import BatchNorm
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 
@@ -70,7 +71,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> _Norm | None:
     """The parameters of a batch norm node with running statistics; None for anything else."""
     if node.op == "call_module":
         module = gm.get_submodule(cast(str, node.target))
-        if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and module.running_mean is not None:
+        if isinstance(module, BatchNorm) and type(module).forward is BatchNorm.forward and module.running_mean is not None:
             return _Norm(module.running_mean, cast(Tensor, module.running_var), module.weight, module.bias, module.eps)
     if node.op == "call_function" and node.target is F.batch_norm:
         bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+
+from ..versions import is_transformed
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class SignificanceNet(nn.Module):
             images = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
         packed = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
         # vmap and grad of torch.func know no other memory format than the usual one.
-        if torch.compiler.is_compiling() or peek_interpreter_stack() is None:  # pyright: ignore[reportUnnecessaryComparison]
+        if torch.compiler.is_compiling() or not is_transformed():
             images = images.contiguous(memory_format=packed)
         maps: Tensor = self.saliency(self.trunk(images), images, self.trunk)
         return maps.unflatten(0, (-1, frames)) if self.per_frame else maps

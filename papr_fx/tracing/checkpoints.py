@@ -7,17 +7,15 @@ through `checkpoint` again, see `papr_fx.planning.checkpointing`.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 from torch import fx
-from torch.utils import checkpoint
 
+from ..versions import CheckpointCall, redirect_checkpoint
 from .own_names import original
 from .surroundings import SharedSetting
 
@@ -38,7 +36,6 @@ class Region:
 
 _Args = tuple[Any, ...]
 _Options = Mapping[str, Any]
-_Call = Callable[[Callable[..., Any], _Args, _Options, _Options], Any]
 
 
 class Checkpoints:
@@ -63,7 +60,9 @@ class Checkpoints:
         finally:
             _active.checkpoints = before
 
-    def call(self, plain: _Call, function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
+    def call(
+        self, plain: CheckpointCall, function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options
+    ) -> Any:
         """A call of `checkpoint`: recorded in a region if it is traced, else `plain`."""
         if not self._is_recorded():
             return plain(function, args, kwargs, options)
@@ -106,46 +105,9 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def _dispatch() -> Callable[[], None]:
-    """Sends all calls of `checkpoint` to what is active in their thread; returns what undoes it.
-
-    Code may have imported `checkpoint` to anywhere, or bound it in a partial. So what `checkpoint` itself calls is replaced.
-    """
-    inner = "_checkpoint_impl"
-    if not hasattr(checkpoint, inner):
-        return _dispatch_undecorated()
-    original = getattr(checkpoint, inner)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(original).parameters.items()}
-
-    def plain(function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
-        return original(function, args, kwargs, **options)
-
-    def call(function: Callable[..., Any], args: _Args, kwargs: _Options, **options: Any) -> Any:
-        given = {name: value for name, value in options.items() if value is not defaults[name]}
-        active = _active.checkpoints
-        return active.call(plain, function, args, kwargs, given) if active else plain(function, args, kwargs, given)
-
-    setattr(checkpoint, inner, call)
-    return lambda: setattr(checkpoint, inner, original)
+def _call(plain: CheckpointCall, function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
+    active = _active.checkpoints
+    return active.call(plain, function, args, kwargs, options) if active else plain(function, args, kwargs, options)
 
 
-def _dispatch_undecorated() -> Callable[[], None]:
-    """The same before torch 2.12, where `checkpoint` is a function in the closure of its wrapper."""
-    wrapper = cast(FunctionType, checkpoint.checkpoint)
-    cell = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True))["fn"]
-    original = cell.cell_contents
-    names = {*inspect.signature(original).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
-
-    def plain(function: Callable[..., Any], args: _Args, kwargs: _Options, options: _Options) -> Any:
-        return original(function, *args, **options, **kwargs)
-
-    def call(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        options = {name: named.pop(name) for name in names & named.keys()}
-        active = _active.checkpoints
-        return active.call(plain, function, args, named, options) if active else plain(function, args, named, options)
-
-    cell.cell_contents = call
-    return lambda: setattr(cell, "cell_contents", original)
-
-
-_watching = SharedSetting(_dispatch)
+_watching = SharedSetting(lambda: redirect_checkpoint(_call))

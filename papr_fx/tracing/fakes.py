@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ArgumentError, first_line
+from ..versions import FakeTensorMode
 from .likeness import form_of
 from .results import fake_mode
 from .sharded import plain_modules, stand_in_for_shards

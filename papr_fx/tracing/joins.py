@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.positions import count_windows
+from ..versions import TorchDispatchMode
 
 
 class Join(NamedTuple):

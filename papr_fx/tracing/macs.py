@@ -7,19 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..versions import flop_formulas
 from .fakes import TRACED_BATCH, fake_like, faking, scratch_copy
 from .graphs import Run
 from .surroundings import SharedSetting
-
-
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Fused attention on a CPU, which the flop counter has no formula for."""
-    return sdpa_flop_count(query, key, value)
-
-
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
 class _NoModules:
@@ -33,7 +26,7 @@ class _NoModules:
 
 
 def _counter() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     counter.mod_tracker = cast(Any, _NoModules())
     return counter
 

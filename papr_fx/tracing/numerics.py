@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ..versions import make_products_exact, tree_leaves
 from .surroundings import SharedSetting
-
-
-def _full_products() -> Callable[[], None]:
-    backends: Any = torch.backends  # its settings are made at run time
-    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-
-    def undo() -> None:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-    return undo
-
 
 # The most numbers that are drawn for a model. A prime: no two parameters start at the same place, and long kernels have no
 # equal rows.
 _DRAWN = 4_194_301
 
 # Full float32 products. TF32 has 10 bits of mantissa and bfloat16 has 7, too few for the differences sought here.
-exact_float32 = SharedSetting(_full_products)
+exact_float32 = SharedSetting(make_products_exact)
 
 
 @contextmanager
@@ -50,7 +35,7 @@ def tensors_of(output: object) -> list[torch.Tensor]:
         return [output]
     parts = parts_of(output)
     if parts is None:
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return [tensor for part in parts.values() for tensor in tensors_of(part)]
 
 

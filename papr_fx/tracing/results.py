@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..versions import FakeTensorMode
 from .likeness import form_of, kinds_of_modules
 
 _FIXED = (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device)

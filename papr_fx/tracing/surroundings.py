@@ -6,10 +6,9 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.fx._symbolic_trace
 
 
 class SharedSetting:
@@ -83,12 +82,4 @@ def plain_contexts(device: torch.device) -> Generator[None]:
         default = torch.device("cpu") if device.type == "meta" else device
         if torch.get_default_device() != default:  # such a context slows every call of torch
             stack.enter_context(default)
-        yield
-
-
-@contextmanager
-def symbolic_tracing() -> Generator[None]:
-    """Says to code that asks for it that this thread traces. Older releases of torch would say so to all threads."""
-    said = getattr(torch.fx._symbolic_trace, "_is_fx_tracing_context", None)
-    with said(True) if said is not None else nullcontext():
         yield

@@ -15,10 +15,9 @@ from typing import Any, cast
 import torch
 from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 
 from ..errors import TraceError, first_line
+from ..versions import FakeTensorMode, is_wrapped, symbolic_tracing
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
@@ -28,7 +27,6 @@ from .opened_modules import opened_modules
 from .own_names import OwnNames
 from .proxies import ValueProxy
 from .results import LikeResults, Result, call_method, is_in_place
-from .surroundings import symbolic_tracing
 from .whole_numbers import stand_in
 
 # These take sizes and no tensor, so torch would not notice a proxy among their arguments.
@@ -138,7 +136,7 @@ class ValueTracer(fx.Tracer):
 
     def _named(self, names: dict[str, Any], name: str, value: Any) -> Any:
         """A function that takes no tensor, or that must not be traced through: recorded where an argument is traced."""
-        if id(value) in self._autowrap_function_ids or (id(names), name) in _wrapped_fns_to_patch:
+        if id(value) in self._autowrap_function_ids or is_wrapped(names, name):
             return self._recorded(value)
         return value
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..versions import tree_leaves
 from .blocks import is_inside
 from .fakes import MODEL_ERRORS, scratch_copy
 from .numerics import forked_random

@@ -9,6 +9,8 @@ from papr_fx.evaluation import page, survey
 from papr_fx.evaluation.survey import Row
 from papr_fx.evaluation.zoo import LIBRARIES, Architecture, architectures
 
+from ..versions import AS_LISTED, TIMM_ON_META
+
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
@@ -39,6 +41,7 @@ ROWS = listed()
 FIRST = {f"{a.library}, {a.family}": row for row in ROWS[::-1] if row.proof.startswith("proved") for a in [row.architecture]}
 
 
+@AS_LISTED
 def test_every_architecture_is_listed_or_its_family_named():
     (missing,) = re.findall(r"^Not tried: (.*)\.$", PAGE.read_text(), flags=re.MULTILINE)
     for library in LIBRARIES:
@@ -85,14 +88,17 @@ def test_the_quick_families_are_on_the_page():
     assert FIRST.keys() >= QUICK
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, row in FIRST.items()]
-)
+def marks(name):
+    return [TIMM_ON_META] * name.startswith("timm") + [pytest.mark.slow] * (name not in QUICK)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name, marks=marks(name)) for name, row in FIRST.items()])
 def test_one_of_every_family(row):
     found = again(row)
     assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason
 
 
+@AS_LISTED
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=[row.architecture.name for row in ROWS])
 def test_every_row(row):

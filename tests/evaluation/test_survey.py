@@ -6,7 +6,10 @@ import torch
 from papr_fx.evaluation import page, survey
 from papr_fx.evaluation.zoo import Architecture, architectures
 
+from ..versions import TIMM_ON_META
 
+
+@TIMM_ON_META
 def test_structures():
     def key(name: str) -> str:
         return survey.structure_of(Architecture("timm", "", name)).key
@@ -17,6 +20,7 @@ def test_structures():
     assert "ConVit" in key("convit_tiny") or len(key("convit_tiny")) == 64
 
 
+@TIMM_ON_META
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the workers' own imports
 def test_a_survey_proves_one_of_each_structure():
@@ -33,6 +37,7 @@ def test_a_survey_proves_one_of_each_structure():
     assert "reason 1: the blocks of ConVit" in text
 
 
+@TIMM_ON_META
 def test_large_models_are_proved_with_few_blocks():
     large = Architecture("timm", "vision_transformer", "vit_large_patch16_224")
     small = survey._shallow(large)

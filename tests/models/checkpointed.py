@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequ
 
 import papr_fx
 
+from ..versions import CHECKPOINT_DECORATES, REGIONS_OF_TRANSFORMERS, switch_checkpoints_on
 from .vits import Shape, ToyViT, enliven
 
 MERGED = {"merge": papr_fx.Merge(2)}
@@ -36,16 +37,17 @@ def nested(model, x):
     return checkpoint(two, 2, checkpoint(two, 0, x, use_reentrant=False), use_reentrant=False)
 
 
-@checkpoint(use_reentrant=False)
-def decorated(model, x):
-    return plainly(model, x)
+decorated = (
+    checkpoint(use_reentrant=False)(plainly) if CHECKPOINT_DECORATES else partial(checkpoint, plainly, use_reentrant=False)
+)
 
 
 def saves_products(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-SELECTIVE = {"context_fn": partial(create_selective_checkpoint_contexts, saves_products), "respect_saved_tensors_hooks": True}
+SELECTIVE = {"context_fn": partial(create_selective_checkpoint_contexts, saves_products)}
+SELECTIVE |= {"respect_saved_tensors_hooks": True} if CHECKPOINT_DECORATES else {}
 OPTIONS = {"determinism_check": "none", "early_stop": False, "debug": False}
 
 
@@ -116,7 +118,7 @@ def of_transformers(model, config, **options):
     def make(on):
         made = enliven(getattr(transformers, model)._from_config(getattr(transformers, config)(num_labels=5, **options)))
         if on:
-            made.activation_checkpointing_enable()
+            switch_checkpoints_on(made)
         return made
 
     return make
@@ -137,8 +139,8 @@ CASES = {
     "timm ViT": (VIT, {}, 2),
     "timm Swin": (SWIN, {"mode": "pixels"}, 2),
     "timm ConvNeXt": (CONVNEXT, {}, 3),
-    "transformers ViT": (HF_VIT, {}, 0),
-    "transformers ViT, merged": (HF_VIT, MERGED, 1),
+    "transformers ViT": (HF_VIT, {}, REGIONS_OF_TRANSFORMERS[0]),
+    "transformers ViT, merged": (HF_VIT, MERGED, REGIONS_OF_TRANSFORMERS[1]),
     "re-entrant": (user(partial(by_block, use_reentrant=True, **OPTIONS)), {}, 4),
     "selective": (user(partial(by_block, use_reentrant=False, **SELECTIVE)), {}, 4),
     "nested": (user(nested), {}, 4),

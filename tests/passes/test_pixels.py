@@ -21,13 +21,15 @@ from papr_fx.tracing.numerics import relative_error, tensors_of
 from ..models import enliven, toy_proposal
 from ..models.hierarchical import FAMILIES, Family, masked_run
 from ..oracles import count_by_hand
+from ..versions import SWIN_OF_TRANSFORMERS
 
 
 def backgrounds():
     """The background that a family has by itself, under its name too (the same graph, so slow), and the other one."""
     for name, family in FAMILIES.items():
         for background in ("auto", "keep", "zero"):
-            marks = pytest.mark.slow if background == family.natural else ()
+            marks = [pytest.mark.slow] * (background == family.natural)
+            marks += [SWIN_OF_TRANSFORMERS] * name.startswith("transformers Swin")
             yield pytest.param(name, background, marks=marks, id=f"{name}-{background}")
 
 

@@ -20,8 +20,7 @@ from ..models.hierarchical import FAMILIES, masked_run, timm_model
     ],
 )
 def test_meta_models_are_planned_without_numbers(build, sites):
-    with torch.device("meta"):
-        model = build().eval()
+    model = build().eval().to("meta")
     example = torch.zeros(1, 3, 224, 224)
     gm = papr_fx.transform(model, timm.create_model("mobileone_s0"), 0.65, example_input=example, verify=False)
     assert len(papr_fx.report(gm).sites) == sites

@@ -12,6 +12,7 @@ import papr_fx
 from papr_fx.tracing.numerics import relative_error, tensors_of
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
+from ..versions import AUTOCAST_ON_META
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 
@@ -68,6 +69,8 @@ def test_the_result_follows_to(case):
     dense = copy.deepcopy(model).bfloat16()
     assert all(torch.equal(a, b) for a, b in zip(outputs, tensors_of(dense(x.bfloat16())), strict=True))
     there = copy.deepcopy(gm).to("meta")
+    if type(model).__name__.startswith("DINOv3") and not AUTOCAST_ON_META:
+        return
     assert {t.device.type for t in tensors_of(there(x.to("meta")))} == {"meta"}
 
 

@@ -16,6 +16,7 @@ from papr_fx.proposals.statistics import Network, renormalisation, statistics_of
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, toy_proposal
+from ..versions import MODULES_OF_TRANSFORMERS_5
 from .networks import before_pooling, timm_model
 
 
@@ -113,6 +114,7 @@ def test_weights_of_this_size_say_otherwise():
     assert statistics_of(large) == HALF
 
 
+@MODULES_OF_TRANSFORMERS_5
 def test_processors_of_clip():
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))
     processor = transformers.CLIPImageProcessor

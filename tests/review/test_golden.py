@@ -12,6 +12,7 @@ import papr_fx
 from papr_fx.testing import assert_golden
 
 from ..models import Shape, ToyViT, toy_proposal
+from ..versions import AS_WRITTEN
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = {
@@ -47,12 +48,19 @@ MERGED = {
 
 
 # These take ten seconds or more each.
+# Their code was rewritten in timm and transformers since.
+REWRITTEN = (
+    *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_224_merged"),
+    *("transformers_vit", "transformers_videomae"),
+)
 SLOW = ("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*MODELS, *MERGED)]
-)
+def marks(name):
+    return [pytest.mark.slow] * (name in SLOW) + [AS_WRITTEN] * (name in REWRITTEN)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in (*MODELS, *MERGED)])
 def test_graph_diff(name):
     example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
     merge = papr_fx.Merge(2) if name in MERGED else None
