@@ -13,6 +13,8 @@ from PIL import Image
 from benchmarks import clutter as measured
 from examples import clutter, imagenet
 
+from .versions import LOADERS_OF_TIMM
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -82,6 +84,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@LOADERS_OF_TIMM
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's reader
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_imagenet_recipe(folder, processes):

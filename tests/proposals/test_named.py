@@ -13,6 +13,7 @@ from papr_fx.evaluation.models import image_model, proposal_for
 from papr_fx.proposals.named import create_network
 
 from ..test_clips import ClipViT
+from ..versions import LOADERS_OF_TIMM
 
 
 def test_networks_by_name(tmp_path, monkeypatch):
@@ -59,6 +60,7 @@ def test_networks_that_timm_saved(saved):
     assert torch.equal(named(x), given(x))
 
 
+@LOADERS_OF_TIMM
 def test_folders_without_a_model_of_timm(tmp_path):
     name = f"local-dir:{tmp_path}"
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64)
