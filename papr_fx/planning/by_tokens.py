@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
-from ..errors import ArgumentError, NoSiteError, TraceError
-from ..passes import gather_positions, prune_tokens, reduce_tokens
+from ..errors import ArgumentError, NoSiteError, PaprError, TraceError
+from ..passes import gather_positions, narrow_rows, prune_tokens, reduce_tokens
+from ..passes.narrow_rows import Narrowing
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
@@ -40,16 +41,47 @@ _REFUSED = (
 )
 
 
+@dataclass(frozen=True)
+class TokenOptions:
+    """How a model is pruned by tokens.
+
+    Attributes:
+        z: Keep ratio, below 1.
+        merge: How tokens become fewer from block to block, if they do.
+        narrow: Whether to leave out rows that nobody reads.
+    """
+
+    z: float
+    merge: Reduction | None
+    narrow: bool
+
+
 def prune_by_tokens(
-    request: inputs.Request, trunk: Trunk, proposal: Callable[[], SignificanceNet], z: float, merge: Reduction | None
+    request: inputs.Request, trunk: Trunk, proposal: Callable[[], SignificanceNet], options: TokenOptions
 ) -> PrunedModule:
-    """Builds the model that runs on `z` of its tokens, below 1, and on fewer from block to block with `merge`. Not yet proved.
+    """Builds the model that runs on fewer tokens. Not yet proved.
 
     Raises:
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    planner = _Planner(request, trunk, merge)
+    if not options.narrow:
+        return _pruned(_Planner(request, trunk, options.merge), proposal, options.z)
+    asked: set[str] = set()
+    try:
+        gm = _pruned(_Planner(request, trunk, options.merge, asked), proposal, options.z)
+    except PaprError as error:
+        if not asked:
+            raise
+        reason = f"with {_listed(asked)} traced through: {str(error).splitlines()[0]}"
+    else:
+        if gm.plan.narrows or not asked:
+            return gm
+        reason = gm.plan.eval.narrowing.reason if isinstance(gm.plan.eval, TokenPlan) else ""
+    return _pruned(_Planner(request, trunk, options.merge, whole=reason), proposal, options.z)
+
+
+def _pruned(planner: _Planner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
     root, plan, recorded = planner.plan(z)
     root.papr_proposal = proposal()
     gm = _built(root, plan)
@@ -57,13 +89,27 @@ def prune_by_tokens(
     return gm
 
 
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 @dataclass(frozen=True)
 class _Planner:
-    """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it."""
+    """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it.
+
+    Attributes:
+        request: The model and its images.
+        trunk: Its blocks.
+        merge: How tokens become fewer from block to block, if they do.
+        asked: Gets the modules that narrowing asked to trace through; None if nothing is narrowed.
+        whole: Why nothing is narrowed; empty if that was not asked for.
+    """
 
     request: inputs.Request
     trunk: Trunk
     merge: Reduction | None
+    asked: set[str] | None = None
+    whole: str = ""
 
     @property
     def name(self) -> str:
@@ -96,11 +142,11 @@ class _Planner:
         traced = record(model, images)
         check_batch_reads(traced, model, images)
         site = self._site(traced)
-        eval_plan = self._mode(traced, site)
+        eval_plan = self._mode(traced, site, opened)
         self._check_others(opened)
         taken = self._other_sizes(traced, site, opened)
         in_training = record(model, images, training=True).beside(traced)
-        train_plan = self._training_plan(eval_plan, site, in_training)
+        train_plan = self._training_plan(eval_plan, site, in_training, opened)
         flags = {model.training, *(model.get_submodule(name).training for name in opened)}
         if train_plan is not eval_plan and len(flags) > 1:
             raise ArgumentError(
@@ -187,7 +233,7 @@ class _Planner:
             return False
         return True
 
-    def _mode(self, traced: Traced, site: TokenSite) -> TokenPlan:
+    def _mode(self, traced: Traced, site: TokenSite, opened: set[str]) -> TokenPlan:
         """The plan of one mode."""
         root = traced.scratch_root(self.request.model)
         try:
@@ -196,7 +242,21 @@ class _Planner:
             raise
         except NoSiteError as error:
             raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
-        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, self._reduced(root, site, repairs))
+        reduced = self._reduced(root, site, repairs)
+        narrowing = self._narrowing(root, site, reduced, opened)
+        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, reduced, narrowing)
+
+    def _narrowing(self, root: nn.Module, site: TokenSite, reduced: ReductionSites, opened: set[str]) -> Narrowing:
+        """Where only the rows are computed that are read later."""
+        if self.asked is None:
+            return Narrowing(reason=self.whole)
+        whole = {name for place in reduced.sites for name in (place.addition, place.attention)}
+        whole |= {attention.node for attention in reduced.attentions}
+        try:
+            return narrow_rows.find_sites(root, site, self.blocks, whole, opened)
+        except OpenError as error:
+            self.asked.update(error.modules)
+            raise
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
@@ -215,7 +275,7 @@ class _Planner:
                 inputs.check_no_hooks(self.request.model.get_submodule(name), f"model.{name}")
         return found
 
-    def _training_plan(self, eval_plan: TokenPlan, site: TokenSite, traced: Traced) -> TokenPlan | Refused:
+    def _training_plan(self, eval_plan: TokenPlan, site: TokenSite, traced: Traced, opened: set[str]) -> TokenPlan | Refused:
         """The plan for training mode: that for eval mode where the graphs are equal."""
         if same_graph(traced.graph, eval_plan.dense):
             return eval_plan
@@ -231,7 +291,7 @@ class _Planner:
                 f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
                 f"`{site.block}` reads {site.rows.prefix} and {site.rows.grid}"
             )
-        return self._mode(traced, found)
+        return self._mode(traced, found, opened)
 
     def _to_open(self, error: OpenError, opened: set[str]) -> set[str]:
         """The modules that a pass asks to trace through.

@@ -82,6 +82,11 @@ class PrunedModule(fx.GraphModule):
         self._follow(plan, self.training)
         return True
 
+    def compute_all_rows(self, reason: str) -> None:
+        """Computes all rows of the last tokens, for this reason."""
+        self._compiled = {}  # they follow the old plan
+        self._follow(self.plan.computing_all_rows(reason), self.training)
+
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode.
 

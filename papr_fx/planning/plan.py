@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import fx
 
@@ -12,8 +13,9 @@ from ..dataflow.positionwise import Layout
 from ..dataflow.repairs import Repairs
 from ..errors import NoSiteError
 from ..ops import TokenRows
-from ..passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
 from ..passes.kinds import Kind
+from ..passes.narrow_rows import Narrowing
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
@@ -71,6 +73,7 @@ class TokenPlan:
         repairs: What else must change for the blocks to run on fewer tokens.
         reduction: How tokens become fewer from block to block, if they do.
         reduced: Where.
+        narrowing: Where only the rows are computed that are read later.
     """
 
     dense: fx.Graph
@@ -79,6 +82,7 @@ class TokenPlan:
     repairs: Repairs
     reduction: Reduction | None
     reduced: ReductionSites
+    narrowing: Narrowing
     kind = "tokens"
 
     @property
@@ -108,6 +112,9 @@ class TokenPlan:
         if self.reduction is not None and self.reduces:
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, keep))
             stage("reduce_tokens", graph)
+        if target.z < 1 and self.narrowing.sites:
+            narrow_rows.rewrite(graph, self.narrowing)
+            stage("narrow_rows", graph)
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of tokens."""
@@ -221,6 +228,11 @@ class Plan:
         return self.eval.reduction if isinstance(self.eval, TokenPlan) else None
 
     @property
+    def narrows(self) -> bool:
+        """Whether only the rows are computed, in either mode, that are read later."""
+        return any(isinstance(mode, TokenPlan) and mode.narrowing.sites for mode in (self.eval, self.train))
+
+    @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
         if self.train is self.eval:
@@ -247,10 +259,18 @@ class Plan:
 
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""
+        return self._with(reduction=reduction)
+
+    def computing_all_rows(self, reason: str = "") -> Plan:
+        """The same plan without narrowing, for this reason."""
+        return self._with(narrowing=Narrowing(reason=reason))
+
+    def _with(self, **changes: Any) -> Plan:
+        """The same plan with changes of the plans for token models."""
         modes = (self.eval, self.train)
-        changed = [replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode for mode in modes]
+        changed = [replace(mode, **changes) if isinstance(mode, TokenPlan) else mode for mode in modes]
         train = changed[0] if self.train is self.eval else changed[1]
-        return replace(self, eval=changed[0], train=train)
+        return replace(self, eval=cast(ModePlan, changed[0]), train=train)
 
     def without(self, additions: Collection[str], reason: str) -> Plan:
         """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""
