@@ -35,8 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ..dataflow.arguments import Argument, Rows, filled
 from ..dataflow.read_rows import RowReader, RowsRead, find_rows_read
-from ..dataflow.row_probe import Argument, RowProbe, Rows, filled
+from ..dataflow.row_probe import RowProbe
 from ..tracing.blocks import block_of, is_inside
 from ..tracing.checkpoints import Region, lay_inside, regions_of
 from ..tracing.graphs import called, leaves_of, nodes_by_name, shape_of
@@ -98,7 +99,7 @@ def find_sites(
     if not site.rows.prefix:
         return Narrowing(reason="there are no tokens in front of the patches")
     nodes = nodes_by_name(site.stream.graph)
-    barriers = [nodes[name] for name in whole]
+    barriers = {nodes[name]: "is where tokens become fewer" for name in whole}
     reason = ""
     for count in range(1, site.rows.prefix + 1):
         rows = Rows(count, site.rows.count)
@@ -166,7 +167,7 @@ def _can_open(node: fx.Node, root: nn.Module, blocks: Collection[str]) -> bool:
 def _reason(found: RowsRead, before: str) -> str:
     """Why no node in a block may get rows only."""
     if found.stopped:
-        node, why = next(reversed(found.stopped.items()))
+        node, why = next(iter(found.stopped.items()))
         return f"`{node.target if node.op == 'call_module' else node.name}` {why}"
     if not found.whole:
         return before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from ..tracing.graphs import descendants, leaves_of, shape_of
-from .row_probe import Argument, RowProbe, Rows, UnknownError, count_place, sizes_of
+from .arguments import Argument, Rows, UnknownError, count_place, sizes_of
+from .row_probe import RowProbe, Trial
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,29 @@ class RowsRead:
     whole: list[tuple[fx.Node, fx.Node]] = field(default_factory=list[tuple[fx.Node, fx.Node]])
 
 
-def find_rows_read(probe: RowProbe, stream: fx.Node, rows: Rows, barriers: Collection[fx.Node]) -> RowsRead:
+def find_rows_read(probe: RowProbe, stream: fx.Node, rows: Rows, barriers: Mapping[fx.Node, str]) -> RowsRead:
     """Finds the nodes that may get rows because nobody reads the others.
 
     Args:
         probe: Runs nodes on numbers.
         stream: The tokens before the first block. They, and what is in front of them, stay whole.
         rows: The rows that may be enough.
-        barriers: Further values that stay whole.
+        barriers: Further values that stay whole, each with the reason.
     """
-    whole = {stream, *barriers}
+    whole = {stream: "holds the tokens before the first block", **barriers}
     while True:
         search = _Search(probe, stream, rows, whole)
         found = search.run()
         changed = _changed_sizes(found, rows)
         if not changed:
             return found
-        whole |= changed
+        whole |= dict.fromkeys(changed, "has a number of rows that is read")
 
 
 class _Search:
     """One walk from the outputs upwards. `axes[node]` holds, for each use of a value, the axis of rows that are read of it."""
 
-    def __init__(self, probe: RowProbe, stream: fx.Node, rows: Rows, whole: Collection[fx.Node]) -> None:
+    def __init__(self, probe: RowProbe, stream: fx.Node, rows: Rows, whole: Mapping[fx.Node, str]) -> None:
         self._probe = probe
         self._rows = rows
         self._whole = whole
@@ -87,8 +88,9 @@ class _Search:
         if _is_size(node):
             return  # sizes are looked at in the end
         axis = next(iter(axes), None) if len(axes) == 1 else None
-        if axis is not None and node not in self._whole:
-            trial = self._probe.trial(node, axis)
+        if axis is not None:
+            reason = self._whole.get(node, "")
+            trial = Trial(reason=reason) if reason else self._probe.trial(node, axis)
             if trial.arguments:
                 self._note(RowReader(node, axis, trial.arguments, count_place(node, axis, self._rows.of)))
                 return

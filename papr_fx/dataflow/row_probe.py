@@ -11,8 +11,7 @@ and a node that reads a few rows, such as a head that takes the class token, if 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -21,45 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from ..tracing.fakes import MODEL_ERRORS, scratch_copy
 from ..tracing.graphs import called, is_in_place, leaves_of, shape_of
 from ..tracing.numerics import exact_float32, forked_random, holds_indices, redraw, relative_error, tensors_of, unit_scale
+from .arguments import Argument, Rows, UnknownError, count_place, filled, sizes_of
 from .attentions import SDPA_ARGUMENTS
 from .lengths import view_sizes
 
 _TOLERANCE = 1e-4
 _MOST_TRIALS = 32
 _DROPOUTS = (F.dropout, torch.dropout)
-_RESHAPES = ("view", "reshape")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The first rows of a token axis.
-
-    Attributes:
-        count: How many.
-        of: How many rows there are, on the traced images.
-    """
-
-    count: int
-    of: int
-
-
-class Argument(NamedTuple):
-    """An argument that a node may get rows of.
-
-    Attributes:
-        place: Its place among the arguments, see `leaves_of`.
-        axis: Its axis of rows, counted from the end, which leading axes do not change.
-    """
-
-    place: int
-    axis: int
 
 
 class Trial(NamedTuple):
@@ -72,10 +45,6 @@ class Trial(NamedTuple):
 
     arguments: tuple[Argument, ...] = ()
     reason: str = ""
-
-
-class UnknownError(Exception):
-    """A value, or what a node makes of some values, cannot be known."""
 
 
 class RowProbe:
@@ -246,47 +215,6 @@ def _call_module(module: nn.Module, values: dict[str, Tensor], *args: Any, **kwa
 
 def _call_method(name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(value, name)(*args, **kwargs)
-
-
-def filled(node: fx.Node, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a node with these values in the places of its leaves."""
-    rest = iter(values)
-    return map_aggregate(cast(Any, (node.args, node.kwargs)), lambda _: next(rest))
-
-
-def count_place(node: fx.Node, axis: int | None, count: int) -> int | None:
-    """The place of the number of rows among the sizes that a reshape gets; None if it gets no such number."""
-    if axis is None or called(node) not in _RESHAPES:
-        return None
-    sizes = view_sizes(node)
-    place = axis % len(sizes) if -axis <= len(sizes) else None
-    known = shape_of(node) or ()
-    if place is None or len(known) != len(sizes) or sizes[place] == -1:
-        return None
-    return place if known[place] == count else None
-
-
-def sizes_of(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> Any:
-    """What a node computes from the shapes of tensors: a size, a shape, a truth value.
-
-    Args:
-        node: A node whose value is no tensor.
-        shapes: Shapes of tensors that differ from the recorded ones.
-    """
-    if "value" in node.meta and not shapes:
-        return node.meta["value"]
-    shape = shapes.get(node, shape_of(node))
-    if shape is not None:
-        return torch.empty(shape, device="meta")
-    if node.op not in ("call_function", "call_method"):
-        raise UnknownError(f"`{node.name}` is no size")
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: sizes_of(n, shapes))
-    try:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return cast(Callable[..., Any], node.target)(*args, **kwargs)
-    except MODEL_ERRORS as error:
-        raise UnknownError(type(error).__name__) from error
 
 
 def _unfit(node: fx.Node) -> str:

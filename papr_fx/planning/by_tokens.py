@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
@@ -67,18 +67,33 @@ def prune_by_tokens(
     """
     if not options.narrow:
         return _pruned(_Planner(request, trunk, options.merge), proposal, options.z)
-    asked: set[str] = set()
+    attempt = _Attempt()
     try:
-        gm = _pruned(_Planner(request, trunk, options.merge, asked), proposal, options.z)
+        gm = _pruned(_Planner(request, trunk, options.merge, attempt), proposal, options.z)
     except PaprError as error:
-        if not asked:
+        if not attempt.opened and not attempt.found:
             raise
-        reason = f"with {_listed(asked)} traced through: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
     else:
-        if gm.plan.narrows or not asked:
+        if gm.plan.narrows or not attempt.opened:
             return gm
-        reason = gm.plan.eval.narrowing.reason if isinstance(gm.plan.eval, TokenPlan) else ""
+        reason = attempt.reason
     return _pruned(_Planner(request, trunk, options.merge, whole=reason), proposal, options.z)
+
+
+@dataclass
+class _Attempt:
+    """What an attempt at narrowing did.
+
+    Attributes:
+        opened: Modules that it asked to trace through.
+        found: Whether it found rows to leave out.
+        reason: Why it found none.
+    """
+
+    opened: set[str] = field(default_factory=set[str])
+    found: bool = False
+    reason: str = ""
 
 
 def _pruned(planner: _Planner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
@@ -89,10 +104,6 @@ def _pruned(planner: _Planner, proposal: Callable[[], SignificanceNet], z: float
     return gm
 
 
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names))
-
-
 @dataclass(frozen=True)
 class _Planner:
     """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it.
@@ -101,14 +112,14 @@ class _Planner:
         request: The model and its images.
         trunk: Its blocks.
         merge: How tokens become fewer from block to block, if they do.
-        asked: Gets the modules that narrowing asked to trace through; None if nothing is narrowed.
+        attempt: Gets what narrowing does; None if nothing is narrowed.
         whole: Why nothing is narrowed; empty if that was not asked for.
     """
 
     request: inputs.Request
     trunk: Trunk
     merge: Reduction | None
-    asked: set[str] | None = None
+    attempt: _Attempt | None = None
     whole: str = ""
 
     @property
@@ -248,15 +259,18 @@ class _Planner:
 
     def _narrowing(self, root: nn.Module, site: TokenSite, reduced: ReductionSites, opened: set[str]) -> Narrowing:
         """Where only the rows are computed that are read later."""
-        if self.asked is None:
+        if self.attempt is None:
             return Narrowing(reason=self.whole)
         whole = {name for place in reduced.sites for name in (place.addition, place.attention)}
         whole |= {attention.node for attention in reduced.attentions}
         try:
-            return narrow_rows.find_sites(root, site, self.blocks, whole, opened)
+            found = narrow_rows.find_sites(root, site, self.blocks, whole, opened)
         except OpenError as error:
-            self.asked.update(error.modules)
+            self.attempt.opened |= error.modules
             raise
+        self.attempt.found |= bool(found.sites)
+        self.attempt.reason = found.reason
+        return found
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
