@@ -186,6 +186,8 @@ class MixingMLP(Before):
     """Near miss: the last block's MLP mixes tokens, so only what follows it could be left out."""
 
     class Mixing(nn.Module):
+        """A layer after an average."""
+
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(6, 6)
