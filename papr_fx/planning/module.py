@@ -238,9 +238,15 @@ def shell(gm: PrunedModule) -> nn.Module:
     return root
 
 
-def sibling(gm: PrunedModule, *, z: float | None = None, reduction: Reduction | None = None) -> PrunedModule:
-    """Another module over the same children and tensors, with another keep ratio or reduction. `gm` stays as it is."""
+def sibling(
+    gm: PrunedModule, *, z: float | None = None, reduction: Reduction | None = None, narrow: bool = True
+) -> PrunedModule:
+    """Another module over the same children and tensors, with another keep ratio or reduction, or with all rows computed.
+
+    `gm` stays as it is.
+    """
     plan = gm.plan if z is None else gm.plan.at(z)
+    plan = plan if narrow else plan.computing_all_rows()
     return PrunedModule(shell(gm), plan if reduction is None else plan.reducing(reduction))
 
 

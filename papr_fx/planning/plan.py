@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 from torch import fx
 
@@ -259,24 +258,22 @@ class Plan:
 
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""
-        return self._with(reduction=reduction)
+        return self._each(lambda mode: replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode)
 
     def computing_all_rows(self, reason: str = "") -> Plan:
-        """The same plan without narrowing, for this reason."""
-        return self._with(narrowing=Narrowing(reason=reason))
-
-    def _with(self, **changes: Any) -> Plan:
-        """The same plan with changes of the plans for token models."""
-        modes = (self.eval, self.train)
-        changed = [replace(mode, **changes) if isinstance(mode, TokenPlan) else mode for mode in modes]
-        train = changed[0] if self.train is self.eval else changed[1]
-        return replace(self, eval=cast(ModePlan, changed[0]), train=train)
+        """The same plan of a token model without narrowing, for this reason."""
+        whole = Narrowing(reason=reason)
+        return self._each(lambda mode: replace(mode, narrowing=whole) if isinstance(mode, TokenPlan) else mode)
 
     def without(self, additions: Collection[str], reason: str) -> Plan:
         """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""
-        modes = (self.eval, self.train)
-        changed = [mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode for mode in modes]
-        return replace(self, eval=changed[0], train=changed[1])
+        return self._each(lambda mode: mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode)
+
+    def _each(self, change: Callable[[ModePlan], ModePlan]) -> Plan:
+        changed = train = change(self.eval)
+        if self.train is not self.eval:
+            train = self.train if isinstance(self.train, Refused) else change(self.train)
+        return replace(self, eval=changed, train=train)
 
     def dense_graph(self, training: bool) -> fx.Graph:
         """A copy of the traced graph."""
