@@ -270,9 +270,8 @@ class Plan:
         return self._each(lambda mode: mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode)
 
     def _each(self, change: Callable[[ModePlan], ModePlan]) -> Plan:
-        changed = train = change(self.eval)
-        if self.train is not self.eval:
-            train = self.train if isinstance(self.train, Refused) else change(self.train)
+        changed, other = change(self.eval), self.train
+        train = changed if other is self.eval else other if isinstance(other, Refused) else change(other)
         return replace(self, eval=changed, train=train)
 
     def dense_graph(self, training: bool) -> fx.Graph:
