@@ -94,8 +94,8 @@ class RowProbe:
                     break
             else:
                 return Trial(reason="mixes rows, or tells them apart by their number")
-        if axis is not None and node.op == "call_module" and self._mixes_in_training(node, values, arguments, axis):
-            return Trial(reason="mixes rows in training mode")
+        if node.op == "call_module" and self._reads_more_in_training(node, values, arguments, axis):
+            return Trial(reason="mixes rows in training mode" if axis is not None else "reads other rows in training mode")
         return Trial(arguments)
 
     def _options(self, node: fx.Node, axis: int | None) -> Iterator[tuple[Argument, ...]]:
@@ -191,14 +191,17 @@ class RowProbe:
         except MODEL_ERRORS as error:
             raise UnknownError(type(error).__name__) from error
 
-    def _mixes_in_training(self, node: fx.Node, values: Sequence[Any], arguments: Sequence[Argument], axis: int) -> bool:
-        """Whether rows of a module's result depend on other rows in training mode, as those of a batch norm do."""
+    def _reads_more_in_training(
+        self, node: fx.Node, values: Sequence[Any], arguments: Sequence[Argument], axis: int | None
+    ) -> bool:
+        """Whether what is read of a module's result depends on other rows in training mode, as with a batch norm."""
         inputs = [values[place].clone().requires_grad_() for place, _ in arguments]
         given = list(values)
         for (place, _), value in zip(arguments, inputs, strict=True):
             given[place] = value
         with torch.enable_grad():
-            found = tensors_of(self._rows_of(self._run(self._module(node, training=True), node, given), axis))
+            result = self._run(self._module(node, training=True), node, given)
+            found = tensors_of(result if axis is None else self._rows_of(result, axis))
             total = cast(Tensor, sum((t * self._random_of(t.shape)).sum() for t in found))
             try:
                 found_gradients: Any = torch.autograd.grad(total, inputs, allow_unused=True)  # None where one is unused

@@ -227,6 +227,36 @@ def test_only_what_follows_mixing_is_narrowed(name):
     assert not any("attention" in node or "layer" in node for node in names), names
 
 
+class Head(nn.Module):
+    """Near miss: a head that averages all tokens in training mode, inside its own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mean(1) if self.training else x[:, 0])
+
+
+class OwnHead(Before):
+    """A model with such a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Head()
+
+    def read(self, stream: Tensor) -> Tensor:
+        return self.head(stream)
+
+
+def test_a_head_that_reads_more_in_training():
+    model = OwnHead()
+    graph = trace(model, IMAGES, lambda _, n: n == "blocks").graph
+    root = scratch_copy(enliven(model).eval())
+    found = narrow_rows.find_sites(root, prune_tokens.find_site(graph, BLOCKS), BLOCKS, (), ("blocks",))
+    assert found.reason == "`head` reads all rows of `blocks_1`"
+
+
 class InPlace(Attention):
     """Near miss: its result is changed in place."""
 
