@@ -19,8 +19,9 @@ from .passes.prune_tokens import SeveralTrunksError
 from .passes.reduction import Reduction
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
-from .planning.by_tokens import prune_by_tokens
+from .planning.by_tokens import TokenOptions, prune_by_tokens
 from .planning.module import PrunedModule, checked_z
+from .proof.narrowing import NarrowingError
 from .proof.prove import prove
 from .proposals.build import ImageSpec, ProposalOptions, build_proposal, check_proposal
 from .proposals.network import SignificanceNet
@@ -47,6 +48,7 @@ def transform(
     saliency: Saliency = "psm",
     merge: Reduction | None = None,
     output: Literal["logits", "features"] = "logits",
+    narrow: bool = True,
     verify: bool = True,
 ) -> PrunedModule:
     """Rewrites a vision model to compute only for the most significant patches (PaPr, ECCV 2024, Sec. 3).
@@ -77,6 +79,8 @@ def transform(
             proposal: "motion*psm", "motion*cam" and so on.
         merge: `Merge(r, blocks, proportional, schedule=...)`: token merging after the pruning, or alone with z=1. Or a peer.
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
+        narrow: Whether to compute only those rows of the last tokens that are read: in most ViTs the class token's. Exact;
+            `report` says where. Off at z=1.
         verify: Whether to prove the rewrite on the model before returning it.
 
     Raises:
@@ -85,7 +89,7 @@ def transform(
         TraceError, NoSiteError: The model's forward cannot be recorded, or has no place where pruning is sound.
         VerifyError: The rewritten model failed its proof.
     """
-    options = _Options(checked_z(z), mode, background, merge, output, verify).checked()
+    options = _Options(checked_z(z), mode, background, merge, output, narrow, verify).checked()
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
     spec = ImageSpec.of(request.images, request.layout)
@@ -107,6 +111,7 @@ class _Options:
     background: str
     merge: Reduction | None
     output: str
+    narrow: bool
     verify: bool
 
     def checked(self) -> _Options:
@@ -149,8 +154,9 @@ class _Pipeline:
         return min(self.options.z, 0.9)
 
     def _by_tokens(self, trunk: Trunk) -> PrunedModule:
+        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow)
         with no_collection():
-            return prune_by_tokens(self.request, trunk, self.network, self._planning_z, self.options.merge)
+            return prune_by_tokens(self.request, trunk, self.network, wanted)
 
     def _by_pixels(self) -> PrunedModule:
         with no_collection():
@@ -181,10 +187,15 @@ class _Pipeline:
 
 
 def _prove(model: nn.Module, gm: PrunedModule) -> None:
-    """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left."""
+    """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left.
+
+    Where it cannot be proved that nobody reads the rows that are left out, they are computed.
+    """
     while True:
         try:
             prove(model, gm)
+        except NarrowingError as error:
+            gm.compute_all_rows(str(error))
         except SiteError as error:
             if not error.additions or not gm.leave_dense(error.additions, str(error)):
                 raise

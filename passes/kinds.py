@@ -15,3 +15,4 @@ class Kind(Enum):
     CHANNELS_LAST = "the images in channels-last memory"
     MATCH = "which tokens a block merges"
     REDUCED = "the tokens after a reduction"
+    ROWS = "the rows that are read later"

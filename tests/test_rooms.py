@@ -82,7 +82,7 @@ def test_the_imports_are_found():
     found = imports()
     assert "tracing.graphs" in found["passes.prune_pixels"]
     assert "passes.splice_proposal" in found["passes.prune_pixels"]
-    assert "planning.inputs" in found["planning.by_tokens"]
+    assert "planning.inputs" in found["planning.token_planner"]
     assert len(found["__init__"]) > 8
 
 

@@ -8,7 +8,7 @@ from torch import nn
 import papr_fx
 from papr_fx import ops, testing
 from papr_fx.passes import prune_tokens, splice_proposal
-from papr_fx.planning import by_tokens
+from papr_fx.planning import token_planner
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Attention, Shape, ToyViT, images, toy_proposal
@@ -88,7 +88,7 @@ class FrozenAtThree(ToyViT):
 
 
 def test_check_compares_the_dense_graph_with_the_model(monkeypatch):
-    monkeypatch.setattr(by_tokens, "check_batch_reads", lambda *_: None)  # which refuses such a branch
+    monkeypatch.setattr(token_planner, "check_batch_reads", lambda *_: None)  # which refuses such a branch
     with pytest.raises(papr_fx.VerifyError, match="z=1: the traced model differs"):
         testing.check(FrozenAtThree(Shape(pool="cls")), toy_proposal(), 0.5, verify=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from ..evaluation.variants import ProposalSpec, Variant
 from ..passes.merge_tokens import Merge
 from ..passes.reduction import Reduction
 from ..peers import at_macs
-from ..planning.module import PrunedModule
+from ..planning.module import PrunedModule, sibling
 from ..review.report import report
 from .counting import counted
 from .data import kind_of
@@ -31,6 +32,7 @@ _HEADERS = {
     "variant": "",
     "gmacs": "GMACs",
     "paper_gmacs": "paper",
+    "narrowed_gmacs": "narrowed",
     "top1": "top-1",
     "paper_top1": "paper",
     "change": "change",
@@ -69,13 +71,20 @@ def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: t
     spec = ProposalSpec(table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True)
     proposal, options = variants.proposal_of(subject, spec)
     forms = [variants.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    narrowed = [form.macs for form in forms]
+    forms = [forms[0], *map(_with_all_rows, forms[1:])]
     rows: list[dict[str, Any]] = [
         {"model": name, "variant": _named(form), "gmacs": form.macs / 1e9, **_paper(line, table.lines[0])}
         for form, line in zip(forms, table.lines, strict=True)
     ]
+    counts = ["gmacs", "paper_gmacs"]
+    if narrowed != [form.macs for form in forms]:
+        counts.append("narrowed_gmacs")
+        for row, macs in zip(rows, narrowed, strict=True):
+            row["narrowed_gmacs"] = macs / 1e9
     if not arguments.data:
         print(f"\n{name}, {table.where}: {table.model}, {table.proposal}")
-        _print(rows, ("variant", "gmacs", "paper_gmacs"))
+        _print(rows, ["variant", *counts])
         return
     found = counted(arguments, subject, forms)
     if not is_first():
@@ -124,10 +133,18 @@ def _variants(subject: Subject, proposal: nn.Module | None, lines: Sequence[Line
 
 
 def _merged(variant: Variant, line: Line) -> Variant:
-    """The variant with as many tokens merged as comes nearest to the line's GMACs."""
-    module = at_macs(cast(PrunedModule, variant.module), round(1e9 * line.gmacs))
-    (r,) = cast(Reduction, module.plan.reduction).numbers
+    """The variant with as many tokens merged as comes nearest to the line's GMACs, which count all rows."""
+    module = cast(PrunedModule, variant.module)
+    merge = cast(Reduction, at_macs(sibling(module, narrow=False), round(1e9 * line.gmacs)).plan.reduction)
+    module = sibling(module, reduction=merge)
+    (r,) = merge.numbers
     return Variant(module, report(module).total_macs, line.z, r)
+
+
+def _with_all_rows(variant: Variant) -> Variant:
+    """The variant as the paper has it: all rows of the last tokens are computed, read or not."""
+    module = sibling(cast(PrunedModule, variant.module), narrow=False)
+    return replace(variant, module=module, macs=report(module).total_macs)
 
 
 def _named(variant: Variant) -> str:

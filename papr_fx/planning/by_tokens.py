@@ -1,271 +1,70 @@
-"""Plans the pruning of a token model: which graph, which site, and whether its blocks run on fewer tokens."""
+"""Prunes a token model: by the plan that leaves out rows nobody reads, or else by one that computes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from math import prod
+from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import nn
 
-from ..dataflow.lengths import MixingError
-from ..dataflow.repairs import Repairs
-from ..errors import ArgumentError, NoSiteError, TraceError
-from ..passes import gather_positions, prune_tokens, reduce_tokens
-from ..passes.prune_tokens import TokenSite
-from ..passes.reduce_tokens import ReductionSites
+from ..errors import NoSiteError, PaprError, TraceError
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
-from ..tracing.asked import casts_images, with_questions
-from ..tracing.blocks import ancestors_of, is_inside
-from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import cut, same_graph, shape_of
-from ..tracing.sequence_first import add_batch_first
-from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
 from . import inputs
-from .ends import tokens_behind
-from .example import Example
 from .module import PrunedModule
-from .plan import Plan, Refused, Target, TokenPlan
-from .reads import check_batch_reads, check_token_reads
-from .signature import Signature
-from .sizes import counts_follow, taken_sizes
+from .plan import Plan
+from .reads import check_token_reads
+from .token_planner import REFUSED, Attempt, TokenPlanner
 
-_REFUSED = (
-    "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that gathering cannot "
-    "repair (a reshape to the grid inside a block, a window)"
-)
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """How a model is pruned by tokens.
+
+    Attributes:
+        z: Keep ratio, below 1.
+        merge: How tokens become fewer from block to block, if they do.
+        narrow: Whether to leave out rows that nobody reads.
+    """
+
+    z: float
+    merge: Reduction | None
+    narrow: bool
 
 
 def prune_by_tokens(
-    request: inputs.Request, trunk: Trunk, proposal: Callable[[], SignificanceNet], z: float, merge: Reduction | None
+    request: inputs.Request, trunk: Trunk, proposal: Callable[[], SignificanceNet], options: TokenOptions
 ) -> PrunedModule:
-    """Builds the model that runs on `z` of its tokens, below 1, and on fewer from block to block with `merge`. Not yet proved.
+    """Builds the model that runs on fewer tokens. Not yet proved.
 
     Raises:
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    planner = _Planner(request, trunk, merge)
+    if not options.narrow:
+        return _pruned(TokenPlanner(request, trunk, options.merge), proposal, options.z)
+    attempt = Attempt()
+    try:
+        gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options.z)
+    except PaprError as error:
+        if not attempt.opened and not attempt.found:
+            raise
+        reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
+    else:
+        if gm.plan.narrows or not attempt.opened:
+            return gm
+        reason = attempt.reason
+    return _pruned(TokenPlanner(request, trunk, options.merge, whole=reason), proposal, options.z)
+
+
+def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
     root, plan, recorded = planner.plan(z)
     root.papr_proposal = network = proposal()
     gm = _built(root, plan.seeing(network))
     check_token_reads(gm, planner.blocks, recorded)
     return gm
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it."""
-
-    request: inputs.Request
-    trunk: Trunk
-    merge: Reduction | None
-
-    @property
-    def name(self) -> str:
-        """Class name of the model."""
-        return type(self.request.model).__name__
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Qualified names of the trunk's blocks."""
-        return self.trunk.blocks
-
-    def plan(self, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
-        """The modules that the graphs call, the plan, and all that was recorded in eval and training mode."""
-        if not self.blocks:
-            raise NoSiteError(f"{self.name} has no repeated blocks: sought composite modules (modules of modules), found none")
-        if self.trunk.spatial:
-            raise prune_tokens.no_tokens(self.trunk.spatial)
-        opened = ancestors_of(self.blocks)
-        while True:
-            try:
-                return self._plan(opened, z)
-            except OpenError as error:
-                opened |= self._to_open(error, opened)
-
-    def _plan(self, opened: set[str], z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
-        """The plan with these modules traced through, or `OpenError`."""
-        model, images, layout = self.request
-        for name in opened:
-            inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-
-        record = partial(self._record, opened)
-        traced = record(model, images)
-        check_batch_reads(traced, model, images)
-        site = self._site(traced)
-        eval_plan = self._mode(traced, site)
-        self._check_others(opened)
-        taken = self._other_sizes(traced, site, opened)
-        in_training = record(model, images, training=True).beside(traced)
-        train_plan = self._training_plan(eval_plan, site, in_training)
-        flags = {model.training, *(model.get_submodule(name).training for name in opened)}
-        if train_plan is not eval_plan and len(flags) > 1:
-            raise ArgumentError(
-                f"{self.name} is partly in training mode, and its code depends on it: call model.train() or model.eval()"
-            )
-        example = Example.of(model, images)
-        signature = self._signature(site, taken)
-        floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
-        if floating:
-            signature = signature.casting(example.like, integers=integers)
-        eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
-        target = Target(z, layout, bool(taken))
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)
-        plan.mode(model.training)  # refuses a mode that cannot be pruned
-        return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
-
-    def _site(self, traced: Traced) -> TokenSite:
-        """The token stream, with the tokens that stand behind its patches."""
-        model, images, _ = self.request
-        site = prune_tokens.find_site(traced.graph, self.blocks)
-        part = cut(traced.scratch_root(model).eval(), traced.graph, site.stream)
-        return prune_tokens.find_site(traced.graph, self.blocks, tokens_behind(part, images, site.rows))
-
-    def _record(self, opened: set[str], model: nn.Module, images: Tensor, *, training: bool = False) -> Traced:
-        """A trace of the model, or of a copy of it, in which tokens are (B, N, C) somewhere."""
-        traced = trace(model, images, lambda _, name: name in opened, training=training)
-        for graph in (traced.graph, traced.recorded):
-            for blocks in (self.blocks, *self.trunk.others):
-                add_batch_first(graph, blocks)
-        return traced
-
-    def _asking(
-        self, eval_plan: TokenPlan, train_plan: TokenPlan | Refused, record: Callable[..., Traced]
-    ) -> tuple[TokenPlan, TokenPlan | Refused]:
-        """The plans of both modes for graphs that ask for dtype and device."""
-        model, images, _ = self.request
-        asking = replace(eval_plan, dense=with_questions(eval_plan.dense, model, images, record))
-        if train_plan is eval_plan:
-            return asking, asking
-        if isinstance(train_plan, TokenPlan):
-            dense = with_questions(train_plan.dense, model, images, partial(record, training=True))
-            return asking, replace(train_plan, dense=dense)
-        return asking, train_plan
-
-    def _check_others(self, opened: set[str]) -> None:
-        """Refuses a model with another trunk."""
-        if not self.trunk.others:
-            return
-        wider = opened | ancestors_of(name for names in self.trunk.others for name in names)
-        traced = self._record(wider, self.request.model, self.request.images)
-        prune_tokens.check_one_trunk(traced.graph, self.blocks, self.trunk.others)
-
-    def _signature(self, site: TokenSite, taken: Sequence[tuple[int, ...]]) -> Signature:
-        """How the result is called: with images of any size, of one size, or with as many patches as those."""
-        model, images, layout = self.request
-        signature = Signature.of(model)
-        if not taken:
-            return signature.for_size(images.shape, layout)
-        same_count = all(prod(shape[1:]) == prod(images.shape[1:]) for shape in taken)
-        return signature.for_count(images.shape, layout, site.rows.grid) if same_count else signature
-
-    def _other_sizes(self, traced: Traced, site: TokenSite, opened: set[str]) -> Sequence[tuple[int, ...]]:
-        """Shapes of other sizes for which the graph holds, and at which the grid can be read.
-
-        Raises:
-            OpenError: The module that flattens the grid must be traced through for that.
-        """
-        model, images, layout = self.request
-        taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout)
-        if not taken or prune_tokens.grid_is_readable(site):
-            return taken
-        if counts_follow(cut(traced.module(model), traced.graph, site.stream), images, taken, site.rows, layout):
-            return taken
-        join = site.flattening.node
-        if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
-            raise OpenError({str(join.target)}, "its sizes must be values of this graph")
-        return ()
-
-    def _can_open(self, opened: set[str]) -> bool:
-        """Whether the model can be traced through these modules."""
-        try:
-            trace(self.request.model, self.request.images, lambda _, name: name in opened)
-        except TraceError:
-            return False
-        return True
-
-    def _mode(self, traced: Traced, site: TokenSite) -> TokenPlan:
-        """The plan of one mode."""
-        root = traced.scratch_root(self.request.model)
-        try:
-            repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
-        except MixingError:
-            raise
-        except NoSiteError as error:
-            raise NoSiteError(f"{_REFUSED.format(self.name)}: {error}") from error
-        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, self._reduced(root, site, repairs))
-
-    def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
-        """Where `merge` leaves fewer tokens."""
-        if self.merge is None or not self.merge.removes:
-            return ReductionSites()
-        used = repairs.first_node()
-        if used:
-            raise NoSiteError(
-                f"merge: {self.name} uses positions beyond its embedding (`{used}`), and a merged token has no position"
-            )
-        found = reduce_tokens.find_sites(root, site, self.blocks, self.merge, self.request.images)
-        targets = {node.name: str(node.target) for node in site.stream.graph.nodes}
-        for attention in found.attentions:
-            if attention.heads:  # its forward will not be called
-                name = targets[attention.node]
-                inputs.check_no_hooks(self.request.model.get_submodule(name), f"model.{name}")
-        return found
-
-    def _training_plan(self, eval_plan: TokenPlan, site: TokenSite, traced: Traced) -> TokenPlan | Refused:
-        """The plan for training mode: that for eval mode where the graphs are equal."""
-        if same_graph(traced.graph, eval_plan.dense):
-            return eval_plan
-        reason = _patch_dropout(eval_plan.dense, site, traced.graph)
-        if reason:
-            return Refused(reason)
-        try:
-            found = prune_tokens.find_site(traced.graph, self.blocks, site.rows.suffix)
-        except NoSiteError as error:
-            return Refused(str(error))
-        if (found.rows, found.block) != (site.rows, site.block):
-            return Refused(
-                f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
-                f"`{site.block}` reads {site.rows.prefix} and {site.rows.grid}"
-            )
-        return self._mode(traced, found)
-
-    def _to_open(self, error: OpenError, opened: set[str]) -> set[str]:
-        """The modules that a pass asks to trace through.
-
-        Raises:
-            NoSiteError: They cannot be traced through.
-        """
-        model = self.request.model
-        kinds = {name: type(model.get_submodule(name)) for name in error.modules}
-        closed = error.whole_class and any(kind.__module__.startswith("torch.nn.") for kind in kinds.values())
-        if closed or error.modules & opened:
-            reason = f"{_REFUSED.format(self.name)}: {error.reason}" if error.whole_class else error.reason
-            raise NoSiteError(reason) from error
-        if not error.whole_class:
-            return error.modules
-        alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) in kinds.values()}
-        return {name for name in alike if any(is_inside(name, block) for block in self.blocks)} | error.modules
-
-
-def _patch_dropout(graph: fx.Graph, site: TokenSite, training: fx.Graph) -> str:
-    """Why the model cannot be pruned in training: it drops patches itself before the site; empty if it does not."""
-    sizes = {node.name: shape_of(node) for node in training.nodes}
-    for node in graph.nodes:
-        shape, other = shape_of(node), sizes.get(node.name)
-        if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
-            return (
-                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
-                "would no longer say which token is which. Set its rate to 0"
-            )
-        if node is site.stream:
-            break
-    return ""
 
 
 def _built(root: nn.Module, plan: Plan) -> PrunedModule:
@@ -277,4 +76,4 @@ def _built(root: nn.Module, plan: Plan) -> PrunedModule:
             with suppress(TraceError):  # if pruning alone fails too, merging is not the reason
                 PrunedModule(root, plan.reducing(None))
                 raise NoSiteError(f"merge: {plan.name} does not run on merged tokens: {first}") from error
-        raise NoSiteError(f"{_REFUSED.format(plan.name)}: {first}") from error
+        raise NoSiteError(f"{REFUSED.format(plan.name)}: {first}") from error

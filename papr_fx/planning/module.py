@@ -82,6 +82,11 @@ class PrunedModule(fx.GraphModule):
         self._follow(plan, self.training)
         return True
 
+    def compute_all_rows(self, reason: str) -> None:
+        """Computes all rows of the last tokens, for this reason."""
+        self._compiled = {}  # they follow the old plan
+        self._follow(self.plan.computing_all_rows(reason), self.training)
+
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode.
 
@@ -233,9 +238,15 @@ def shell(gm: PrunedModule) -> nn.Module:
     return root
 
 
-def sibling(gm: PrunedModule, *, z: float | None = None, reduction: Reduction | None = None) -> PrunedModule:
-    """Another module over the same children and tensors, with another keep ratio or reduction. `gm` stays as it is."""
+def sibling(
+    gm: PrunedModule, *, z: float | None = None, reduction: Reduction | None = None, narrow: bool = True
+) -> PrunedModule:
+    """Another module over the same children and tensors, with another keep ratio or reduction, or with all rows computed.
+
+    `gm` stays as it is.
+    """
     plan = gm.plan if z is None else gm.plan.at(z)
+    plan = plan if narrow else plan.computing_all_rows()
     return PrunedModule(shell(gm), plan if reduction is None else plan.reducing(reduction))
 
 

@@ -12,8 +12,9 @@ from ..dataflow.positionwise import Layout
 from ..dataflow.repairs import Repairs
 from ..errors import NoSiteError
 from ..ops import TokenRows
-from ..passes import gather_positions, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
 from ..passes.kinds import Kind
+from ..passes.narrow_rows import Narrowing
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
@@ -75,6 +76,7 @@ class TokenPlan:
         repairs: What else must change for the blocks to run on fewer tokens.
         reduction: How tokens become fewer from block to block, if they do.
         reduced: Where.
+        narrowing: Where only the rows are computed that are read later.
     """
 
     dense: fx.Graph
@@ -83,6 +85,7 @@ class TokenPlan:
     repairs: Repairs
     reduction: Reduction | None
     reduced: ReductionSites
+    narrowing: Narrowing
     kind = "tokens"
 
     @property
@@ -113,6 +116,9 @@ class TokenPlan:
             patches = site.rows.kept(target.z) - site.rows.others
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
             stage("reduce_tokens", graph)
+        if target.z < 1 and self.narrowing.sites:
+            narrow_rows.rewrite(graph, self.narrowing)
+            stage("narrow_rows", graph)
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of tokens."""
@@ -226,6 +232,11 @@ class Plan:
         return self.eval.reduction if isinstance(self.eval, TokenPlan) else None
 
     @property
+    def narrows(self) -> bool:
+        """Whether only the rows are computed, in either mode, that are read later."""
+        return any(isinstance(mode, TokenPlan) and mode.narrowing.sites for mode in (self.eval, self.train))
+
+    @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
         if self.train is self.eval:
@@ -262,16 +273,21 @@ class Plan:
 
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""
-        modes = (self.eval, self.train)
-        changed = [replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode for mode in modes]
-        train = changed[0] if self.train is self.eval else changed[1]
-        return replace(self, eval=changed[0], train=train)
+        return self._each(lambda mode: replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode)
+
+    def computing_all_rows(self, reason: str = "") -> Plan:
+        """The same plan of a token model without narrowing, for this reason."""
+        whole = Narrowing(reason=reason)
+        return self._each(lambda mode: replace(mode, narrowing=whole) if isinstance(mode, TokenPlan) else mode)
 
     def without(self, additions: Collection[str], reason: str) -> Plan:
         """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""
-        modes = (self.eval, self.train)
-        changed = [mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode for mode in modes]
-        return replace(self, eval=changed[0], train=changed[1])
+        return self._each(lambda mode: mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode)
+
+    def _each(self, change: Callable[[ModePlan], ModePlan]) -> Plan:
+        changed, other = change(self.eval), self.train
+        train = changed if other is self.eval else other if isinstance(other, Refused) else change(other)
+        return replace(self, eval=changed, train=train)
 
     def dense_graph(self, training: bool) -> fx.Graph:
         """A copy of the traced graph."""

@@ -51,7 +51,11 @@ def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
 
 
 def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Graph]) -> None:
-    """Refuses a model whose code reads a number that pruning changes: the graph would hold the dense one."""
+    """Refuses a model whose code reads a number that pruning changes: the graph would hold the dense one.
+
+    Numbers that narrowing changes may stay: rows are those that the code computes from all of them.
+    """
+    plan = gm.plan.computing_all_rows()
     for graph, training in zip(recorded, (False, True), strict=True):
         if training and isinstance(gm.plan.train, Refused):
             continue
@@ -61,7 +65,7 @@ def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[
         if not reads:
             continue
         try:
-            propagate(gm.for_shapes(), gm.plan.prune(graph, training), gm.example())
+            propagate(gm.for_shapes(), plan.prune(graph, training), gm.example())
         except TraceError as error:
             names = ", ".join(f"`{node.name}`" for node in reads)
             raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {_HINT}") from error

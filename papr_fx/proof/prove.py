@@ -11,7 +11,8 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 6. Regions, for pixel operators: with fewer positions, the output is that of the dense graph with masked branches.
 7. Hidden keys, for tokens: kept tokens are those of the dense graph in which no attention sees the others.
 8. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
-9. Training, if the model's code differs in training mode: its graph is that of the model there.
+9. Narrowing, if rows are left out that nobody reads: the output is that of the graph that computes them.
+10. Training, if the model's code differs in training mode: its graph is that of the model there.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -26,7 +27,7 @@ from torch import nn
 
 from ..planning.module import PrunedModule
 from ..tracing.numerics import exact_float32
-from . import control, geometry, hidden_keys, lengths, permutation, reduction, regions, traced, training
+from . import control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
 from .case import Case, ComparisonError, PrecisionError
 
 
@@ -79,5 +80,6 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         regions.check(case)
         hidden_keys.check(case)
         reduction.check(case)
+        narrowing.check(case)
         training.check(case)
     return Proof(noise, order, effect, case.tolerance)

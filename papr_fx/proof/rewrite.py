@@ -45,7 +45,7 @@ class Rewrite:
 
     @cached_property
     def _pruning(self) -> Plan:
-        return self.plan.reducing(None).at(self.z)
+        return self.plan.reducing(None).computing_all_rows().at(self.z)
 
     @property
     def mode(self) -> ModePlan:
@@ -93,6 +93,11 @@ class Rewrite:
         return self.mode.blocks if isinstance(self.mode, TokenPlan) else ()
 
     @property
+    def narrows(self) -> bool:
+        """Whether only some rows of the last tokens are computed."""
+        return isinstance(self.mode, TokenPlan) and bool(self.mode.narrowing.sites)
+
+    @property
     def reduced_additions(self) -> list[str]:
         """The residual additions after which tokens are reduced; empty without a reduction."""
         mode = self.mode
@@ -115,8 +120,16 @@ class Rewrite:
         return self.plan.dense_graph(self.training)
 
     def pruned_graph(self) -> fx.Graph:
-        """The rewritten graph without its reduction. The chosen indices are further inputs; what chose them is dead code."""
-        graph = self._pruning.rewrite(self.training)
+        """The rewritten graph without reduction and narrowing. The chosen indices are further inputs."""
+        return self._with_choices(self._pruning.rewrite(self.training))
+
+    def graph_on(self, *, narrow: bool) -> fx.Graph:
+        """The same with its reduction, and with narrowing or without."""
+        plan = self.plan if narrow else self.plan.computing_all_rows()
+        return self._with_choices(plan.at(self.z).rewrite(self.training))
+
+    def _with_choices(self, graph: fx.Graph) -> fx.Graph:
+        """The graph with the chosen indices as further inputs. What chose them is dead code."""
         last = graph.find_nodes(op="placeholder")[0]
         for choice in self.choices:
             with graph.inserting_after(last):

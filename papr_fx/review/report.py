@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 from tabulate import tabulate
 from torch import fx
@@ -62,6 +63,8 @@ class Report:
         per_frame: Whether the proposal is a network of images, which sees each frame of a clip independently.
         fallback: Why tokens were not pruned although they come first; empty if they were, or if pixels were asked for.
         statistics: Mean and std of both networks' pixels, or for which they are unknown.
+        narrowed: Where only rows are computed that are read later: the module, the rows in front of it, and those behind it.
+        all_rows: Why all rows are computed, where they are.
     """
 
     model: str
@@ -76,6 +79,8 @@ class Report:
     per_frame: bool
     fallback: str = ""
     statistics: str = ""
+    narrowed: tuple[str, int, int] | None = None
+    all_rows: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -110,6 +115,10 @@ class Report:
         if self.reduced:
             (first, before, _), (last, _, after) = self.reduced[0], self.reduced[-1]
             left = f"\nreduced: {before} tokens to {after}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
+        if self.narrowed:
+            left = "\nnarrowed: in `{}` from {} rows to {}{}".format(*self.narrowed, left)
+        elif self.all_rows:
+            left = f"\nnot narrowed: {self.all_rows}{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.statistics:
@@ -151,6 +160,7 @@ def report(gm: fx.GraphModule) -> Report:
         module.papr_proposal.per_frame,
         plan.fallback,
         module.papr_proposal.statistics,
+        *_narrowing(module),
     )
 
 
@@ -178,6 +188,18 @@ def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
         for place, site in enumerate(mode.reduced.sites)
         if place in after  # none goes where a schedule says 0
     )
+
+
+def _narrowing(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str]:
+    mode = module.plan.mode(module.training)
+    if not isinstance(mode, TokenPlan) or module.plan.z == 1:
+        return None, ""
+    found = mode.narrowing
+    if not found.sites:
+        return None, found.reason
+    first = find(module.graph, Kind.ROWS)
+    value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
+    return (found.block, (shape_of(value) or ())[axis], found.rows), ""
 
 
 def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:

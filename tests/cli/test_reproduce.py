@@ -36,6 +36,16 @@ def test_multiply_accumulates_of_the_paper(name, capsys):
             assert float(cells[1]) == pytest.approx(line.gmacs, rel=0.01)
 
 
+def test_what_nobody_reads_stands_beside_the_paper(monkeypatch, capsys):
+    """The table's model reads its class token; the tables of averaging ones have no such column."""
+    lines = (Line(81.39, 4.61), Line(76.21, 2.29, z=0.45))
+    monkeypatch.setitem(paper.TABLES, "one", Table("Tab. 2", "vit_small_patch16_224", lines))
+    assert main(["reproduce", "one"]) == 0
+    text = capsys.readouterr().out
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[2:-1]] == ["GMACs", "paper", "narrowed"]
+    assert [row[1:] for row in rows_of(text)] == [["4.60", "4.61", "4.60"], ["2.30", "2.29", "2.17"]]
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A table of small networks, and a folder of seven images for it."""

@@ -179,7 +179,7 @@ class Averaged(Behind):
 
 
 def test_geometry_finds_a_wrong_end(monkeypatch):
-    monkeypatch.setattr("papr_fx.planning.by_tokens.tokens_behind", lambda *_: MORE + 1)
+    monkeypatch.setattr("papr_fx.planning.token_planner.tokens_behind", lambda *_: MORE + 1)
     assert "the last 4 of `add` were taken" in failures(case_of(Averaged()))["geometry"]
 
 

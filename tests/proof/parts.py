@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import papr_fx
-from papr_fx.proof import control, geometry, hidden_keys, lengths, permutation, reduction, regions, traced, training
+from papr_fx.proof import control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
 from papr_fx.proof.case import Case
 
 from ..models import Shape, ToyViT, toy_proposal
@@ -20,6 +20,7 @@ PARTS = {
     "regions": regions,
     "hidden keys": hidden_keys,
     "merging": reduction,
+    "narrowing": narrowing,
     "training": training,
 }
 

@@ -46,6 +46,14 @@ MERGED = {
     "torchvision_vit_b_32_merged": lambda: torchvision.models.vit_b_32(),
 }
 
+# Their last block computes the rows that are read only. All others compute all rows.
+NARROWED = {
+    "vit_small_patch16_224_narrowed": lambda: timm.create_model("vit_small_patch16_224"),
+    "deit_tiny_distilled_patch16_224_narrowed": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+    "torchvision_vit_b_32_narrowed": lambda: torchvision.models.vit_b_32(),
+}
+ALL = MODELS | MERGED | NARROWED
+
 
 # These take ten seconds or more each.
 # Their code was rewritten in timm and transformers since.
@@ -60,17 +68,18 @@ def marks(name):
     return [pytest.mark.slow] * (name in SLOW) + [AS_WRITTEN] * (name in REWRITTEN)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in (*MODELS, *MERGED)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in ALL])
 def test_graph_diff(name):
     example = torch.zeros(CLIPS.get(name, (1, 3, 224, 224)))
-    merge = papr_fx.Merge(2) if name in MERGED else None
-    model = (MODELS | MERGED)[name]().eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example, verify=False, merge=merge)
+    merge = papr_fx.Merge(2) if "merged" in name else None
+    model = ALL[name]().eval()
+    options = {"example_input": example, "merge": merge, "narrow": name in NARROWED}
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False, **options)
     assert_golden(gm, GOLDEN / f"{name}.diff")
 
 
 def test_no_golden_is_orphaned():
-    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in [*MODELS, *MERGED]}
+    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.diff" for name in ALL}
 
 
 def test_diff_is_stable_and_retraces_the_model():

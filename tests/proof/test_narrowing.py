@@ -1,0 +1,58 @@
+"""Narrowing: rows that are read although they were left out, or taken for others."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import papr_fx
+from papr_fx.passes import narrow_rows
+from papr_fx.passes.kinds import Kind
+from papr_fx.proof import narrowing
+from papr_fx.tracing.roles import find
+
+from ..models import Shape, ToyViT, toy_proposal
+from .parts import case_of, failures
+
+CLASS = Shape(pool="cls", depth=1)
+
+
+def wrong_row(graph, found, rewrite=narrow_rows.rewrite):
+    """As the pass does it, but the last slice, which the residual addition gets, starts one row late."""
+    rewrite(graph, found)
+    last = find(graph, Kind.ROWS, 1)
+    value, axis, start, count = last.args
+    last.args = (value, axis, start + 1, count)
+
+
+def test_only_narrowing_finds_a_wrong_row(monkeypatch):
+    assert not failures(case_of(ToyViT(CLASS)))
+    monkeypatch.setattr(narrow_rows, "rewrite", wrong_row)
+    found = failures(case_of(ToyViT(CLASS)))
+    assert list(found) == ["narrowing"]
+    assert "with rows left out that nobody seems to read, the output is off by" in found["narrowing"]
+
+
+def test_what_is_not_proved_is_computed_whole(monkeypatch):
+    monkeypatch.setattr(narrow_rows, "rewrite", wrong_row)
+    model = ToyViT(CLASS).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    found = papr_fx.report(gm)
+    assert found.narrowed is None
+    assert found.all_rows.startswith("narrowing: with rows left out")
+    assert "not narrowed: narrowing: with rows left out" in str(found)
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(gm(x), papr_fx.transform(model, toy_proposal(), 0.5, narrow=False, verify=False)(x))
+
+
+class Ignored(ToyViT):
+    """Its head multiplies the class token by zero: no row of the last block matters."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 0] * 0)
+
+
+def test_rows_that_do_not_matter_are_not_proved():
+    case = case_of(Ignored(CLASS))
+    assert case.rewrite.narrows
+    with pytest.raises(papr_fx.VerifyError, match="narrowing: with other rows in their place the output moves by only"):
+        narrowing.check(case)
