@@ -197,7 +197,7 @@ def _narrowing(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str]:
     found = mode.narrowing
     if not found.sites:
         return None, found.reason
-    first = find(module.graph, Kind.ROWS)
+    first = find_all(module.graph, Kind.ROWS)[0]
     value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
     return (found.block, (shape_of(value) or ())[axis], found.rows), ""
 

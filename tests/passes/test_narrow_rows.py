@@ -258,10 +258,10 @@ def test_a_head_that_reads_more_in_training():
 
 
 class InPlace(Attention):
-    """Near miss: its result is changed in place."""
+    """Near miss: its result is changed in place. Twice is as once, so numbers do not tell."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).mul_(2)
+        return super().forward(x).relu_()
 
 
 class Causal(Attention):

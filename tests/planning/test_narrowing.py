@@ -79,6 +79,34 @@ def test_a_transcription_by_hand(prefix, read, heads, depth, fused, z):
     assert relative_error(gm(x), by_hand(model, keep, x)) < 1e-12
 
 
+class SequenceFirst(nn.Module):
+    """A block on tokens (N, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Transposed(ToyViT):
+    """A toy ViT with such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(CLASS)
+        self.blocks = nn.ModuleList([SequenceFirst(), SequenceFirst()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x).transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[0])
+
+
 SMALL = {"depth": 1, "img_size": 64, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
 HF = {
     "hidden_size": 32,
@@ -117,6 +145,7 @@ MODELS = {
         ("blocks.1", 2),
         {"merge": papr_fx.Merge(1, [0])},
     ),
+    "sequence first": (Transposed, ("blocks.1", 1)),
     "torchvision": (
         lambda: torchvision.models.VisionTransformer(64, 16, 1, 4, 64, 128, num_classes=5),
         ("encoder.layers.encoder_layer_0", 1),
