@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import papr_fx
+from papr_fx.planning.module import sibling
 from papr_fx.tracing.graphs import same_graph
 from papr_fx.tracing.numerics import relative_error
 
@@ -58,7 +59,7 @@ def by_hand(model: Reads, keep: Tensor, x: Tensor) -> Tensor:
     return model.head(torch.stack(rows).mean(0))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     prefix=st.integers(1, 3),
     read=st.integers(1, 3),
@@ -176,14 +177,21 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("biased", "registers", "merging", "attention pool")  # like others
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS])
 @torch.no_grad()
 def test_outputs_are_those_of_all_rows(name):
     make, wanted, *options = MODELS[name]
     model = enliven(make()).double().eval()
     given = {key: v.double() if isinstance(v, Tensor) else v for key, v in (options or [{}])[0].items()}
     proposal = toy_proposal().double()
-    gm, whole = (papr_fx.transform(model, proposal, 0.5, verify=False, narrow=narrow, **given) for narrow in (True, False))
+    gm = papr_fx.transform(model, proposal, 0.5, verify=False, **given)
+    if isinstance(wanted, str):
+        whole = papr_fx.transform(model, proposal, 0.5, verify=False, narrow=False, **given)
+    else:
+        whole = sibling(gm, narrow=False)
     for training in (True, False):
         found = papr_fx.report(gm.train(training))
         if isinstance(wanted, str):
@@ -205,7 +213,7 @@ def test_ratios_modes_and_the_dense_model():
     assert papr_fx.report(gm).narrowed is None
     for z in (0.25, 0.6):
         papr_fx.set_keep_ratio(gm, z)
-        whole = papr_fx.transform(model, toy_proposal(), z, narrow=False, verify=False)
+        whole = sibling(gm, narrow=False)
         assert papr_fx.report(gm).narrowed == ("blocks.1", papr_fx.report(gm).sites[0].kept, 1)
         assert relative_error(gm(x), whole(x)) < 1e-5
     papr_fx.set_keep_ratio(gm, 1.0)
