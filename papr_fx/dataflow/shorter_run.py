@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import NoSiteError
+from ..errors import NoSiteError, first_line
 from ..ops import TokenRows
 from ..ops.rows import Span
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
@@ -105,7 +105,7 @@ class ShorterRun(TokenRun):
         """The result of a node that failed, with what it reads repaired."""
         inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
         name = node.target if node.op == "call_module" else node.name
-        reason = f"`{name}` refused {inputs}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"`{name}` refused {inputs}: {first_line(error)}"
         if node.op == "call_module":
             raise OpenError({str(node.target)}, reason, whole_class=True) from error
         for repairer in (self.tables, self.counts, self.views):

@@ -66,7 +66,7 @@ def prune_by_pixels(
     root = traced.root(model, in_training)
     grids = [(site.rows, site.placing.origin) for site in found.sites]
     step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
-    odd = (images.shape[-2] // 2 + step[0], images.shape[-1] // 2 + 3 * step[1])
+    odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
     taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
     dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
     target = Target(z, layout, dynamic)

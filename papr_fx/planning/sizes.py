@@ -35,7 +35,7 @@ def taken_sizes(
         whole: Makes its graph, over a scratch copy of its modules.
         images: Images of the traced shape.
         layout: Their axes.
-        *more: (H, W) of another aspect to try first.
+        *more: (H, W) of another aspect to try first, larger on both sides.
     """
     groups = _other_sizes(images, layout, more)
     if images.is_meta:
@@ -44,7 +44,7 @@ def taken_sizes(
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     values: dict[str, Tensor] = {}
     taken: list[tuple[int, ...]] = []
-    graph = cache(whole)
+    graph = cache(lambda: _Quiet(whole()))
     for group in groups:
         for shape in group:
             some = torch.randn(shape, generator=random, device=images.device, dtype=dtype)
@@ -112,13 +112,16 @@ def grids_follow(
 
 
 def _other_sizes(images: Tensor, layout: str, more: Sequence[tuple[int, int]]) -> list[list[tuple[int, ...]]]:
-    """Shapes of one image or clip of other sizes, in groups: another aspect, the same, longer. The first of a group counts.
+    """Shapes of one image or clip of other sizes, in groups: another aspect, other pixels, longer. The first taken counts.
 
-    Small ones come first. Of another aspect some have as many pixels, for models whose number of patches is fixed.
+    Over the groups each side is once longer and once shorter than the traced one. Of another aspect some have as many pixels,
+    for models whose number of patches is fixed.
     """
     height, width = images.shape[-2:]
-    aspect = [*more, (height // 2, width), (2 * height, width // 2), (height // 2, 2 * width)]
+    aspect = [*more, (2 * height, width // 2), (height // 2, 2 * width)]
     other = [(height // 2, width // 2), (2 * height, 2 * width), (2 * height, width)]
+    if not more:
+        other.insert(0, (height // 2, width + width // 2))
     groups: list[list[tuple[int, ...]]] = [[(1, *images.shape[1:-2], *size) for size in sizes] for sizes in (aspect, other)]
     if "T" in layout:
         shape = [1, *images.shape[1:]]
@@ -127,11 +130,23 @@ def _other_sizes(images: Tensor, layout: str, more: Sequence[tuple[int, int]]) -
     return groups
 
 
+class _Quiet(nn.Module):
+    """Runs a graph module. By itself that writes to stderr where it fails, which is a normal result here."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, images: Tensor) -> Any:
+        return type(self.graph).forward(self.graph, images)
+
+
 @torch.no_grad()
 def _output(module: nn.Module, values: dict[str, Tensor], images: Tensor) -> Any:
     """What a module with these parameters makes of images; None if it refuses them."""
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    given = {name: values.get(name, t.to(images.dtype) if t.is_floating_point() else t) for name, t in own}
+    names = {name: name.removeprefix("graph.") if isinstance(module, _Quiet) else name for name, _ in own}
+    given = {name: values.get(names[name], t.to(images.dtype) if t.is_floating_point() else t) for name, t in own}
     try:
         with forked_random(images), exact_float32():
             return functional_call(module, given, (images,))

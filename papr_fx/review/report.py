@@ -15,7 +15,7 @@ from ..planning.module import PrunedModule, checked_module
 from ..planning.plan import PixelPlan, TokenPlan
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.macs import count_macs_by_node
-from ..tracing.roles import find, find_all, number_of
+from ..tracing.roles import find_all, number_of
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
 from ..versions import FakeTensorMode
-from .likeness import form_of
 from .results import fake_mode
 from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
@@ -88,7 +87,7 @@ def _copied(model: nn.Module, shared: list[Tensor]) -> nn.Module:
 
 def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
     """Copies modules into `memo` as `copy.deepcopy` would, in a third of the time. It copies those that copy themselves."""
-    plain = [m for m in reversed(list(model.modules())) if id(m) not in memo and _copies_plainly(type(m))]  # children first
+    plain = [module for module in _plain_modules(model, set()) if id(module) not in memo]
     copies = {module: object.__new__(type(module)) for module in plain}
     memo.update({id(module): copied for module, copied in copies.items()})
     for module, copied in copies.items():
@@ -97,9 +96,28 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
         )
 
 
+def _plain_modules(module: nn.Module, seen: set[nn.Module]) -> Generator[nn.Module]:
+    """Modules that do not copy themselves and do not lie inside one that does, children first."""
+    if module in seen or not _copies_plainly(type(module)):
+        return
+    seen.add(module)
+    for child in module.children():
+        yield from _plain_modules(child, seen)
+    yield module
+
+
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     """Whether a class of modules leaves copying to Python and `nn.Module`."""
-    own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+    own = (
+        "__deepcopy__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__getnewargs__",
+        "__getnewargs_ex__",
+        "__new__",
+    )
     slots = any(vars(base).get("__slots__") for base in kind.__mro__)
     return not slots and all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
 
@@ -143,15 +161,12 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
     With real ones results are the same, but torch makes fakes of them anew for each operation, and caches no result: that takes
     three times as long.
     """
+    plain = (nn.Parameter, Tensor)  # subclasses convert themselves
     own = [module._parameters for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [dict(parameters) for parameters in own]
-    fakes: dict[Hashable, Any] = {}  # one for all that are alike
     for parameters in own:
-        for name, parameter in parameters.items():
-            if type(parameter) in (nn.Parameter, Tensor):  # subclasses convert themselves
-                form = form_of(parameter, {})
-                fakes[form] = fakes[form] if form in fakes else mode.from_tensor(cast(Tensor, parameter))
-                parameters[name] = fakes[form]
+        fakes = {name: mode.from_tensor(p) for name, p in parameters.items() if p is not None and type(p) in plain}
+        parameters.update(cast("dict[str, nn.Parameter]", fakes))
     try:
         yield
     finally:
@@ -162,5 +177,10 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
 def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:
     """A fake mode that accepts real parameters, and fake images: `batch` samples shaped like `images`."""
     mode = fake_mode()
+    return mode, fake_images(mode, images, batch)
+
+
+def fake_images(mode: FakeTensorMode, images: Tensor, batch: int) -> Tensor:
+    """Fake images of a mode: `batch` samples shaped like `images`."""
     with mode:
-        return mode, torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)
+        return torch.empty((batch, *images.shape[1:]), dtype=images.dtype, device=images.device)

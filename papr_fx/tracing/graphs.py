@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, fx, nn
-from torch.fx.node import Argument, Target, map_aggregate
+from torch.fx.node import map_aggregate
 
 from ..errors import TraceError, first_line
 from .checkpoints import regions_of
-from .fakes import TRACED_BATCH, fake_like, faking
-from .results import LikeResults, Result, call_method, is_in_place
+from .fakes import TRACED_BATCH, fake_images, faking
+from .results import LikeResults, ReshapedError, Result, is_in_place
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -108,10 +108,12 @@ def propagate(root: nn.Module, graph: fx.Graph, images: Tensor, *, batch: int = 
     Raises:
         TraceError: A node refuses its inputs.
     """
-    mode, fake = fake_like(images, batch)
-    run = _Annotate(root, graph)
-    with faking(mode, root):
-        run.run(fake)
+    for shares in (True, False):
+        results = LikeResults(root, "values", shares=shares)
+        fake = fake_images(results.mode, images, batch)
+        with suppress(ReshapedError), faking(results.mode, root):
+            _Annotate(root, graph, results).run(fake)
+            return
 
 
 def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
@@ -137,17 +139,15 @@ class Run(fx.Interpreter):
 
 
 class _Annotate(Run):
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, results: LikeResults) -> None:
         super().__init__(root, graph=graph)
-        self._results = LikeResults(root)
+        self._results = results
+        self.extra_traceback = False  # a failure is a normal result here
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self._results.of(n, lambda: Result(self._run(n), {})).value
+        value = self._results.of(n, self.env, lambda: Result(self._run(n), {})).value
         annotate(n, value)
         return value
-
-    def call_method(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        return call_method(str(target), args, kwargs)
 
     def _run(self, node: fx.Node) -> Any:
         try:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import TraceError
 from ..versions import FakeTensorMode
 from .likeness import form_of, kinds_of_modules
 
@@ -36,12 +37,14 @@ class _Session:
     Attributes:
         mode: The mode of their fake tensors. It accepts real ones.
         numbers: Numbers of kinds of modules.
-        known: Results and the forms of their values, by what they follow from.
+        known: Results, by what they follow from.
+        changing: Kinds of modules whose calls change what they hold.
     """
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     numbers: dict[Hashable, int] = field(default_factory=dict)
-    known: dict[Hashable, tuple[Result, Hashable]] = field(default_factory=dict)
+    known: dict[Hashable, Result] = field(default_factory=dict)
+    changing: set[int | None] = field(default_factory=set)
 
 
 _session: ContextVar[_Session | None] = ContextVar("_session", default=None)
@@ -62,64 +65,110 @@ def fake_mode() -> FakeTensorMode:
     return (_session.get() or _Session()).mode
 
 
+class ReshapedError(TraceError):
+    """Code changed a shape in place, so that the values of other nodes that share it are wrong."""
+
+    def __init__(self) -> None:
+        super().__init__("a shape was changed in place")
+
+
 class LikeResults:
     """Evaluates nodes of graphs that call the modules of `root`, those of equal blocks once.
 
     A fake tensor has no content, so one object may be the value of several nodes.
+
+    Args:
+        root: The modules.
+        recorder: What is noted besides values.
+        shares: Whether nodes may share results at all.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        session = _session.get() or _Session()
-        kinds = kinds_of_modules(root, session.numbers)
-        self._kinds = {name: kinds.get(module, module) for name, module in root.named_modules(remove_duplicate=False)}
+    def __init__(self, root: nn.Module, recorder: str, *, shares: bool = True) -> None:
+        self._session = _session.get() or _Session()
+        self.mode = self._session.mode
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._kinds = kinds_of_modules(root, self._session.numbers) if shares else {}
+        self._recorder = recorder
+        self._shares = shares
         self._forms: dict[fx.Node, Hashable] = {}
-        self._known = session.known
+        self._borrowed: set[fx.Node] = set()
 
-    def of(self, node: fx.Node, evaluate: Callable[[], Result]) -> Result:
-        """The result of `node`, whose inputs have been noted. It is noted too."""
+    def of(self, node: fx.Node, values: dict[fx.Node, Any], evaluate: Callable[[], Result]) -> Result:
+        """The result of `node`, whose inputs have been noted. It is noted too.
+
+        Args:
+            node: The node.
+            values: Values of nodes, at least of its inputs.
+            evaluate: Computes the result from them.
+
+        Raises:
+            ReshapedError: Shared values are wrong. Nothing may be shared in this graph.
+        """
+        if not self._shares:
+            return evaluate()
         key = self._key(node)
-        result, form = self._known.get(key, (None, None))
-        if result is None or form != form_of(result.value, {}):  # a method may have changed its shape in place
-            result = evaluate()
-            form = form_of(result.value, {})
-            if key is not None and _is_fixed(result.value):
-                self._known[key] = result, form
-        self._forms[node] = form if _is_fixed(result.value) else None
+        result = self._session.known.get(key)
+        if result is None:
+            result = self._evaluated(node, key, values, evaluate)
+        else:
+            self._borrowed.add(node)
+        self.note(node, result.value)
         return result
 
     def note(self, node: fx.Node, value: object) -> None:
         """Notes the value of a node that was not evaluated here."""
         self._forms[node] = form_of(value, {}) if _is_fixed(value) else None
 
+    def _evaluated(self, node: fx.Node, key: Hashable, values: dict[fx.Node, Any], evaluate: Callable[[], Result]) -> Result:
+        self._part(node, values)
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        before = _state(module)
+        result = evaluate()
+        for given in node.all_input_nodes:
+            if self._forms.get(given) is not None and form_of(values[given], {}) != self._forms[given]:
+                raise ReshapedError
+        if _state(module) != before:  # its next call may give something else
+            self._session.changing.add(self._kinds.get(module) if module else None)
+        elif key is not None and _is_fixed(result.value):
+            self._session.known[key] = result
+        return result
+
+    def _part(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Gives the inputs of a node values of their own: code asks `q is k`."""
+        seen: set[int] = set()
+        for given in node.all_input_nodes:
+            value = values.get(given)
+            if isinstance(value, Tensor) and id(value) in seen and given in self._borrowed:
+                values[given] = value = value.new_empty_strided(value.shape, value.stride())
+            seen.add(id(value))
+
     def _key(self, node: fx.Node) -> Hashable:
         """What the node's result follows from; None if that is not known, as where an input is a list that may change."""
         inputs = [self._forms.get(n) for n in node.all_input_nodes]
         if not node.op.startswith("call") or None in inputs or is_in_place(node):
             return None
-        target = self._kinds.get(str(node.target), node.target) if node.op == "call_module" else node.target
-        return node.op, target, form_of((node.args, node.kwargs), self._forms)
+        target: Hashable = node.target
+        if node.op == "call_module":
+            target = self._kinds.get(self._modules[str(node.target)])
+            if target is None or target in self._session.changing:
+                return None
+        return self._recorder, node.op, target, form_of((node.args, node.kwargs), self._forms)
+
+
+def _state(module: nn.Module | None) -> list[list[tuple[str, int]]]:
+    """What a module and its children hold, to see whether a call changes it."""
+    held = [part for m in (module.modules() if module else ()) for part in (vars(m), m._parameters, m._buffers)]
+    return [[(name, id(value)) for name, value in part.items()] for part in held]
 
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether a node calls a method such as `add_`, whose result code may discard."""
-    return node.op == "call_method" and changes_its_tensor(str(node.target))
-
-
-def changes_its_tensor(method: str) -> bool:
-    """Whether a method of that name works in place."""
-    return method.endswith("_") and not method.endswith("__")
-
-
-def call_method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls a method of a fake tensor. One such as `unsqueeze_` changes a copy: the tensor may be the value of other nodes."""
-    called, *rest = args
-    if changes_its_tensor(name) and isinstance(called, Tensor):
-        called = called.new_empty_strided(called.shape, called.stride())
-    return getattr(called, name)(*rest, **kwargs)
+    target = str(node.target)
+    return node.op == "call_method" and target.endswith("_") and not target.endswith("__")
 
 
 def _is_fixed(value: object) -> bool:
-    """Whether a value stays as it is: code may add to a list."""
+    """Whether a value stays as it is, and is known by its form: code may add to a list, and read a tensor made of a number."""
     if isinstance(value, tuple):
         return all(_is_fixed(part) for part in cast("tuple[object, ...]", value))
-    return isinstance(value, _FIXED)
+    return isinstance(value, _FIXED) and getattr(value, "constant", None) is None

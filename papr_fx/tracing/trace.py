@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from .fakes import TRACED_BATCH, aliased_copy, fake_like, fake_parameters, hooked, scratch_copy
+from .fakes import TRACED_BATCH, aliased_copy, fake_images, fake_parameters, hooked, scratch_copy
 from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
 from .numerics import forked_random
+from .results import LikeResults, ReshapedError
 from .tracer import ValueTracer
 
 _HOOKS = "Forward hooks (of {}) do not run while a model is traced: it must not need them"
@@ -104,7 +105,7 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         TraceError: The model's own forward cannot be recorded, or refuses these images.
     """
     closed: set[type[nn.Module]] = set()
-    hooks = hooked(model)
+    hooks, shares = hooked(model), True
     while True:
         picked: set[str] = set()
 
@@ -117,7 +118,10 @@ def trace(model: nn.Module, images: Tensor, opened: Callable[[nn.Module, str], b
         root = scratch_copy(model).train(training)
         _register_tensors(root)
         try:
-            return _cleaned(_recorded(root, images, pick, hooks=bool(hooks)), root, model)
+            tracing = _Tracing(pick, images, shares=shares, hooks=bool(hooks))
+            return _cleaned(_recorded(root, tracing), root, model)
+        except ReshapedError:
+            shares = False
         except TraceError as error:
             if error.module not in picked:
                 if hooks:
@@ -135,12 +139,30 @@ def _register_tensors(root: nn.Module) -> None:
                 module.register_buffer(name, value.detach(), persistent=False)
 
 
-def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], bool], *, hooks: bool) -> fx.Graph:
-    """The graph as it was recorded, with dead code; `hooks` says whether the model has hooks of the user."""
-    name = type(root).__name__
-    mode, fake = fake_like(images, TRACED_BATCH)
+@dataclass(frozen=True)
+class _Tracing:
+    """How a model is traced.
+
+    Attributes:
+        pick: Decides from a submodule and its qualified name whether to trace through it.
+        images: A batch such as the model takes.
+        shares: Whether nodes may share results, see `LikeResults`.
+        hooks: Whether the model has hooks of the user.
+    """
+
+    pick: Callable[[nn.Module, str], bool]
+    images: Tensor
+    shares: bool
+    hooks: bool
+
+
+def _recorded(root: nn.Module, tracing: _Tracing) -> fx.Graph:
+    """The graph as it was recorded, with dead code."""
+    name, images = type(root).__name__, tracing.images
     scratch = scratch_copy(root)
-    tracer = ValueTracer(pick, scratch, fake, mode)
+    results = LikeResults(scratch, "joins", shares=tracing.shares)
+    mode, fake = results.mode, fake_images(results.mode, images, TRACED_BATCH)
+    tracer = ValueTracer(tracing.pick, scratch, fake, results)
     draws = WatchDraws(lambda: not tracer.evaluating)
     try:
         with draws, fake_parameters(scratch, mode):
@@ -148,7 +170,7 @@ def _recorded(root: nn.Module, images: Tensor, pick: Callable[[nn.Module, str], 
     except TraceError:
         raise
     except Exception as error:
-        reason = "" if hooks else _refusal(root, images)  # a scratch copy does not run the user's hooks
+        reason = "" if tracing.hooks else _refusal(root, images)  # a scratch copy does not run the user's hooks
         raise TraceError(reason or f"{name}.forward cannot be traced: {first_line(error)}") from error
     if draws.drew:
         raise TraceError(

@@ -17,7 +17,7 @@ from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
-from ..versions import FakeTensorMode, is_wrapped, symbolic_tracing
+from ..versions import is_wrapped, symbolic_tracing
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
@@ -26,7 +26,7 @@ from .joins import RecordJoins
 from .opened_modules import opened_modules
 from .own_names import OwnNames
 from .proxies import ValueProxy
-from .results import LikeResults, Result, call_method, is_in_place
+from .results import LikeResults, Result, is_in_place
 from .whole_numbers import stand_in
 
 # These take sizes and no tensor, so torch would not notice a proxy among their arguments.
@@ -47,21 +47,21 @@ class ValueTracer(fx.Tracer):
         opened: Decides from a submodule and its qualified name whether to trace through it.
         scratch: A second copy of the model on which nodes are evaluated: forward code may cache what it computes.
         images: The fake images, (B, C, H, W).
-        mode: The fake mode that `images` belongs to.
+        results: Evaluates nodes, those of equal blocks once.
     """
 
     proxy_buffer_attributes = True  # otherwise what code computes from a buffer would be a constant
 
     def __init__(
-        self, opened: Callable[[nn.Module, str], bool], scratch: nn.Module, images: Tensor, mode: FakeTensorMode
+        self, opened: Callable[[nn.Module, str], bool], scratch: nn.Module, images: Tensor, results: LikeResults
     ) -> None:
         super().__init__(autowrap_functions=(*get_notrace_functions(), *_FACTORIES))
         self.values: dict[fx.Node, Any] = {}
-        self._results = LikeResults(scratch)
+        self._results = results
         self._opened = opened
         self._scratch = scratch
         self._images = images
-        self._mode = mode
+        self._mode = results.mode
         self.evaluating = False
         self._contexts = _contexts()
         self._checkpoints = Checkpoints(lambda: not self.evaluating)
@@ -182,7 +182,7 @@ class ValueTracer(fx.Tracer):
         node = proxy.node
         for argument in node.all_input_nodes:
             self._value_of(argument)
-        result = self._results.of(node, lambda: self._result(node))
+        result = self._results.of(node, self.values, lambda: self._result(node))
         self.values[node] = result.value
         annotate(node, result.value)
         node.meta.update(result.meta)
@@ -219,7 +219,7 @@ class ValueTracer(fx.Tracer):
         if node.op == "call_function":
             return cast(Callable[..., Any], node.target)(*args, **kwargs)
         if node.op == "call_method":
-            return call_method(cast(str, node.target), args, kwargs)
+            return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
         target = cast(str, node.target)
         try:
             return self._scratch.get_submodule(target)(*args, **kwargs)

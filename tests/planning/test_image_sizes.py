@@ -230,12 +230,51 @@ class Interpolating(Rearranging):
         return x.mean(1)
 
 
-@pytest.mark.parametrize(("build", "shape"), [(Rearranging, (8, 32)), (Interpolating, (32, 32))])
+class Wide(Rearranging):
+    """Has other positions for wider images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        pos = x.flatten(2).transpose(1, 2).mean(2, keepdim=True) * (2 if x.shape[3] > 4 else 1)
+        x = x.flatten(2).transpose(1, 2) + pos
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class Tall(Wide):
+    """Has other positions for higher images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(2, 3))
+
+
+class Pooled(nn.Module):
+    """Residual branches of convolutions on a grid that is pooled in large images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.shape[-2] * x.shape[-1] > 16:
+            x = nn.functional.avg_pool2d(x, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(Rearranging, (8, 32)), (Interpolating, (32, 32)), (Wide, (16, 32)), (Tall, (32, 16)), (Pooled, (32, 32))],
+)
 @pytest.mark.parametrize("z", [0.5, 1.0])
 def test_a_size_that_a_graph_does_not_hold_for_is_refused(build, shape, z):
     model = enliven(build()).eval()
     model(torch.zeros(1, 3, *shape))  # the model takes it
-    gm = papr_fx.transform(model, toy_proposal(), z, verify=False)
+    gm = papr_fx.transform(model, toy_proposal(), z, example_input=torch.zeros(1, 3, 16, 16), verify=False)
     assert gm(torch.randn(2, 3, 16, 16)).shape == (2, 8)
     assert torch.compile(gm, backend="eager", fullgraph=True)(torch.randn(2, 3, 16, 16)).shape == (2, 8)
     wrong = f"was transformed for images of 16 x 16, not {shape[0]} x {shape[1]}: call transform with an example_input"

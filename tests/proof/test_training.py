@@ -1,10 +1,12 @@
 """Training: code that runs in training mode only."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.passes import prune_pixels
 
 from ..models import Shape, ToyViT, toy_proposal
 from .parts import case_of, failures
@@ -54,3 +56,19 @@ def test_methods_that_differ_in_training():
         if isinstance(module, nn.Dropout):
             module.eval()
     assert not torch.equal(gm(x), gm(x))
+
+
+def test_images_that_are_mixed_up_in_training_only(monkeypatch):
+    """Its pixel operators have another background in training: they write to the next image there."""
+    write = prune_pixels.write_pixels
+
+    def wrong(residual, branch, rows, layout, background):
+        count = residual.movedim(layout.index("C"), -1).flatten(1, -2).shape[1] * len(residual)
+        return write(
+            residual, branch, (rows + count // len(residual)) % count if background == "keep" else rows, layout, background
+        )
+
+    monkeypatch.setattr(prune_pixels, "write_pixels", wrong)
+    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)).eval()
+    with pytest.raises(papr_fx.VerifyError, match="training: in training mode"):
+        papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))

@@ -1,5 +1,8 @@
 """Scratch copies on fake tensors: their parameters are fake for a while, and the real ones again afterwards."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -34,3 +37,55 @@ def test_parameters_come_back_after_an_error():
     with pytest.raises(RuntimeError), faking(mode, root):
         root(fake[:, :3])
     assert all(type(parameter) is nn.Parameter for parameter in root.parameters())
+
+
+class Owner(nn.Module):
+    """Copies itself without the part that holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.part = nn.Identity()
+        self.part.lock = threading.Lock()
+
+    def __deepcopy__(self, memo):
+        copied = nn.Sequential()
+        memo[id(self)] = copied
+        copied.append(copy.deepcopy(self.layer, memo))
+        return copied
+
+
+class Reading(nn.Module):
+    """Reads its child as soon as it has its state."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.features = self.child.weight.shape[0]
+
+
+class Listed(nn.Module, dict):
+    __hash__ = nn.Module.__hash__
+
+
+def test_modules_that_copy_themselves():
+    assert len(list(scratch_copy(nn.Sequential(nn.ReLU(), Owner())).modules())) == 4
+    shared = nn.Linear(4, 4)
+    copied = scratch_copy(nn.Sequential(nn.Sequential(shared), nn.Sequential(Reading(shared))))
+    assert copied[1][0].features == 4
+    assert copied[1][0].child is copied[0][0] is not shared
+    assert type(scratch_copy(nn.Sequential(Listed()))[0]) is Listed
+
+
+def test_copies_share_parameters_and_keep_the_rest_apart():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[1].notes = {"of": [model[0]]}
+    copied = scratch_copy(model)
+    assert copied[1].weight is model[1].weight
+    assert copied[0].running_mean is not model[0].running_mean
+    assert torch.equal(copied[0].running_mean, model[0].running_mean)
+    assert copied[1].notes["of"][0] is copied[0] is not model[0]
+    assert copied.train()[0].training is not model.eval()[0].training

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -26,6 +27,24 @@ def norm(table: Tensor) -> nn.Module:
     module = nn.LayerNorm(4)
     module.register_buffer("table", table)
     return module
+
+
+def held(value: object) -> nn.Module:
+    module = nn.Identity()
+    module.value = value
+    return module
+
+
+class Numbers(list[int]):
+    """A list with an attribute of its own."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__([1, 2])
+        self.step = step
+
+
+class Slotted(nn.Identity):
+    __slots__ = ("step",)
 
 
 def test_modules_that_differ_in_the_content_of_parameters_are_alike():
@@ -49,6 +68,9 @@ def test_a_shared_tensor_is_like_no_other():
         [nn.Dropout(0.1), nn.Dropout(0.2), nn.Dropout(0.1).eval(), nn.Dropout1d(0.1), nn.Dropout(1), nn.Dropout(True)],
         [norm(torch.ones(2)), norm(torch.zeros(2)), norm(torch.ones(3)), norm(torch.ones(2, dtype=torch.bfloat16))],
         [nn.Sequential(nn.ReLU(), nn.GELU()), nn.Sequential(nn.GELU(), nn.ReLU()), nn.Sequential(nn.ReLU())],
+        [held(value) for value in (torch.ones(2), torch.zeros(2), nn.Parameter(torch.ones(2).int(), requires_grad=False))],
+        [held(Numbers(1)), held(Numbers(2)), held([1, 2]), held((1, 2))],
+        [Slotted(), Slotted()],
     ],
 )
 def test_other_modules_are_not(modules):
@@ -62,6 +84,64 @@ def test_forms_of_what_holds_itself_and_of_unknown_objects():
     assert form_of(object(), {}) != form_of(object(), {})
     assert form_of(partial(max, 1), {}) == form_of(partial(max, 1), {}) != form_of(partial(max, 2), {})
     assert form_of({"a": (1, {2})}, {}) == form_of({"a": (1, {2})}, {}) != form_of({"a": (1, {True})}, {})
+
+
+class Turning(nn.Module):
+    """Pools by another factor at every other call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step = self.step % 2 + 1
+        return F.avg_pool2d(x, self.step)
+
+
+class Joined(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return q if q is k else torch.cat([q, k], dim=-1)
+
+
+class Lifted(nn.Module):
+    """Changes the shape of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.unsqueeze_(1)
+        return x.sum(1)
+
+
+class Leaves(nn.Module):
+    """Modules whose results follow from more than the shapes of what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.turn, self.joined, self.lifted = Turning(), Joined(), Lifted()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(1, 16, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.new_tensor(8).item(), x.new_tensor(4).item()
+        x = self.stem(x)
+        x = self.turn(self.turn(x)).flatten(2).transpose(1, 2)
+        one, two = self.one(x), self.two(x)
+        both = self.joined(one, two)
+        lifted = self.lifted(one)
+        table = self.table[:, : int(height), : int(width)].flatten(1, 2).mean(1)
+        return torch.cat([both.mean(1), lifted.mean(1), two.mean(1), table.expand(len(both), -1)], dim=1)
+
+
+class Alias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean(3)
+        y = x.contiguous()
+        y.unsqueeze_(1)
+        return x.sum(1)
 
 
 class Patches(nn.Module):
@@ -86,6 +166,8 @@ class Patches(nn.Module):
 
 MODELS = {
     "toy": Patches,
+    "leaves": Leaves,
+    "alias": Alias,
     "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 3), embed_dim=24),
     "davit": lambda: timm.create_model("davit_tiny", depths=(1, 2, 1, 1), embed_dims=(24, 48, 96, 192), num_heads=(1, 2, 4, 8)),
 }
@@ -148,4 +230,25 @@ class Branch(nn.Module):
 
 def test_modules_that_differ_in_an_attribute_are_judged_by_themselves():
     gm = papr_fx.transform(Norms().eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 32))
-    assert [site.name for site in gm.plan.eval.sites] == ["blocks.0", "blocks.2"]
+    assert [site.addition for site in gm.plan.eval.sites] == ["add", "add_2"]
+
+
+class Blur(nn.Module):
+    """Blurs its input with a kernel that is neither parameter nor buffer."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel.expand(8, 1, 3, 3), padding=1, groups=8)
+
+
+def test_modules_that_differ_in_a_plain_tensor_are_judged_by_themselves():
+    point = torch.zeros(3, 3)
+    point[1, 1] = 1
+    model = Norms()
+    kernels = (point, torch.ones(3, 3), point.clone())
+    model.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 1), Blur(kernel)) for kernel in kernels])
+    gm = papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 32))
+    assert [site.addition for site in gm.plan.eval.sites] == ["add", "add_2"]
