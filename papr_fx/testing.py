@@ -64,7 +64,7 @@ def check(
     example = example_images(wide, None if example_input is None else example_input.cpu())
     gm = transform(wide, proposal, z, example_input=example, **options)
     gm = PrunedModule(shell(gm), gm.plan.reducing(None))  # `transform` has proved merging
-    case = Case.of(with_output(wide, gm.plan.output), gm, torch.float64, z=z)
+    case = Case.of(with_output(wide, gm.plan.output), gm, torch.float64, z=z, batch=3)  # it was traced with two
     kept = [mask.flatten(1).nonzero()[:, 1].view(len(mask), -1) for mask in keep_masks(gm, case.images).values()]  # (B, k)
     _check_choice(case, gm, kept)
     set_keep_ratio(gm, 1.0)

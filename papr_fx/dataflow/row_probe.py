@@ -74,7 +74,7 @@ class RowProbe:
         if not options:
             return Trial(reason="reads no value with a row for each token")
         try:
-            with forked_random(torch.empty(0)), exact_float32(), torch.device("cpu"):
+            with forked_random(torch.empty(0, device="cpu")), exact_float32(), torch.device("cpu"):
                 return self._first(node, axis, options)
         except UnknownError as error:
             return Trial(reason=f"was not tried ({error})")

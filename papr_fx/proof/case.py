@@ -42,10 +42,10 @@ class Case:
         model: What the rewritten graph must agree with, a copy. In training mode see `in_training`.
         root: The modules that the graphs call, in eval mode.
         rewrite: The graphs.
-        images: Random images, (2, ...).
+        images: Random images, (B, ...).
         values: Parameters at unit scale, by name.
         random: Draws the orders and the probes.
-        orders: For each choice, all cells of its grid in random order, (2, n).
+        orders: For each choice, all cells of its grid in random order, (B, n).
         probes: For each grid of the streams, the cells where the image is changed.
     """
 
@@ -59,11 +59,11 @@ class Case:
     probes: tuple[tuple[TokenRows, list[int]], ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, gm: PrunedModule, dtype: torch.dtype, *, z: float = 0.5) -> Case:
-        """The case of eval mode. `model` and `gm` are left as they are."""
+    def of(cls, model: nn.Module, gm: PrunedModule, dtype: torch.dtype, *, z: float = 0.5, batch: int = _BATCH) -> Case:
+        """The case of eval mode, with that many images. `model` and `gm` are left as they are."""
         example = gm.example()
         random = torch.Generator(example.device).manual_seed(0)
-        images = torch.randn((_BATCH, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
+        images = torch.randn((batch, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
         values = redraw(model, random, dtype)
         root = aliased_copy(shell(gm)).eval()
         return cls(aliased_copy(model).eval(), root, Rewrite(gm.plan, z, False), images, values, random)._drawn()
@@ -89,7 +89,7 @@ class Case:
         """The same with orders and probes."""
         device, random = self.images.device, self.random
         orders = tuple(
-            torch.rand((_BATCH, choice.rows.cells), generator=random, device=device).argsort(dim=1)
+            torch.rand((len(self.images), choice.rows.cells), generator=random, device=device).argsort(dim=1)
             for choice in self.rewrite.choices
         )
         grids = dict.fromkeys(stream.rows for stream in self.rewrite.streams)
