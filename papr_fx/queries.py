@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from .errors import ArgumentError
 from .ops import TokenRows
 from .passes.kinds import Kind
+from .planning.modes import Choice
 from .planning.module import PrunedModule, checked_module
-from .planning.plan import Choice, keep_of
+from .planning.plan import keep_of
 from .tracing.graphs import cut
 from .tracing.roles import find
 from .tracing.sharded import has_parts

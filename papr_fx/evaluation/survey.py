@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import PaprError
-from ..planning.plan import PixelPlan
+from ..planning.modes import PixelPlan
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.trace import trace
 from ..transform import transform

@@ -22,8 +22,9 @@ from ..tracing.graphs import same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from . import inputs
 from .example import Example
+from .modes import PixelPlan, Refused, Target
 from .module import PrunedModule
-from .plan import PixelPlan, Plan, Refused, Target
+from .plan import Plan
 from .reads import check_batch_reads
 from .signature import Signature
 from .sizes import grids_follow, taken_sizes

@@ -19,7 +19,8 @@ from ..proposals.network import SignificanceNet
 from ..tracing.fakes import flags_of, scratch_copy, set_flags
 from ..tracing.graphs import propagate, remove_dead_code
 from .attributes import add_class_attributes, flags_by_mode, importable, plain_attributes
-from .plan import PixelPlan, Plan
+from .modes import PixelPlan
+from .plan import Plan
 
 
 class PrunedModule(fx.GraphModule):

@@ -11,8 +11,8 @@ from ..passes import prune_tokens
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, fixed_value, propagate
 from ..tracing.trace import Traced
+from .modes import Refused
 from .module import PrunedModule
-from .plan import Refused
 
 _HINT = "which would be a constant of the graph: compute with tensors or with `x.shape` itself there"
 

@@ -27,7 +27,8 @@ from ..tracing.trunk import Trunk
 from . import inputs
 from .ends import tokens_behind
 from .example import Example
-from .plan import Plan, Refused, Target, TokenPlan
+from .modes import Refused, Target, TokenPlan
+from .plan import Plan
 from .reads import check_batch_reads
 from .signature import Signature
 from .sizes import counts_follow, taken_sizes

@@ -12,7 +12,8 @@ from ..dataflow.positionwise import Layout
 from ..ops import TokenRows
 from ..passes.merge_tokens import Merge
 from ..passes.prune_pixels import PixelSite
-from ..planning.plan import Choice, ModePlan, PixelPlan, Plan, Refused, TokenPlan, keep_of
+from ..planning.modes import Choice, ModePlan, PixelPlan, Refused, TokenPlan
+from ..planning.plan import Plan, keep_of
 
 
 class Stream(NamedTuple):

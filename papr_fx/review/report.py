@@ -11,8 +11,8 @@ from torch import fx
 
 from ..ops import TokenRows
 from ..passes.kinds import Kind
+from ..planning.modes import PixelPlan, TokenPlan
 from ..planning.module import PrunedModule, checked_module
-from ..planning.plan import PixelPlan, TokenPlan
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.macs import count_macs_by_node
 from ..tracing.roles import find_all, number_of

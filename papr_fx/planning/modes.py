@@ -1,0 +1,182 @@
+"""How a model is pruned in one mode, eval or training: its traced graph, its sites, and the passes in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ..dataflow.positionwise import Layout
+from ..dataflow.repairs import Repairs
+from ..ops import TokenRows
+from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes.narrow_rows import Narrowing
+from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
+from ..passes.prune_tokens import TokenSite
+from ..passes.reduce_tokens import ReductionSites, Remaining
+from ..passes.reduction import Reduction
+
+# Called with the name of a pass and the graph after it.
+Stage = Callable[[str, fx.Graph], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of positions in a rewritten graph.
+
+    Attributes:
+        number: Which one; the same as in the roles of its nodes.
+        rows: The grid on the traced images, and the tokens before it.
+        stream: Name of a node of the dense graph whose positions are in this order.
+        layout: Axes of its value.
+        where: Words that say where it is made.
+    """
+
+    number: int
+    rows: TokenRows
+    stream: str
+    layout: Layout
+    where: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rewrite aims at, in either mode.
+
+    Attributes:
+        z: Keep ratio in (0, 1].
+        layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
+        dynamic: Whether the model takes several image sizes, so that grids are read at run time.
+        fine: Whether the map is as fine as the clips, and is averaged over tubelets.
+    """
+
+    z: float
+    layout: str
+    dynamic: bool
+    fine: bool = False
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """One mode of a token model: tokens are dropped before the first block.
+
+    Attributes:
+        dense: The traced graph.
+        blocks: Qualified names of the trunk's repeated blocks.
+        suffix: How many tokens stand behind the patches.
+        repairs: What else must change for the blocks to run on fewer tokens.
+        reduction: How tokens become fewer from block to block, if they do.
+        reduced: Where.
+        narrowing: Where only the rows are computed that are read later.
+    """
+
+    dense: fx.Graph
+    blocks: tuple[str, ...]
+    suffix: int
+    repairs: Repairs
+    reduction: Reduction | None
+    reduced: ReductionSites
+    narrowing: Narrowing
+    kind = "tokens"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether tokens become fewer from block to block."""
+        return self.reduction is not None and self.reduction.removes
+
+    def site(self, graph: fx.Graph) -> TokenSite:
+        """The token stream of a traced graph of the model."""
+        return prune_tokens.find_site(graph, self.blocks, self.suffix)
+
+    def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
+        """Rewrites `graph`, a traced graph of the model, in place."""
+        site = self.site(graph)
+        before = site.stream.next
+        grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
+        keep = None
+        if target.z < 1:
+            images = splice_proposal.find_site(graph, fine=target.fine)
+            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
+            keep = splice_proposal.rewrite(graph, images, before, selection)
+            stage("splice_proposal", graph)
+            gather_positions.rewrite(graph, self.repairs, site, keep)
+            stage("gather_positions", graph)
+            prune_tokens.rewrite(graph, site, keep)
+            stage("prune_tokens", graph)
+        if self.reduction is not None and self.reduces:
+            patches = site.rows.kept(target.z) - site.rows.others
+            reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
+            stage("reduce_tokens", graph)
+        if target.z < 1 and self.narrowing.sites:
+            narrow_rows.rewrite(graph, self.narrowing)
+            stage("narrow_rows", graph)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What is chosen: one set of tokens."""
+        site = self.site(self.dense)
+        where = f"at `{site.stream.name}` before `{site.block}`"
+        return (Choice(0, site.rows, site.stream.name, "BNC", where),)
+
+
+@dataclass(frozen=True)
+class PixelPlan:
+    """One mode of a hierarchical model: pixel operators run on some positions.
+
+    Attributes:
+        dense: The traced graph.
+        sites: The pixel operators.
+        skipped: Residual branches that stay dense.
+        background: What dropped positions hold afterwards: "keep", "zero" or "auto".
+        training: Which mode.
+    """
+
+    dense: fx.Graph
+    sites: tuple[PixelSite, ...]
+    skipped: tuple[Skipped, ...]
+    background: str
+    training: bool
+    kind = "pixels"
+    reduces = False
+
+    def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
+        """Rewrites `graph`, a traced graph of the model, in place."""
+        choice = PixelChoice(target.z, self.background, target.layout, self.training, target.dynamic, target.fine)
+        prune_pixels.rewrite(graph, self.sites, choice)
+        stage("prune_pixels", graph)
+
+    def without(self, additions: Collection[str], reason: str) -> PixelPlan:
+        """The same plan, except that the operators that feed `additions` stay dense."""
+        dropped = (site for site in self.sites if site.addition in additions)
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if site.addition not in additions),
+            skipped=(*self.skipped, *(Skipped(site.addition, f"`{site.name}`: {reason}") for site in dropped)),
+        )
+
+    def backgrounds(self) -> list[str]:
+        """What dropped positions of each site hold afterwards: "keep" or "zero"."""
+        return [prune_pixels.background_of(site, self.background, self.training) for site in self.sites]
+
+    def kept_rows(self, site: PixelSite, z: float) -> int:
+        """Rows that an operator runs on. z is the share of the grid: tokens before it are kept, but do not count."""
+        return site.rows.prefix + TokenRows(site.rows.grid).kept(z)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What is chosen: one set of positions per grid."""
+        first = {site.rows.grid: site for site in reversed(self.sites)}
+        grids = dict.fromkeys(site.rows.grid for site in self.sites)
+        return tuple(
+            Choice(number, TokenRows(grid), *first[grid].ordered, f"on grid {grid}, first for `{first[grid].addition}`")
+            for number, grid in enumerate(grids)
+        )
+
+
+ModePlan = TokenPlan | PixelPlan
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A mode in which the model cannot be pruned, and why."""
+
+    reason: str
