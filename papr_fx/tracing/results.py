@@ -126,6 +126,7 @@ class LikeResults:
         result = evaluate()
         for given in node.all_input_nodes:
             if self._forms.get(given) is not None and form_of(values[given], {}) != self._forms[given]:
+                self._session.known.clear()  # the changed value may be among them
                 raise ReshapedError
         if _state(module) != before:  # its next call may give something else
             self._session.changing.add(self._kinds.get(module) if module else None)

@@ -202,6 +202,21 @@ def test_recorded_shapes_are_those_of_a_run(name, shared):
                 assert (node.meta["shape"], node.meta["dtype"]) == (tuple(meta.shape), meta.dtype), node
 
 
+class Flat(Alias):
+    """Computes what `Alias` does before it changes a shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x).mean(3).contiguous().sum(1)
+
+
+def test_a_shape_that_one_model_changes_is_not_that_of_another():
+    images = torch.zeros(1, 3, 64, 64)
+    with shared_results():
+        trace(Alias(), images, lambda *_: False)
+        shapes = [node.meta.get("shape") for node in trace(Flat(), images, lambda *_: False).graph.nodes]
+    assert shapes[2:5] == [(2, 8, 16), (2, 8, 16), (2, 16)]
+
+
 class Norms(nn.Module):
     """Residual branches of one class: the norm of one is over space, by an attribute that is no parameter."""
 
