@@ -43,7 +43,7 @@ def main() -> None:
         rounds=1 if arguments.dry_run else Settings.rounds,
     )
     results.say(f"{len(tasks)} tasks, {settings.slots} processes, {arguments.budget:.0f} s")
-    results.left = [task.name for task in Pool(settings, results.tell, results.fail).run(tasks)]
+    results.left = [task.name for task in Pool(settings, results.tell, results.fail, results.complete).run(tasks)]
     if ESTIMATES in wanted:
         results.rows = [row for row in results.rows if row["part"] != ESTIMATES]
         batch = plan.TINY_BATCH if arguments.dry_run else plan.BATCH

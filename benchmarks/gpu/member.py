@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,8 +45,12 @@ def serve(connection: Connection, job: Job, log: Path) -> None:
 
 def _take_turns(connection: Connection, job: Job, device: Device) -> None:
     """Compiles and warms up, then times or profiles as asked, until told to stop."""
+    start = time.monotonic()
     variant = build(job, device)
+    built = time.monotonic()
     variant.call()
+    device.synchronize()
+    seconds = {"s to build": built - start, "s of first call": time.monotonic() - built}
     device.start_peak()  # what compiling took does not count
     for _ in range(_WARMUP - 1):
         variant.call()
@@ -54,7 +59,7 @@ def _take_turns(connection: Connection, job: Job, device: Device) -> None:
     calls = device.calls_of(statistics.median(device.sample(variant.call, 1) for _ in range(3)))
     ms = device.sample(variant.call, calls)
     device.free_memory()
-    facts = {"macs": variant.macs, "dense_macs": variant.dense_macs, "MB": peak, "dropped": device.dropped_graphs()}
+    facts = {"macs": variant.macs, "dense_macs": variant.dense_macs, "MB": peak, "dropped": device.dropped_graphs(), **seconds}
     connection.send(("ready", {**facts, "turn_ms": ms * calls}))
     while True:
         word, number = connection.recv()

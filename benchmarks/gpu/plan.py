@@ -15,16 +15,17 @@ _FEW = (DENSE, MAIN, SMALLER)
 def whole() -> list[Task]:
     """All tasks."""
     return [
-        *(checked(name, "float32") for name in ("ViT-B", "ConvNeXt-B", "Swin-B")),
         timed("ViT-B", "graphs", 128, (DENSE, MAIN, SMALLER, CHEAPEST, PLAIN)),
         timed("ConvNeXt-B", "graphs", 128, (DENSE, CHANNELS_LAST, MAIN, SMALLER, CHEAPEST, PLAIN)),
         timed("Swin-B", "graphs", 128, (DENSE, MAIN, SMALLER, CHEAPEST, PLAIN)),
+        *(checked(name, "float32") for name in ("ViT-B", "ConvNeXt-B", "Swin-B")),
+        timed("ViT-B", "graphs", 128, (DENSE, MERGING)),
+        timed("ViT-L", "graphs", 128, _FEW),
+        timed("ViT-S", "graphs", 128, (*_FEW, CHEAPEST)),
+        timed("VideoMAE-B", "graphs", 32, (*_FEW, CHEAPEST)),
         *(checked(name, "bfloat16") for name in ("ViT-B", "ConvNeXt-B", "Swin-B")),
         *(checked(name, "float32") for name in ("EVA-02-B", "VideoMAE-B")),
-        timed("ViT-L", "graphs", 128, _FEW),
-        timed("VideoMAE-B", "graphs", 32, (*_FEW, CHEAPEST)),
-        timed("ViT-S", "graphs", 128, (*_FEW, CHEAPEST)),
-        *(timed(name, "graphs", 128, (DENSE, MERGING)) for name in ("ViT-B", "ViT-L", "ViT-S")),
+        *(timed(name, "graphs", 128, (DENSE, MERGING)) for name in ("ViT-L", "ViT-S")),
         timed("ViT-B", "graphs", 32, (*_FEW, CHEAPEST)),
         timed("ViT-B", "graphs", 1, (*_FEW, CHEAPEST)),
         trained("ViT-B", 128),

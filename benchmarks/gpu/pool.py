@@ -70,11 +70,17 @@ class Started:
 
 
 class Pool:
-    """Runs tasks in order; `tell` gets each row, `fail` the name of what failed and why."""
+    """Runs tasks in order; `tell` gets each row, `fail` the name of what failed and why, `done` each task that is complete."""
 
-    def __init__(self, settings: Settings, tell: Callable[[Task, Row], None], fail: Callable[[Task, str, str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        tell: Callable[[Task, Row], None],
+        fail: Callable[[Task, str, str], None],
+        done: Callable[[Task], None],
+    ) -> None:
         """Starts nothing yet."""
-        self._settings, self._tell, self._fail = settings, tell, fail
+        self._settings, self._tell, self._fail, self._done = settings, tell, fail, done
         self._context = multiprocessing.get_context(settings.context)
         if settings.context == "forkserver":
             self._context.set_forkserver_preload(["benchmarks.gpu.member"])
@@ -134,6 +140,8 @@ class Pool:
         if started.task.timed and any(c.ready and c.job.what == DENSE for c in started.children):
             self._measure(started)
         self._tell_faults(started)
+        if not any(child.fault for child in started.children):
+            self._done(started.task)
         started.close()
         self._active.remove(started)
 
@@ -230,6 +238,8 @@ def _row(child: Child, times: dict[str, list[float]], members: Sequence[Child]) 
         "MAC ratio": ratio,
         "of it": dense / ms / ratio if ratio else None,
         "MB": facts["MB"],
+        "s to build": facts["s to build"],
+        "s of first call": facts["s of first call"],
         "CUDA graphs dropped": facts["dropped"],
         "samples": len(times[job.what]),
         "ok": not facts["dropped"],

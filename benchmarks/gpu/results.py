@@ -25,13 +25,16 @@ class Results:
         folder: Where the files lie.
         rows: Each with its part and task.
         errors: What failed: task, what, why.
+        done: Names of tasks that are complete.
         left: Names of tasks for which there was no time.
     """
 
     folder: Path
     rows: list[Row] = field(default_factory=list[Row])
     errors: list[Row] = field(default_factory=list[Row])
+    done: list[str] = field(default_factory=list[str])
     left: list[str] = field(default_factory=list[str])
+    _told: set[str] = field(default_factory=set[str])
 
     @classmethod
     def open(cls, folder: Path, earlier: Path | None) -> Results:
@@ -40,7 +43,7 @@ class Results:
         found = cls(folder)
         if earlier and earlier.exists():
             kept = json.loads(earlier.read_text())
-            found.rows, found.errors = kept["rows"], kept["errors"]
+            found.rows, found.errors, found.done = kept["rows"], kept["errors"], kept["done"]
         return found
 
     @property
@@ -54,19 +57,26 @@ class Results:
         return self.folder / "log.txt"
 
     def to_do(self, tasks: Sequence[Task]) -> list[Task]:
-        """The tasks without a row. Those that only failed come last, and their failures are forgotten."""
-        done = {row["task"] for row in self.rows}
+        """The tasks that are not complete. Those of which something failed come last, and their failures are forgotten."""
         failed = {error["task"] for error in self.errors}
-        left = [task for task in tasks if task.name not in done]
+        left = [task for task in tasks if task.name not in self.done]
         names = {task.name for task in left}
         self.errors = [error for error in self.errors if error["task"] not in names]
         return [*(t for t in left if t.name not in failed), *(t for t in left if t.name in failed)]
 
     def tell(self, task: Task, row: Row) -> None:
-        """Adds a row."""
+        """Adds a row. The first of a task replaces what an earlier run found of it."""
+        if task.name not in self._told:
+            self._told.add(task.name)
+            self.rows = [row for row in self.rows if row["task"] != task.name]
         self.rows.append({"task": task.name, "part": task.part, **row})
         self.write()
         self.say(f"{task.name}: {_words(row)}")
+
+    def complete(self, task: Task) -> None:
+        """Notes that a later run need not do it again."""
+        self.done.append(task.name)
+        self.write()
 
     def fail(self, task: Task, what: str, why: str) -> None:
         """Adds a failure."""
@@ -83,7 +93,8 @@ class Results:
 
     def write(self) -> None:
         """Writes all of it, at once or not at all."""
-        kept = {"environment": environment(0), "rows": self.rows, "errors": self.errors, "left for want of time": self.left}
+        kept = {"environment": environment(0), "rows": self.rows, "errors": self.errors, "done": self.done}
+        kept["left for want of time"] = self.left
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(kept, indent=1) + "\n")
         part.replace(self.path)

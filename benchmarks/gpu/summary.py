@@ -10,7 +10,7 @@ from tabulate import tabulate
 from .jobs import CORRECTNESS, ESTIMATES, KERNELS, SPEED, TRAINING
 from .results import Results, Row
 
-_TIMES = ("variant", "ms", "images/s", "speed-up", "MAC ratio", "of it", "GMACs", "MB")
+_TIMES = ("variant", "ms", "images/s", "speed-up", "MAC ratio", "of it", "GMACs", "MB", "s of first call")
 _TITLES = {
     CORRECTNESS: "Correctness",
     SPEED: "Speed, bfloat16",

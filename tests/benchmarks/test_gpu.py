@@ -47,8 +47,10 @@ def walked(tmp_path_factory, request):
         {"task": task.name, "part": task.part, "subject": "ViT-B", "variant": KEPT, "run": "", "batch": 0} for task in tasks
     ]
     kept = [row for row in kept if row["task"] not in {task.name for task in todo}]
+    names = [row["task"] for row in kept]
+    kept.append({"task": todo[0].name, "part": CORRECTNESS, "check": KEPT})  # in part only: it is done again
     failed = {"task": todo[0].name, "what": "float32", "why": "of an earlier run"}
-    (out / "gpu.json").write_text(json.dumps({"rows": kept, "errors": [failed]}))
+    (out / "gpu.json").write_text(json.dumps({"rows": kept, "errors": [failed], "done": names}))
     done = run(out)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
     return out, done.stdout, todo
@@ -130,13 +132,17 @@ def test_checks_in_float32(rows):
 
 def work(folder, tasks, **settings):
     """Rows and failures of tasks that run in this process's own pool."""
-    told, failed = [], []
+    told, failed, done = [], [], []
     options = {"slots": 2, "end": time.monotonic() + 300, "log": folder / "log.txt", "context": "forkserver", "rounds": 1}
     pool = Pool(
-        Settings(**options | settings), lambda _, row: told.append(row), lambda _, what, why: failed.append((what, why))
+        Settings(**options | settings),
+        lambda _, row: told.append(row),
+        lambda _, what, why: failed.append((what, why)),
+        done.append,
     )
     left = pool.run(tasks)
     assert not left or "end" in settings
+    assert (not done) == bool(failed)
     return told, failed
 
 
@@ -156,7 +162,7 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path):
 
 def test_what_there_is_no_time_for_is_left(tmp_path):
     tasks = plan.tiny()
-    pool = Pool(Settings(2, time.monotonic() - 1, tmp_path / "log.txt"), lambda *_: None, lambda *_: None)
+    pool = Pool(Settings(2, time.monotonic() - 1, tmp_path / "log.txt"), *[lambda *_: None] * 3)
     assert pool.run(tasks) == tasks
 
 
@@ -199,9 +205,20 @@ def until(holds):
 
 def test_failures_of_an_earlier_run_are_tried_again_last(tmp_path):
     tasks = plan.tiny()
-    results = Results(tmp_path, rows=[{"task": tasks[1].name}], errors=[{"task": tasks[0].name}, {"task": tasks[1].name}])
-    assert results.to_do(tasks) == [*tasks[2:], tasks[0]]
-    assert results.errors == [{"task": tasks[1].name}]  # of a task that is done in part
+    names = [task.name for task in tasks]
+    results = Results(tmp_path, rows=[{"task": names[2]}], errors=[{"task": names[0]}, {"task": names[1]}], done=[names[1]])
+    assert results.to_do(tasks) == [*tasks[2:], tasks[0]]  # of the third only a part is done
+    assert results.errors == [{"task": names[1]}]
+
+
+def test_rows_of_an_earlier_run_are_replaced(tmp_path):
+    first, second = plan.tiny()[:2]
+    results = Results(tmp_path, rows=[{"task": task.name, "check": KEPT} for task in (first, second)])
+    for check in ("a", "b"):
+        results.tell(first, {"check": check})
+    assert [row["check"] for row in results.rows] == [KEPT, "a", "b"]
+    results.complete(first)
+    assert Results.open(tmp_path, results.path).to_do([first, second]) == [second]
 
 
 def test_estimates_are_those_of_the_page(tmp_path):
