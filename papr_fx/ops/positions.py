@@ -80,9 +80,18 @@ def top_positions(psm: Tensor, z: float, prefix: int = 0, suffix: int = 0) -> Te
     """
     scores = psm.flatten(1)  # (B, n)
     k = keep_count(scores.shape[1], z, prefix + suffix)
-    kept = scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values  # (B, k)
+    kept = ascending(scores.topk(k, dim=1, sorted=False).indices)  # (B, k)
     kept = with_prefix(kept, prefix) if prefix else kept
     return with_suffix(kept, prefix + scores.shape[1], suffix) if suffix else kept
+
+
+def ascending(indices: Tensor) -> Tensor:
+    """Indices (B, k) in ascending order.
+
+    By `topk`, which is a library's call on every device. For `sort` inductor writes a Triton kernel, which takes minutes to
+    compile.
+    """
+    return indices.topk(indices.shape[1], dim=1, largest=False).values
 
 
 def count_windows(size: int, offset: int, step: int) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import gather_tokens, wide, with_suffix
+from .positions import ascending, gather_tokens, wide, with_suffix
 
 
 class Matching(NamedTuple):
@@ -53,10 +53,10 @@ def match_tokens(keys: Tensor, r: int, prefix: int, suffix: int = 0) -> Matching
     with exact(keys):
         scores = metric[:, first::2] @ metric[:, second::2].transpose(1, 2)  # (B, |A|, |B|)
     best, partner = scores.max(dim=-1)
-    order = best.argsort(dim=-1, descending=True)
+    order = best.topk(best.shape[1], dim=-1).indices
     merged, unmerged = order[:, :r], order[:, r:]
     if prefix:
-        unmerged = unmerged.sort(dim=-1).values
+        unmerged = ascending(unmerged)
     stay = torch.cat([places[:, :prefix], first + 2 * unmerged, places[:, second::2], behind], dim=1)
     return Matching(stay, first + 2 * merged, prefix + unmerged.shape[1] + partner.gather(1, merged))
 
@@ -170,10 +170,10 @@ def most_attended(
 def split_by_score(scores: Tensor, r: int, prefix: int, suffix: int = 0) -> tuple[Tensor, Tensor]:
     """Places of the tokens that stay, in order, (B, N - r), and of the r patches with the lowest scores, (B, r)."""
     batch, patches = scores.shape
-    order = scores.argsort(dim=-1)
+    order = scores.topk(patches, dim=-1, largest=False).indices
     r = min(r, patches // 2)
     first = torch.arange(prefix, device=scores.device).expand(batch, prefix)
-    stay = torch.cat([first, prefix + order[:, r:].sort(dim=-1).values], dim=1)
+    stay = torch.cat([first, prefix + ascending(order[:, r:])], dim=1)
     return with_suffix(stay, prefix + patches, suffix) if suffix else stay, prefix + order[:, :r]
 
 
