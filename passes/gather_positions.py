@@ -121,7 +121,7 @@ def _count_kept(nodes: dict[str, fx.Node], counts: list[Count], index: fx.Node, 
 def _number_all(nodes: dict[str, fx.Node], numberings: tuple[Numbering, ...], site: TokenSite, keep: fx.Node) -> None:
     """Makes calls number all tokens of the dense stream."""
     graph = keep.graph
-    with graph.inserting_before(keep):
+    with graph.inserting_before(max(keep, site.stream.next)):
         tokens = graph.create_node("call_method", "size", (site.stream, 1), name="papr_dense_tokens")
         dense = {Span(): tag(tokens, Kind.DENSE_COUNT)}
         for span in site.rows.spans[1:]:

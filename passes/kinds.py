@@ -16,3 +16,4 @@ class Kind(Enum):
     MATCH = "which tokens a block merges"
     REDUCED = "the tokens after a reduction"
     ROWS = "the rows that are read later"
+    EMBEDDING = "the embedding of the kept patches"

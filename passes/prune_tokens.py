@@ -169,8 +169,8 @@ def _read_images(graph: fx.Graph, site: TokenSite, layout: str) -> tuple[fx.Node
 
 
 def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node) -> None:
-    """Gathers the kept tokens after `keep` and hands them to every later user of the stream."""
-    with graph.inserting_after(keep):
+    """Gathers the kept tokens and hands them to every later user of the stream."""
+    with graph.inserting_after(max(keep, site.stream)):
         tokens = graph.create_node("call_function", gather_tokens, (site.stream, keep), name="papr_tokens")
 
     def reads_later(user: fx.Node) -> bool:

@@ -4,6 +4,7 @@ None reads a tensor's content on the host, and every count is a Python integer, 
 They must not know of graphs, models or plans.
 """
 
+from .patches import embed_patches, patch_grid
 from .positions import (
     count_windows,
     gather_pixels,
@@ -50,6 +51,7 @@ __all__ = [
     "attention_weights",
     "choose_tokens",
     "count_windows",
+    "embed_patches",
     "exact",
     "fuse_tokens",
     "gather_pixels",
@@ -67,6 +69,7 @@ __all__ = [
     "moved_cells",
     "neighbour_graph",
     "number_cells",
+    "patch_grid",
     "pixel_rows",
     "pool_map",
     "propagate_tokens",

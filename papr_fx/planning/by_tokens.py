@@ -43,19 +43,19 @@ def prune_by_tokens(
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    if not options.narrow:
-        return _pruned(TokenPlanner(request, trunk, options.merge), proposal, options.z)
-    attempt = Attempt()
-    try:
-        gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options.z)
-    except PaprError as error:
-        if not attempt.opened and not attempt.found:
-            raise
-        reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
-    else:
-        if gm.plan.narrows or not attempt.opened:
-            return gm
-        reason = attempt.reason
+    reason = ""
+    for rows, patches in ((True, True), (True, False), (False, True)) if options.narrow else ():
+        attempt = Attempt(rows, patches)
+        try:
+            gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt, reason), proposal, options.z)
+        except PaprError as error:
+            if not attempt.opened and not attempt.found:
+                raise
+            reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
+        else:
+            if gm.plan.narrows or not attempt.opened:
+                return gm
+            reason = attempt.reason or reason
     return _pruned(TokenPlanner(request, trunk, options.merge, whole=reason), proposal, options.z)
 
 

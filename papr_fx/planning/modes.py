@@ -10,12 +10,22 @@ from torch import fx
 from ..dataflow.positionwise import Layout
 from ..dataflow.repairs import Repairs
 from ..ops import TokenRows
-from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes import (
+    embed_kept_patches,
+    gather_positions,
+    narrow_rows,
+    prune_pixels,
+    prune_tokens,
+    reduce_tokens,
+    splice_proposal,
+)
+from ..passes.embed_kept_patches import Embedding
 from ..passes.narrow_rows import Narrowing
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites, Remaining
 from ..passes.reduction import Reduction
+from ..tracing.graphs import nodes_by_name
 
 # Called with the name of a pass and the graph after it.
 Stage = Callable[[str, fx.Graph], None]
@@ -69,6 +79,7 @@ class TokenPlan:
         reduction: How tokens become fewer from block to block, if they do.
         reduced: Where.
         narrowing: Where only the rows are computed that are read later.
+        embedding: Where only the kept patches are embedded.
     """
 
     dense: fx.Graph
@@ -78,12 +89,22 @@ class TokenPlan:
     reduction: Reduction | None
     reduced: ReductionSites
     narrowing: Narrowing
+    embedding: Embedding
     kind = "tokens"
 
     @property
     def reduces(self) -> bool:
         """Whether tokens become fewer from block to block."""
         return self.reduction is not None and self.reduction.removes
+
+    @property
+    def narrows(self) -> bool:
+        """Whether anything is left out that nobody reads: rows of the last tokens, or dropped patches."""
+        return bool(self.narrowing.sites or self.embedding.node)
+
+    def computing_all(self, reason: str) -> TokenPlan:
+        """The same plan with nothing left out, for this reason."""
+        return replace(self, narrowing=Narrowing(reason=reason), embedding=Embedding(reason=reason))
 
     def site(self, graph: fx.Graph) -> TokenSite:
         """The token stream of a traced graph of the model."""
@@ -92,14 +113,22 @@ class TokenPlan:
     def prune(self, graph: fx.Graph, target: Target, stage: Stage) -> None:
         """Rewrites `graph`, a traced graph of the model, in place."""
         site = self.site(graph)
-        before = site.stream.next
-        grid = prune_tokens.runtime_grid(graph, site, before, target.layout) if target.dynamic else site.rows.grid
+        embedding = self.embedding if target.z < 1 else Embedding()
+        before = nodes_by_name(graph)[embedding.node] if embedding.node else site.stream.next
+        grid: splice_proposal.Sizes = site.rows.grid
+        if target.dynamic and embedding.node:
+            grid = embed_kept_patches.runtime_grid(graph, embedding)
+        elif target.dynamic:
+            grid = prune_tokens.runtime_grid(graph, site, before, target.layout)
         keep = None
         if target.z < 1:
             images = splice_proposal.find_site(graph, fine=target.fine)
             selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
+            if embedding.node:
+                embed_kept_patches.rewrite(graph, embedding, site, keep)
+                stage("embed_kept_patches", graph)
             gather_positions.rewrite(graph, self.repairs, site, keep)
             stage("gather_positions", graph)
             prune_tokens.rewrite(graph, site, keep)

@@ -11,7 +11,6 @@ from torch import fx
 from ..errors import NoSiteError
 from ..passes import reduce_tokens
 from ..passes.kinds import Kind
-from ..passes.narrow_rows import Narrowing
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.roles import find
@@ -64,8 +63,8 @@ class Plan:
 
     @property
     def narrows(self) -> bool:
-        """Whether only the rows are computed, in either mode, that are read later."""
-        return any(isinstance(mode, TokenPlan) and mode.narrowing.sites for mode in (self.eval, self.train))
+        """Whether anything is left out, in either mode, that nobody reads."""
+        return any(isinstance(mode, TokenPlan) and mode.narrows for mode in (self.eval, self.train))
 
     @property
     def one_graph(self) -> bool:
@@ -108,8 +107,7 @@ class Plan:
 
     def computing_all_rows(self, reason: str = "") -> Plan:
         """The same plan of a token model without narrowing, for this reason."""
-        whole = Narrowing(reason=reason)
-        return self._each(lambda mode: replace(mode, narrowing=whole) if isinstance(mode, TokenPlan) else mode)
+        return self._each(lambda mode: mode.computing_all(reason) if isinstance(mode, TokenPlan) else mode)
 
     def without(self, additions: Collection[str], reason: str) -> Plan:
         """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""

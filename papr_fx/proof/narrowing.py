@@ -1,7 +1,9 @@
-"""Part 9, narrowing: rows that nobody reads may be left out."""
+"""Part 9, narrowing: rows and patches that nobody reads may be left out."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import fx
@@ -17,42 +19,61 @@ class NarrowingError(ComparisonError):
 
 
 def check(case: Case) -> None:
-    """Keeps two thirds of the patches: the output must be that of the graph that computes all rows.
+    """Keeps two thirds of the patches: the output must be that of the graph that computes all rows and patches.
 
-    Both graphs reduce tokens, if the plan does. With other rows in their place, results must differ.
+    Both graphs reduce tokens, if the plan does. With other rows, or other patches, in their place results must differ.
 
     Fault: rows are read that were left out, or taken for others, as where one operand of an addition holds other rows than
-    the other. The other parts do not find it: they are about the graph that computes all rows.
+    the other; or patches are embedded in another's place. The other parts do not find it: they are about the graph that
+    computes everything.
     Example: a residual addition that gets the rows from the second token on, beside the class token's branch: the output is
     off by 0.8.
-    Does nothing where all rows are computed.
+    Does nothing where everything is computed.
 
     Raises:
-        NarrowingError: The results differ, or do not depend on the rows.
+        NarrowingError: The results differ, or do not depend on the rows or patches.
     """
     if not case.rewrite.narrows:
         return
     whole = case.rewrite.graph_on(narrow=False) if case.rewrite.mode.reduces else None
     expected = _run(case, whole) if whole else case.kept_output
-    narrowed, other = case.rewrite.graph_on(narrow=True), case.rewrite.graph_on(narrow=True)
-    for node in find_all(other, Kind.ROWS):
-        value, axis, start, count = cast("tuple[fx.Node, int, int, int]", node.args)
-        node.args = (value, axis, start + 1, count)
     try:
-        error = relative_error(_run(case, narrowed), expected)
-        control = relative_error(_run(case, other), expected)
+        error = relative_error(_run(case, case.rewrite.graph_on(narrow=True)), expected)
+        controls = {what: relative_error(_run(case, graph), expected) for what, graph in _others(case)}
     except PrecisionError as error:
         raise NarrowingError(f"narrowing: {error}. Pass narrow=False") from error
     if not error <= case.tolerance:
         raise NarrowingError(
-            f"narrowing: with rows left out that nobody seems to read, the output is off by {error:.1e} (relative; "
+            f"narrowing: with what nobody seems to read left out, the output is off by {error:.1e} (relative; "
             f"{case.tolerance:.0e} is allowed). Pass narrow=False"
         )
-    if not control > max(case.tolerance / 10, 10 * error):
-        raise NarrowingError(
-            f"narrowing: with other rows in their place the output moves by only {control:.1e}, so the proof would not see a "
-            "fault. Pass narrow=False"
-        )
+    for what, control in controls.items():
+        if not control > max(case.tolerance / 10, 10 * error):
+            raise NarrowingError(
+                f"narrowing: with other {what} in their place the output moves by only {control:.1e}, so the proof would not "
+                "see a fault. Pass narrow=False"
+            )
+
+
+def _others(case: Case) -> Iterator[tuple[str, fx.Graph]]:
+    """Graphs in which other rows are computed, or other patches embedded."""
+    graph = case.rewrite.graph_on(narrow=True)
+    rows = find_all(graph, Kind.ROWS)
+    for node in rows:
+        value, axis, start, count = cast("tuple[fx.Node, int, int, int]", node.args)
+        node.args = (value, axis, start + 1, count)
+    if rows:
+        yield "rows", graph
+    graph = case.rewrite.graph_on(narrow=True)
+    embeddings = find_all(graph, Kind.EMBEDDING)
+    for node in embeddings:
+        images, patches, *tensors = node.args
+        with graph.inserting_before(node):
+            moved = graph.create_node("call_function", operator.add, (patches, 1))
+            others = graph.create_node("call_function", operator.mod, (moved, case.rewrite.choices[0].rows.cells))
+        node.args = (images, others, *tensors)
+    if embeddings:
+        yield "patches", graph
 
 
 def _run(case: Case, graph: fx.Graph) -> Any:

@@ -95,8 +95,8 @@ class Rewrite:
 
     @property
     def narrows(self) -> bool:
-        """Whether only some rows of the last tokens are computed."""
-        return isinstance(self.mode, TokenPlan) and bool(self.mode.narrowing.sites)
+        """Whether anything is left out that nobody reads."""
+        return isinstance(self.mode, TokenPlan) and self.mode.narrows
 
     @property
     def reduced_additions(self) -> list[str]:

@@ -13,7 +13,7 @@ from ..ops import TokenRows
 from ..passes.kinds import Kind
 from ..planning.modes import PixelPlan, TokenPlan
 from ..planning.module import PrunedModule, checked_module
-from ..tracing.graphs import ancestors, shape_of
+from ..tracing.graphs import ancestors, nodes_by_name, shape_of
 from ..tracing.macs import count_macs_by_node
 from ..tracing.roles import find_all, number_of
 
@@ -65,6 +65,7 @@ class Report:
         statistics: Mean and std of both networks' pixels, or for which they are unknown.
         narrowed: Where only rows are computed that are read later: the module, the rows in front of it, and those behind it.
         all_rows: Why all rows are computed, where they are.
+        embedding: The convolution in whose place only the kept patches are embedded; empty if all are.
     """
 
     model: str
@@ -81,6 +82,7 @@ class Report:
     statistics: str = ""
     narrowed: tuple[str, int, int] | None = None
     all_rows: str = ""
+    embedding: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -119,6 +121,8 @@ class Report:
             left = "\nnarrowed: in `{}` from {} rows to {}{}".format(*self.narrowed, left)
         elif self.all_rows:
             left = f"\nnot narrowed: {self.all_rows}{left}"
+        if self.embedding:
+            left = f"\nembedded: the kept patches only, in place of `{self.embedding}`{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.statistics:
@@ -160,7 +164,7 @@ def report(gm: fx.GraphModule) -> Report:
         module.papr_proposal.per_frame,
         plan.fallback,
         module.papr_proposal.statistics,
-        *_narrowing(module),
+        *_left_out(module),
     )
 
 
@@ -190,16 +194,17 @@ def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
     )
 
 
-def _narrowing(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str]:
+def _left_out(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str, str]:
     mode = module.plan.mode(module.training)
     if not isinstance(mode, TokenPlan) or module.plan.z == 1:
-        return None, ""
-    found = mode.narrowing
+        return None, "", ""
+    found, node = mode.narrowing, mode.embedding.node
+    embedding = str(nodes_by_name(mode.dense)[node].target) if node else ""
     if not found.sites:
-        return None, found.reason
+        return None, found.reason, embedding
     first = find_all(module.graph, Kind.ROWS)[0]
     value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
-    return (found.block, (shape_of(value) or ())[axis], found.rows), ""
+    return (found.block, (shape_of(value) or ())[axis], found.rows), "", embedding
 
 
 def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import papr_fx
-from papr_fx.passes import narrow_rows
+from papr_fx.passes import embed_kept_patches, narrow_rows
 from papr_fx.passes.kinds import Kind
 from papr_fx.proof import narrowing
 from papr_fx.tracing.roles import find
@@ -29,7 +29,7 @@ def test_only_narrowing_finds_a_wrong_row(monkeypatch):
     monkeypatch.setattr(narrow_rows, "rewrite", wrong_row)
     found = failures(case_of(ToyViT(CLASS)))
     assert list(found) == ["narrowing"]
-    assert "with rows left out that nobody seems to read, the output is off by" in found["narrowing"]
+    assert "with what nobody seems to read left out, the output is off by" in found["narrowing"]
 
 
 def test_what_is_not_proved_is_computed_whole(monkeypatch):
@@ -38,10 +38,26 @@ def test_what_is_not_proved_is_computed_whole(monkeypatch):
     gm = papr_fx.transform(model, toy_proposal(), 0.5)
     found = papr_fx.report(gm)
     assert found.narrowed is None
-    assert found.all_rows.startswith("narrowing: with rows left out")
-    assert "not narrowed: narrowing: with rows left out" in str(found)
+    assert found.all_rows.startswith("narrowing: with what nobody seems to read left out")
+    assert "not narrowed: narrowing: with what nobody seems to read left out" in str(found)
     x = torch.randn(2, 3, 8, 12)
     assert torch.equal(gm(x), papr_fx.transform(model, toy_proposal(), 0.5, narrow=False, verify=False)(x))
+
+
+def wrong_patch(graph, found, site, keep, rewrite=embed_kept_patches.rewrite):
+    """As the pass does it, but with the indices of tokens, the class token counted, for those of patches."""
+    rewrite(graph, found, site, keep)
+    node = find(graph, Kind.EMBEDDING)
+    with graph.inserting_before(node):
+        first = graph.create_node("call_method", "narrow", (keep, 1, 0, graph.call_method("size", (node.args[1], 1))))
+    node.args = (node.args[0], first, *node.args[2:])
+
+
+def test_only_narrowing_finds_a_wrong_patch(monkeypatch):
+    monkeypatch.setattr(embed_kept_patches, "rewrite", wrong_patch)
+    found = failures(case_of(ToyViT(CLASS)))
+    assert list(found) == ["narrowing"]
+    assert "with what nobody seems to read left out, the output is off by" in found["narrowing"]
 
 
 class Ignored(ToyViT):

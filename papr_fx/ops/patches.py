@@ -1,0 +1,55 @@
+"""The embedding of some patches of an image, where a convolution with touching windows embeds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .positions import pixel_rows
+
+
+def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the grid of whole patches in an image of these sizes; pixels that are left over belong to none."""
+    return tuple(size // pixels for size, pixels in zip(sizes, patch, strict=True))
+
+
+def embed_patches(images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Embeds the kept patches as a convolution would whose stride is its kernel's size: one matrix product.
+
+    On a GPU a matrix product is several times as fast as the library's convolution of three channels.
+
+    Args:
+        images: (B, C, H, W), or clips (B, C, T, H, W).
+        keep: Kept patches (B, k), numbered row by row.
+        weight: Of the convolution, (D, C, p, q) or (D, C, s, p, q).
+        bias: Of the convolution, (D,).
+
+    Returns:
+        (B, D, H // p, W // q), or (B, D, T // s, H // p, W // q): zeros where a patch is dropped.
+    """
+    patch = tuple(weight.shape[2:])
+    grid = patch_grid(images.shape[2:], patch)
+    kept = F.linear(_kept_pixels(images, keep, grid, patch).flatten(2), weight.flatten(1), bias)  # (B, k, D)
+    cells = kept.new_zeros(images.shape[0] * prod(grid), kept.shape[2])
+    cells = cells.index_copy(0, pixel_rows(keep, grid), kept.flatten(0, 1))
+    return cells.view(images.shape[0], *grid, kept.shape[2]).movedim(-1, 1)
+
+
+def _kept_pixels(images: Tensor, keep: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """The pixels of the kept patches, (B, k, C, *patch)."""
+    axes = len(grid)
+    for axis, (count, pixels) in enumerate(zip(grid, patch, strict=True)):
+        images = images.narrow(2 + axis, 0, count * pixels)
+    split = [size for pair in zip(grid, patch, strict=True) for size in pair]
+    windows = images.reshape(*images.shape[:2], *split)  # (B, C, h, p, w, q)
+    windows = windows.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))  # (B, h, w, C, p, q)
+    places: list[Tensor] = []
+    rest = keep
+    for size in reversed(grid):
+        places.insert(0, rest % size)
+        rest = rest // size
+    return windows[(torch.arange(keep.shape[0], device=keep.device).unsqueeze(1), *places)]
