@@ -4,6 +4,7 @@ None reads a tensor's content on the host, and every count is a Python integer, 
 They must not know of graphs, models or plans.
 """
 
+from .columns import is_watched, linear_columns, split_columns
 from .positions import (
     count_windows,
     gather_pixels,
@@ -55,10 +56,12 @@ __all__ = [
     "gather_pixels",
     "gather_positions",
     "gather_tokens",
+    "is_watched",
     "join_heads",
     "keep_count",
     "kept_patches",
     "last_sizes",
+    "linear_columns",
     "mask_positions",
     "match_tokens",
     "mean_by_size",
@@ -73,6 +76,7 @@ __all__ = [
     "resize_map",
     "size_bias",
     "split_by_score",
+    "split_columns",
     "split_heads",
     "top_positions",
     "unravel",

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
+from ..ops import is_watched
 from ..passes import gather_positions, narrow_rows, prune_tokens, reduce_tokens
 from ..passes.narrow_rows import Narrowing
 from ..passes.prune_tokens import TokenSite
@@ -222,7 +223,8 @@ class TokenPlanner:
             raise
         self.attempt.found |= bool(found.sites)
         self.attempt.reason = found.reason
-        return found
+        plain = tuple(site for site in found.splits if not is_watched(self.request.model.get_submodule(site.target)))
+        return replace(found, splits=plain)
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
