@@ -9,7 +9,8 @@ Before:
 Becomes:
     keep    = ...
     patches = kept_patches(keep, prefix, suffix)       # (B, k)
-    grid    = embed_patches(images, patches, weight, bias)  # (B, C, h, w), zeros where a patch is dropped
+    conv    = patch_embed.proj                         # the module
+    grid    = embed_patches(images, patches, conv)     # (B, C, h, w), zeros where a patch is dropped
     stream  = grid.flatten(2).transpose(1, 2) + table
     tokens  = gather_tokens(stream, keep)
 
@@ -21,7 +22,7 @@ Left alone:
     1. Windows that overlap or leave gaps, padding, groups, and any class but PyTorch's own convolutions.
     2. Something between the convolution and the tokens that mixes patches, such as a batch norm in training: tried on numbers.
     3. Someone else who reads the patches: a decoder, or a list of features.
-    4. A convolution with hooks: it would not be called.
+    4. A convolution that is adapted, or that runs hooks. One that becomes such later embeds all patches.
 """
 
 from __future__ import annotations
@@ -57,13 +58,11 @@ class Embedding:
     Attributes:
         node: Name of the convolution's node; empty if all patches are embedded.
         patch: Sizes of a patch: frames for clips, rows and columns of pixels.
-        biased: Whether the convolution has a bias.
         reason: Why all patches are embedded; empty if only the kept ones are.
     """
 
     node: str = ""
     patch: tuple[int, ...] = ()
-    biased: bool = True
     reason: str = ""
 
 
@@ -92,7 +91,7 @@ def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collecti
     reason = _reason(conv, site, hooked) or _mixed(root, site, conv, images)
     if reason:
         return Embedding(reason=reason)
-    return Embedding(conv.name, cast("tuple[int, ...]", module.kernel_size), module.bias is not None)
+    return Embedding(conv.name, cast("tuple[int, ...]", module.kernel_size))
 
 
 def runtime_grid(graph: fx.Graph, found: Embedding) -> Sizes:
@@ -114,9 +113,8 @@ def rewrite(graph: fx.Graph, found: Embedding, site: TokenSite, keep: fx.Node) -
         if site.rows.others:
             ends = (site.rows.prefix, site.rows.suffix) if site.rows.suffix else (site.rows.prefix,)
             patches = graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_embedded")
-        own = ("weight", "bias") if found.biased else ("weight",)
-        tensors = [graph.create_node("get_attr", f"{conv.target}.{name}", name=f"papr_{name}") for name in own]
-        arguments = (_images(conv), patches, *tensors)
+        module = graph.create_node("get_attr", str(conv.target), name="papr_convolution")
+        arguments = (_images(conv), patches, module)
         made = graph.create_node("call_function", embed_patches, arguments, name="papr_embedding")
     tag(made, Kind.EMBEDDING).meta |= {key: conv.meta[key] for key in conv.meta.keys() - {"role"}}
     conv.replace_all_uses_with(made)

@@ -40,11 +40,13 @@ from ..dataflow.read_rows import RowReader, RowsRead, find_rows_read
 from ..dataflow.row_probe import RowProbe
 from ..tracing.blocks import block_of, is_inside
 from ..tracing.checkpoints import Region, lay_inside, regions_of
-from ..tracing.graphs import called, leaves_of, nodes_by_name, shape_of
+from ..tracing.graphs import called, descendants, leaves_of, nodes_by_name, shape_of
 from ..tracing.roles import tag
 from ..tracing.trace import OpenError
+from . import split_layers
 from .kinds import Kind
 from .prune_tokens import TokenSite
+from .split_layers import SplitSite
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class Narrowing:
         rows: How many rows are computed there: the first ones.
         block: Qualified name of the block from which on.
         reason: Why nothing is narrowed; empty if something is.
+        splits: The layers of which some outputs are computed for these rows only.
     """
 
     sites: tuple[NarrowSite, ...] = ()
     rows: int = 0
     block: str = ""
     reason: str = ""
+    splits: tuple[SplitSite, ...] = ()
 
 
 def find_sites(
@@ -104,14 +108,14 @@ def find_sites(
     for count in range(1, site.rows.prefix + 1):
         rows = Rows(count, site.rows.count)
         found = find_rows_read(RowProbe(root, rows), site.stream, rows, barriers)
-        narrowed = [node for node, reader in found.readers.items() if reader.axis is not None]
         closed = [node for node in found.stopped if _can_open(node, root, blocks)]
         if asked := {str(node.target) for node in closed} - {*opened}:
             raise OpenError(asked, f"`{min(asked)}` cannot be traced through")
-        inside = [node for node in nodes.values() if node in narrowed and _in_block(node, blocks)]
+        inside = [node for node in nodes.values() if found.holds_rows(node) and _in_block(node, blocks)]
         if inside:
             sites = tuple(_site(found.readers[node]) for node in nodes.values() if node in found.readers)
-            return Narrowing(sites, count, block_of(inside[0], blocks) or str(inside[0].target))
+            block = block_of(inside[0], blocks) or str(inside[0].target)
+            return Narrowing(sites, count, block, splits=_splits(root, found, site.stream))
         reason = _reason(found, reason)
     return Narrowing(reason=reason)
 
@@ -131,7 +135,12 @@ def rewrite(graph: fx.Graph, found: Narrowing) -> None:
             slices[key] = tag(lay_inside(made, regions_of(user)), Kind.ROWS, len(slices))
         return slices[key]
 
+    for number, split in enumerate(found.splits):
+        narrowed.add(split_layers.rewrite(graph, split, number, rows_of).name)
+    replaced = {split.queries[0] for split in found.splits}
     for site in found.sites:
+        if site.node in replaced:
+            continue
         user = nodes[site.node]
         leaves = leaves_of((user.args, user.kwargs))
         for place, axis in site.arguments:
@@ -148,6 +157,18 @@ def rewrite(graph: fx.Graph, found: Narrowing) -> None:
 
 def _site(reader: RowReader) -> NarrowSite:
     return NarrowSite(reader.node.name, reader.arguments, reader.axis is not None, reader.place)
+
+
+def _splits(root: nn.Module, found: RowsRead, stream: fx.Node) -> tuple[SplitSite, ...]:
+    """The layers that make values of which rows alone are read, together with others."""
+    nodes, later = nodes_by_name(stream.graph), list(descendants(stream))[1:]
+    axes = found.first_rows()
+    sites = (split_layers.find_site(root, value, axes[value]) for value in later if value in axes)
+    first: dict[str, SplitSite] = {}
+    for site in sites:
+        if site is not None and nodes[site.layer] in later:
+            first.setdefault(site.layer, site)
+    return tuple(first.values())
 
 
 def _in_block(node: fx.Node, blocks: Collection[str]) -> bool:

@@ -40,11 +40,29 @@ class RowsRead:
         readers: Nodes that may get rows, by node.
         stopped: Values of which only rows are read, but which are needed whole, each with the reason.
         whole: What reads all rows of the last tokens, each with their value; the first is nearest to the output.
+        axes: For each use of a value, the axis of rows that are read of it; None if all of them are.
     """
 
     readers: dict[fx.Node, RowReader] = field(default_factory=dict[fx.Node, RowReader])
     stopped: dict[fx.Node, str] = field(default_factory=dict[fx.Node, str])
     whole: list[tuple[fx.Node, fx.Node]] = field(default_factory=list[tuple[fx.Node, fx.Node]])
+    axes: dict[fx.Node, set[int | None]] = field(default_factory=lambda: defaultdict[fx.Node, set[int | None]](set))
+
+    def holds_rows(self, node: fx.Node) -> bool:
+        """Whether the value of a node then holds these rows only."""
+        return node in self.readers and self.readers[node].axis is not None
+
+    def first_rows(self) -> dict[fx.Node, int]:
+        """Values of which rows alone are read, made of values that stay whole; each with its axis of rows.
+
+        They stay whole themselves, or hold rows: those of a part that their node takes of a larger value.
+        """
+        one = {node: next(iter(axes)) for node, axes in self.axes.items() if len(axes) == 1}
+        return {
+            node: axis
+            for node, axis in one.items()
+            if axis is not None and not any(self.holds_rows(value) for value in node.all_input_nodes)
+        }
 
 
 def find_rows_read(probe: RowProbe, stream: fx.Node, rows: Rows, barriers: Mapping[fx.Node, str]) -> RowsRead:
@@ -67,14 +85,13 @@ def find_rows_read(probe: RowProbe, stream: fx.Node, rows: Rows, barriers: Mappi
 
 
 class _Search:
-    """One walk from the outputs upwards. `axes[node]` holds, for each use of a value, the axis of rows that are read of it."""
+    """One walk from the outputs upwards."""
 
     def __init__(self, probe: RowProbe, stream: fx.Node, rows: Rows, whole: Mapping[fx.Node, str]) -> None:
         self._probe = probe
         self._rows = rows
         self._whole = whole
         self._later = descendants(stream)
-        self._axes: dict[fx.Node, set[int | None]] = defaultdict(set)
         self._found = RowsRead()
 
     def run(self) -> RowsRead:
@@ -84,7 +101,7 @@ class _Search:
         return self._found
 
     def _visit(self, node: fx.Node) -> None:
-        axes = self._axes.get(node, set())
+        axes = self._found.axes.get(node, set())
         if _is_size(node):
             return  # sizes are looked at in the end
         axis = next(iter(axes), None) if len(axes) == 1 else None
@@ -117,7 +134,7 @@ class _Search:
     def _demand(self, node: fx.Node, cut: dict[int, int]) -> None:
         for place, leaf in enumerate(leaves_of((node.args, node.kwargs))):
             if isinstance(leaf, fx.Node):
-                self._axes[leaf].add(cut.get(place))
+                self._found.axes[leaf].add(cut.get(place))
 
     def _has_rows(self, node: fx.Node) -> bool:
         shapes = node.meta.get("parts", (shape_of(node),))

@@ -4,6 +4,8 @@ None reads a tensor's content on the host, and every count is a Python integer, 
 They must not know of graphs, models or plans.
 """
 
+from .columns import linear_columns, split_columns
+from .layers import is_plain, is_watched
 from .patches import embed_patches, patch_grid
 from .positions import (
     count_windows,
@@ -57,10 +59,13 @@ __all__ = [
     "gather_pixels",
     "gather_positions",
     "gather_tokens",
+    "is_plain",
+    "is_watched",
     "join_heads",
     "keep_count",
     "kept_patches",
     "last_sizes",
+    "linear_columns",
     "mask_positions",
     "match_tokens",
     "mean_by_size",
@@ -76,6 +81,7 @@ __all__ = [
     "resize_map",
     "size_bias",
     "split_by_score",
+    "split_columns",
     "split_heads",
     "top_positions",
     "unravel",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .layers import is_plain
 from .positions import pixel_rows
 
 
@@ -17,23 +19,26 @@ def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
     return tuple(size // pixels for size, pixels in zip(sizes, patch, strict=True))
 
 
-def embed_patches(images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def embed_patches(images: Tensor, keep: Tensor, conv: nn.Module) -> Tensor:
     """Embeds the kept patches as a convolution would whose stride is its kernel's size: one matrix product.
 
-    On a GPU a matrix product is several times as fast as the library's convolution of three channels.
+    On a GPU a matrix product is several times as fast as the library's convolution of three channels. The convolution is
+    called, for all patches, once it is more than a plain one: adapted, quantised or watched by hooks.
 
     Args:
         images: (B, C, H, W), or clips (B, C, T, H, W).
         keep: Kept patches (B, k), numbered row by row.
-        weight: Of the convolution, (D, C, p, q) or (D, C, s, p, q).
-        bias: Of the convolution, (D,).
+        conv: The convolution; its weight is (D, C, p, q) or (D, C, s, p, q).
 
     Returns:
-        (B, D, H // p, W // q), or (B, D, T // s, H // p, W // q): zeros where a patch is dropped.
+        (B, D, H // p, W // q), or (B, D, T // s, H // p, W // q): where a patch is dropped any number may stand.
     """
-    patch = tuple(weight.shape[2:])
+    if not is_plain(conv, nn.Conv2d, nn.Conv3d):
+        return conv(images)
+    conv = cast("nn.Conv2d | nn.Conv3d", conv)
+    patch = conv.kernel_size
     grid = patch_grid(images.shape[2:], patch)
-    kept = F.linear(_kept_pixels(images, keep, grid, patch).flatten(2), weight.flatten(1), bias)  # (B, k, D)
+    kept = F.linear(_kept_pixels(images, keep, grid, patch).flatten(2), conv.weight.flatten(1), conv.bias)  # (B, k, D)
     cells = kept.new_zeros(images.shape[0] * prod(grid), kept.shape[2])
     cells = cells.index_copy(0, pixel_rows(keep, grid), kept.flatten(0, 1))
     return cells.view(images.shape[0], *grid, kept.shape[2]).movedim(-1, 1)

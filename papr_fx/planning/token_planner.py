@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
+from ..ops import is_watched
 from ..passes import embed_kept_patches, gather_positions, narrow_rows, prune_tokens, reduce_tokens
 from ..passes.embed_kept_patches import Embedding
 from ..passes.narrow_rows import Narrowing
@@ -243,7 +244,8 @@ class TokenPlanner:
             found = narrow_rows.find_sites(root, site, self.blocks, whole, opened)
         self.attempt.found |= bool(found.sites)
         self.attempt.reason = found.reason
-        return found
+        plain = tuple(site for site in found.splits if not is_watched(self.request.model.get_submodule(site.target)))
+        return replace(found, splits=plain)
 
     def _embedding(self, root: nn.Module, site: TokenSite, _: ReductionSites, opened: set[str]) -> Embedding:
         """Where only the kept patches are embedded."""

@@ -67,11 +67,11 @@ def _others(case: Case) -> Iterator[tuple[str, fx.Graph]]:
     graph = case.rewrite.graph_on(narrow=True)
     embeddings = find_all(graph, Kind.EMBEDDING)
     for node in embeddings:
-        images, patches, *tensors = node.args
+        images, patches, conv = node.args
         with graph.inserting_before(node):
             moved = graph.create_node("call_function", operator.add, (patches, 1))
             others = graph.create_node("call_function", operator.mod, (moved, case.rewrite.choices[0].rows.cells))
-        node.args = (images, others, *tensors)
+        node.args = (images, others, conv)
     if embeddings:
         yield "patches", graph
 

@@ -21,6 +21,7 @@ from .motion import MotionNet
 from .named import create_network
 from .network import Preparation, SignificanceNet, resized, takes_clips
 from .planar import replace_planar
+from .pointwise import replace_pointwise
 from .saliency import Saliency, build_map, parts_of
 from .split import split_network
 from .statistics import InputStats, Network, Renormalisation, renormalisation
@@ -215,4 +216,5 @@ def _lay_out(trunk: nn.Module, memory_format: torch.memory_format) -> None:
         if tensor.ndim == ndim:
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
     replace_depthwise(trunk)
+    replace_pointwise(trunk)
     replace_planar(trunk)

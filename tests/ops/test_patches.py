@@ -27,7 +27,7 @@ def test_kept_patches_are_those_of_a_convolution(grid, patch, bias, data):
     cells = torch.tensor(grid).prod().item()
     keep = torch.stack([torch.randperm(cells)[: max(1, cells // 2)] for _ in range(2)])
 
-    found = embed_patches(x, keep, conv.weight, conv.bias)
+    found = embed_patches(x, keep, conv)
 
     expected = conv(x).flatten(2)
     assert found.shape == conv(x).shape
@@ -47,6 +47,19 @@ def test_gradients_are_those_of_the_kept_patches():
     mask = torch.zeros(2, 6, dtype=torch.float64).scatter(1, keep, 1).view(2, 1, 2, 3)
     weights = torch.randn(2, 4, 2, 3, dtype=torch.float64)
     wanted = torch.autograd.grad((conv(x) * mask * weights).sum(), (x, conv.weight, conv.bias))
-    found = torch.autograd.grad((embed_patches(x, keep, conv.weight, conv.bias) * weights).sum(), (x, conv.weight, conv.bias))
+    found = torch.autograd.grad((embed_patches(x, keep, conv) * weights).sum(), (x, conv.weight, conv.bias))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_convolution_that_is_watched_is_called():
+    conv = nn.Conv2d(3, 4, 2, 2)
+    x, keep = torch.randn(2, 3, 4, 6), torch.tensor([[0, 5], [3, 1]])
+    seen = []
+    handle = conv.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    assert torch.equal(embed_patches(x, keep, conv), conv(x))
+    handle.remove()
+    conv.forward = lambda _x: seen[0] * 2
+    assert torch.equal(embed_patches(x, keep, conv), seen[0] * 2)
+    del conv.forward
+    assert not embed_patches(x, keep, conv)[0, :, 0, 1].any()

@@ -66,7 +66,7 @@ class Expected(Before):
         psm = resize_map(self.papr_proposal(x), (2, 3))
         keep = top_positions(psm, 0.5, 1)
         patches = kept_patches(keep, 1)
-        cells = embed_patches(x, patches, self.embed.weight, self.embed.bias)
+        cells = embed_patches(x, patches, self.embed)
         stream = gather_tokens(self.tokens(cells), keep)
         for block in self.blocks:
             stream = block(stream)

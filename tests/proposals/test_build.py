@@ -8,7 +8,9 @@ import torchvision
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.proposals.depthwise import DepthwiseConv2d
 from papr_fx.proposals.named import lite0
+from papr_fx.proposals.pointwise import PointwiseConv2d
 from papr_fx.tracing.numerics import relative_error
 
 from .networks import before_pooling, built, livened, timm_model
@@ -78,9 +80,10 @@ def test_mobileone_is_merged_into_single_branches_and_channels_last():
     branches = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
     merged = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert len(merged) < len(branches) / 2
-    dense = [conv for conv in merged if type(conv) is nn.Conv2d]
+    dense = [conv for conv in merged if not isinstance(conv, DepthwiseConv2d)]  # those are laid out tap by tap
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in dense)
-    assert len(merged) - len(dense) == 21  # depthwise, laid out tap by tap
+    assert len(merged) - len(dense) == 21
+    assert sum(isinstance(conv, PointwiseConv2d) for conv in dense) == 21
 
 
 class OwnMap(nn.Module):
