@@ -49,8 +49,8 @@ class PrunedModule(fx.GraphModule):
         self._model_flags = by_mode
         self._compiled: dict[tuple[float, bool], _Compiled] = {}
         remove_dead_code(self.graph)  # dense values that kept ones replace
-        self.recompile()
         propagate(self.for_shapes(), self.graph, self.example())
+        self.recompile()
         self._compiled[plan.z, root.training] = _Compiled.of(self)
         self._model_class = type(root)
         own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
