@@ -22,6 +22,7 @@ from ..tracing.offloaded import is_offloaded, leave_without_content
 from .attributes import add_class_attributes, flags_by_mode, importable, plain_attributes
 from .modes import PixelPlan
 from .plan import Plan
+from .unheard import warn_of_hooks
 
 
 class PrunedModule(fx.GraphModule):
@@ -53,6 +54,7 @@ class PrunedModule(fx.GraphModule):
         self.recompile()
         self._compiled[plan.z, root.training] = _Compiled.of(self)
         self._model_class = type(root)
+        warn_of_hooks(self, plan.opened)
         own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
         self.__setstate__(own)
 
