@@ -7,6 +7,7 @@ from . import peers, proposals, testing, video
 from .choose import KeepRatio, choose_keep_ratio
 from .errors import (
     ArgumentError,
+    HookWarning,
     NoSiteError,
     PaprError,
     ProposalError,
@@ -24,6 +25,7 @@ from .transform import transform
 
 __all__ = [
     "ArgumentError",
+    "HookWarning",
     "KeepRatio",
     "Merge",
     "NoSiteError",

@@ -51,6 +51,10 @@ class VersionError(PaprError, ImportError):
     """Python, or a library that papr-fx is built on, is older than any version that it runs on."""
 
 
+class HookWarning(UserWarning):
+    """A hook was put on a module that was traced through: nothing calls it, so the hook will not run."""
+
+
 class StatisticsWarning(UserWarning):
     """The mean and std of one network's pixels are unknown, so the proposal gets images that are normalised for the model."""
 

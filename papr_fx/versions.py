@@ -15,7 +15,7 @@ import torch
 import torch.fx._symbolic_trace
 from torch import fx
 from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _format_target as format_target
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 __all__ = [
     "BatchNorm",
     "CheckpointCall",
+    "FakeTensor",
     "FakeTensorMode",
     "NormBase",
     "TorchDispatchMode",

@@ -23,7 +23,7 @@ from torch import fx
 
 from ..dataflow.grids import Origin
 from ..dataflow.moves import Moves, copy_moves
-from ..ops import TokenRows, moved_cells, number_cells, pixel_rows, with_prefix
+from ..ops import TokenRows, moved_cells, number_cells, pixel_rows, with_prefix, with_suffix
 from . import splice_proposal
 from .splice_proposal import ImageSite, Selection, Sizes
 
@@ -35,7 +35,7 @@ class Placing:
     Attributes:
         source: The value whose copy or scaled form is the residual.
         start: The first node of the operator.
-        rows: The grid, and the tokens before it where positions have one axis.
+        rows: The grid, and the tokens before and behind it where positions have one axis.
         origin: Where the sizes of the grid can be read at run time.
         moves: How the positions left the order of the image, if they did: into windows.
     """
@@ -99,7 +99,7 @@ class PixelIndexer:
                 chosen[grid] = self._choose(leads[grid], before, len(chosen))
             # At other image sizes, moves may differ that are equal at the traced one.
             order = site.moves and (site.moves.path if self.dynamic else site.moves.cells)
-            key = (grid, site.rows.prefix, order)
+            key = (grid, site.rows.prefix, site.rows.suffix, order)
             if key not in indices:
                 orders = sum(other == grid for other, *_ in indices)
                 name = grid_name(grid) + (f"_{orders}" if orders else "")
@@ -129,13 +129,23 @@ class PixelIndexer:
             moved = copy_moves(self.graph, self.nodes[site.moves.origin], path, cells)[-1]
             keep = create("call_function", moved_cells, (keep, moved), name=f"papr_moved_{name}")
             sizes = (site.rows.cells if not self.dynamic else self._product(grid, name),)
-        if site.rows.prefix:
-            count: fx.Node | int = site.rows.count
-            if self.dynamic:
-                count = create("call_function", operator.add, (self._product(grid, name), site.rows.prefix))
-            keep = create("call_function", with_prefix, (keep, site.rows.prefix), name=f"papr_all_{name}")
+        if site.rows.others:
+            keep, count = self._with_others(keep, site.rows, grid, name)
             grid = sizes = (count,)
         return Index(create("call_function", pixel_rows, (keep, grid), name=f"papr_index_{name}"), sizes)
+
+    def _with_others(self, keep: fx.Node, rows: TokenRows, grid: Sizes, name: str) -> tuple[fx.Node, fx.Node | int]:
+        """Kept positions with the tokens in front of the grid and behind it, and the number of all."""
+        create = self.graph.create_node
+        count: fx.Node | int = rows.prefix + rows.cells
+        if self.dynamic:
+            count = create("call_function", operator.add, (self._product(grid, name), rows.prefix))
+        if rows.prefix:
+            keep = create("call_function", with_prefix, (keep, rows.prefix), name=f"papr_all_{name}")
+        if rows.suffix:
+            keep = create("call_function", with_suffix, (keep, count, rows.suffix), name=f"papr_ends_{name}")
+            count = create("call_function", operator.add, (count, rows.suffix)) if self.dynamic else rows.count
+        return keep, count
 
     def _product(self, sizes: Sizes, name: str) -> fx.Node | int:
         """The number of positions of a grid whose sizes are nodes."""

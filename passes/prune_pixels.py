@@ -24,14 +24,15 @@ Left alone:
     3. A branch with an operation that mixes positions or depends on the grid's size (see `papr_fx.dataflow.positionwise`).
     4. Positions in one axis that cannot be traced back to rows and columns.
 
-A class token before the positions is always kept, as in a token model. Where values were moved into windows (MaxViT), the
-nodes that moved them are copied onto the numbers of the cells. So the kept positions are known in the order of the windows.
+Tokens before the positions and behind them are always kept, as in a token model. Where values were moved into windows
+(MaxViT), the nodes that moved them are copied onto the numbers of the cells. So the kept positions are known in the order of
+the windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
 
@@ -81,8 +82,12 @@ class PixelSite:
 
     @property
     def rows(self) -> TokenRows:
-        """The grid of its positions, and the tokens before it."""
+        """The grid of its positions, and the tokens before and behind it."""
         return self.placing.rows
+
+    def with_rows(self, rows: TokenRows) -> PixelSite:
+        """The same site, whose positions are those rows."""
+        return replace(self, placing=replace(self.placing, rows=rows))
 
     @property
     def ordered(self) -> tuple[str, Layout]:
@@ -216,7 +221,7 @@ def _site(branch: Branch, found: Layouts, name: str, placing: Placing) -> PixelS
 
 
 def _count(node: fx.Node, layout: Layout) -> int:
-    """Number of positions, prefix tokens included."""
+    """Number of positions, other tokens included."""
     return prod(size for size, letter in zip(cast("tuple[int, ...]", shape_of(node)), layout, strict=True) if letter in "THWN")
 
 

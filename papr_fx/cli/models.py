@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..errors import ArgumentError
 from ..evaluation import page
+from ..evaluation.columns import with_columns
 from ..evaluation.survey import survey
 from ..evaluation.zoo import LIBRARIES, architectures
 from ..planning.module import checked_z
@@ -27,16 +29,28 @@ def add_models(command: argparse.ArgumentParser) -> None:
     command.add_argument("--z", type=float, default=0.5, help="keep ratio")
     command.add_argument("--workers", type=positive_int, default=1, help="processes of one thread each (default: %(default)s)")
     command.add_argument("--table", type=Path, help="also write the tables to this Markdown file")
+    command.add_argument(
+        "--columns",
+        action="store_true",
+        help="take the rows that --table has, and fill in what its columns `narrowed` and `bfloat16` lack",
+    )
 
 
 def run_models(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx models`."""
-    chosen = [a for library in arguments.library for a in architectures(library, arguments.filter)]
+    if arguments.columns and not (arguments.table and arguments.table.exists()):
+        raise ArgumentError("--columns reads the rows of a table that was written before: give it by --table")
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr)
 
-    rows = survey(chosen, checked_z(arguments.z), workers=arguments.workers, progress=progress)
+    z = checked_z(arguments.z)
+    if arguments.columns:
+        rows = page.read(arguments.table.read_text())
+    else:
+        chosen = [a for library in arguments.library for a in architectures(library, arguments.filter)]
+        rows = survey(chosen, z, workers=arguments.workers, progress=progress)
+    rows = with_columns(rows, z, workers=arguments.workers, patterns=arguments.filter or ["*"], progress=progress)
     print(page.tables(rows))
     if arguments.table:
         arguments.table.parent.mkdir(parents=True, exist_ok=True)

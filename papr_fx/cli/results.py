@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.counts import Progress
+from ..evaluation.counts import Progress, count_parameters
 from ..evaluation.results import part_of, write_rows
 from ..evaluation.subject import Subject
 from ..evaluation.variants import Variant
@@ -25,7 +25,7 @@ def row_of(subject: Subject, variant: Variant, found: Progress) -> dict[str, Any
         "agreement": round(100 * counts.agree / found.total, 3),
         "gmacs": variant.macs / 1e9,
         speed_key(subject): found.total / counts.seconds,
-        "param_count": round(sum(p.numel() for p in variant.module.parameters()) / 1e6, 2),
+        "param_count": round(count_parameters(variant.module) / 1e6, 2),
         "count": found.total,
         "unreadable": len(found.failed),
     }

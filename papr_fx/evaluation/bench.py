@@ -19,6 +19,7 @@ from ..review.report import report
 from ..tracing.macs import count_module_macs
 from ..transform import transform
 from .bench_rows import Row
+from .counts import count_parameters
 from .timing import interleaved_times
 
 METHODS = (*REDUCERS, "transcription")
@@ -154,7 +155,7 @@ def benchmark(
                 infer_step_time_low=low,
                 infer_step_time_high=high,
                 infer_gmacs=candidate.macs / 1e9,
-                param_count=sum(p.numel() for p in candidate.module.parameters()) / 1e6,
+                param_count=count_parameters(candidate.module) / 1e6,
                 speed_up=dense / medians[name],
                 mac_ratio=chosen["dense"].macs / candidate.macs,
             )

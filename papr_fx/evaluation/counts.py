@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from ..proposals.network import SignificanceNet
+
 
 @dataclass
 class Counts:
@@ -55,3 +59,9 @@ class Progress:
         for name, counts in other.counts.items():
             self.counts.setdefault(name, Counts()).add(counts)
         self.failed = sorted({*self.failed, *other.failed})
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a model, with those of the proposal, which are buffers there."""
+    proposals = (part.weights for part in module.modules() if isinstance(part, SignificanceNet))
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(proposals)

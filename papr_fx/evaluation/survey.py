@@ -56,6 +56,8 @@ class Row:
         positions: Positions of the first site, dense and kept.
         proof: "proved", or the proved architecture of the same structure.
         reason: Why it is refused.
+        narrowed: "yes" or "no": whether rows are left out that nobody reads. Empty for pixels, or if it was not tried.
+        bfloat16: "yes" if it runs in bfloat16, or what is wrong. Empty if it was not tried. See `with_columns`.
     """
 
     architecture: Architecture
@@ -65,6 +67,8 @@ class Row:
     positions: str = ""
     proof: str = ""
     reason: str = ""
+    narrowed: str = ""
+    bfloat16: str = ""
 
 
 def survey(
@@ -83,7 +87,7 @@ def survey(
     """
     context = multiprocessing.get_context("spawn")
     # Not a ProcessPoolExecutor: it hangs once its workers have been replaced.
-    with context.Pool(workers, _one_thread, maxtasksperchild=50) as pool:
+    with context.Pool(workers, one_thread, maxtasksperchild=50) as pool:
         structures: dict[Architecture, Structure] = {}
         for architecture, structure in zip(chosen, pool.imap(structure_of, chosen), strict=True):
             structures[architecture] = structure
@@ -159,7 +163,8 @@ def transformed(architecture: Architecture, z: float, *, mode: str = "auto", out
     )
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """How a worker process starts."""
     torch.set_num_threads(1)
 
 

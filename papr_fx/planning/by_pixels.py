@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from ..dataflow.moves import residual_of
 from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
+from ..ops import TokenRows
 from ..passes import prune_pixels
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
 from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import same_graph, shape_of
+from ..tracing.graphs import cut, nodes_by_name, same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from . import inputs
+from .ends import tokens_behind
 from .example import Example
 from .modes import PixelPlan, Refused, Target
 from .module import PrunedModule
@@ -56,14 +61,14 @@ def prune_by_pixels(
     traced = record(model, images)
     check_batch_reads(traced, model, images)
     in_training = record(model, images, training=True).beside(traced)
-    found = _find(model, traced, cache, training=False)
+    found = _find(request, traced, cache, training=False)
     if not found.sites:
         raise _no_site(model, found.skipped)
     dense = train_dense = with_questions(traced.graph, model, images, record)
     if not same_graph(in_training.graph, traced.graph):
         train_dense = with_questions(in_training.graph, model, images, partial(record, training=True))
     eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
-    train_plan = _training_plan(eval_plan, train_dense, _find(model, in_training, cache, training=True))
+    train_plan = _training_plan(eval_plan, train_dense, _find(request, in_training, cache, training=True))
     root = traced.root(model, in_training)
     grids = [(site.rows, site.placing.origin) for site in found.sites]
     step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
@@ -111,7 +116,7 @@ def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tup
     """
     model = request.model
     traced = trace(model, request.images, lambda module, _: any(True for _ in module.children()))
-    found = _find(model, traced, cache, training=False)
+    found = _find(request, traced, cache, training=False)
     if not found.sites:
         raise _no_site(model, found.skipped)
     owners: dict[str, tuple[str, ...]] = {node.name: node.meta["inside"] for node in traced.graph.nodes}
@@ -134,13 +139,34 @@ def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tup
     return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, found.skipped
 
 
-def _find(model: nn.Module, traced: Traced, cache: VerdictCache, *, training: bool) -> _Found:
+def _find(request: inputs.Request, traced: Traced, cache: VerdictCache, *, training: bool) -> _Found:
     """The sites of a traced graph, without those in which code reads a number that pruning changes."""
+    model, images, _ = request
     root = traced.root(model)
-    sites, skipped = prune_pixels.find_sites(traced.graph, root, PositionwiseProbe(root, cache, training=training))
+    matched, skipped = prune_pixels.find_sites(traced.graph, root, PositionwiseProbe(root, cache, training=training))
+    sites: list[PixelSite] = []
+    for site in matched:
+        try:
+            sites.append(_with_ends(site, model, traced, images) if site.rows.prefix else site)
+        except NoSiteError as error:
+            skipped = (*skipped, Skipped(site.addition, f"`{site.name}`: {error}"))
     fixed = {site: read for site in sites if (read := _read_inside(traced.recorded, site))}
     refused = tuple(Skipped(s.addition, f"`{read}` is read there as a Python number or length") for s, read in fixed.items())
     return _Found(tuple(site for site in sites if site not in fixed), (*skipped, *refused))
+
+
+def _with_ends(site: PixelSite, model: nn.Module, traced: Traced, images: Tensor) -> PixelSite:
+    """A site whose other tokens may stand in front of its patches or behind them, with those told apart.
+
+    A branch spreads a patch over all tokens. Without the branches, it stays in its place.
+    """
+    graph = copy.deepcopy(traced.graph)
+    for node in graph.nodes:
+        if residual := residual_of(node):
+            node.op, node.target, node.args = "call_function", operator.pos, (residual,)
+    part = cut(traced.scratch_root(model).eval(), graph, nodes_by_name(graph)[site.ordered[0]])
+    behind = tokens_behind(part, images, site.rows)
+    return site.with_rows(TokenRows(site.rows.grid, site.rows.prefix - behind, behind))
 
 
 def _read_inside(recorded: fx.Graph, site: PixelSite) -> str | None:

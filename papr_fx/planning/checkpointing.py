@@ -10,7 +10,7 @@ Its code:
         a = ...
         b = ...(a, x)
         return b
-    papr_region_0 = torch.utils.checkpoint.checkpoint(papr_checkpointed_0, x, use_reentrant=False)
+    papr_region_0 = torch.utils.checkpoint.checkpoint(papr_checkpointed_0, x, use_reentrant=False)   # or what the model says
     c = ...(papr_region_0)
 
 Because: the graph itself stays flat, so whatever reads or runs it knows nothing of regions. Modules and tensors stay where they
@@ -165,6 +165,8 @@ class _Writer:
         self._call(end_region, tuple(self.copies[node] for node in outputs), f"papr_return_{number}", members[-1])
         called = self._call(checkpoint, (function, *given), f"papr_region_{number}", members[-1])
         called.kwargs = {"use_reentrant": False, **{name: self._option(name, value) for name, value in region.options}}
+        if not _is_flat(inputs, outputs):
+            called.kwargs = {**called.kwargs, "use_reentrant": False}
         if len(outputs) == 1:
             self.copies[outputs[0]] = called
             return
@@ -183,6 +185,12 @@ class _Writer:
         variable = known[0] if known else f"papr_{name}_{len(self.variables)}"
         self.variables[variable] = value
         return GlobalName(variable)
+
+
+def _is_flat(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> bool:
+    """Whether no tensor hides in a list or tuple on its way in or out: re-entrant calls would lose its gradient."""
+    nested = [*inputs, *outputs] if len(outputs) > 1 else inputs  # a single tuple is the function's result itself
+    return not any("parts" in node.meta for node in nested)
 
 
 def _members(span: Iterable[fx.Node], path: tuple[Region, ...]) -> dict[fx.Node, None]:

@@ -188,8 +188,8 @@ class PixelPlan:
         return [prune_pixels.background_of(site, self.background, self.training) for site in self.sites]
 
     def kept_rows(self, site: PixelSite, z: float) -> int:
-        """Rows that an operator runs on. z is the share of the grid: tokens before it are kept, but do not count."""
-        return site.rows.prefix + TokenRows(site.rows.grid).kept(z)
+        """Rows that an operator runs on. z is the share of the grid: other tokens are kept, but do not count."""
+        return site.rows.others + TokenRows(site.rows.grid).kept(z)
 
     def choices(self) -> tuple[Choice, ...]:
         """What is chosen: one set of positions per grid."""

@@ -18,9 +18,11 @@ from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.fakes import flags_of, scratch_copy, set_flags
 from ..tracing.graphs import propagate, remove_dead_code
+from ..tracing.offloaded import is_offloaded, leave_without_content
 from .attributes import add_class_attributes, flags_by_mode, importable, plain_attributes
 from .modes import PixelPlan
 from .plan import Plan
+from .unheard import warn_of_hooks
 
 
 class PrunedModule(fx.GraphModule):
@@ -32,6 +34,7 @@ class PrunedModule(fx.GraphModule):
 
     plan: Plan
     papr_proposal: SignificanceNet
+    _written: FunctionType
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
         """Builds the graph that `plan` describes over the modules of `root`, which holds `papr_proposal`."""
@@ -47,16 +50,18 @@ class PrunedModule(fx.GraphModule):
         self._model_flags = by_mode
         self._compiled: dict[tuple[float, bool], _Compiled] = {}
         remove_dead_code(self.graph)  # dense values that kept ones replace
-        self.recompile()
         propagate(self.for_shapes(), self.graph, self.example())
+        self.recompile()
         self._compiled[plan.z, root.training] = _Compiled.of(self)
         self._model_class = type(root)
+        warn_of_hooks(self, plan.opened)
         own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
         self.__setstate__(own)
 
     def example(self) -> Tensor:
         """Uninitialised images of the traced shape, in the dtype that the model now takes and on its device."""
-        return self.plan.example.images(self)
+        images = self.plan.example.images(self)
+        return images.to("meta") if is_offloaded(self) else images
 
     def retarget(self, z: float) -> None:
         """Rewrites the graph for keep ratio `z`, in place.
@@ -104,13 +109,13 @@ class PrunedModule(fx.GraphModule):
     def recompile(self) -> PythonCode:
         """Makes the code of the graph. A `forward` that others hold, as wrappers of it do, runs the new code too."""
         owner = _code_class(self)
-        replaced = owner.forward
+        others = _forward_of_others(owner)
         code = super().recompile()
+        written = cast(FunctionType, vars(type(self))["forward"])
         if owner is not type(self):  # what `fx` gives to a class above would call itself
-            owner.forward = vars(type(self))["forward"]
             for name in ("forward", *_CALLS):
                 delattr(type(self), name)
-        _hand_over(replaced)
+        _put(owner, written, others)
         return code
 
     def _follow(self, plan: Plan, training: bool) -> None:
@@ -136,8 +141,8 @@ class PrunedModule(fx.GraphModule):
     def for_shapes(self) -> nn.Module:
         """A copy of the modules to run on fake tensors."""
         root = scratch_copy(shell(self))
-        if self.example().is_meta:  # the proposal keeps its weights; for shapes only, it follows the model
-            root.papr_proposal = copy.deepcopy(self.papr_proposal).to("meta")
+        if is_offloaded(self):  # the proposal keeps its weights; for shapes only, it follows the model
+            leave_without_content(root)
         return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
@@ -148,6 +153,8 @@ class PrunedModule(fx.GraphModule):
         set_flags(root, flags_of(self))
         PrunedModule.__init__(copied, root, self.plan)
         copied.__setstate__(copy.deepcopy(self._state(), memo))
+        if others := _forward_of_others(_code_class(self)):
+            _code_class(copied).forward = copy.deepcopy(others, memo)
         return copied
 
     def __copy__(self) -> PrunedModule:
@@ -179,6 +186,7 @@ _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks"
 
 
 _CALLS = ("__call__", "_wrapped_call")
+_WRITTEN = "_written"  # where a class holds its code, whatever others make its `forward`
 
 
 def _code_class(gm: PrunedModule) -> type[PrunedModule]:
@@ -196,16 +204,14 @@ class _Compiled(NamedTuple):
     @classmethod
     def of(cls, gm: PrunedModule) -> _Compiled:
         """What is in place now."""
-        return cls(gm.graph, gm._code, _same_code(_code_class(gm).forward))
+        return cls(gm.graph, gm._code, _same_code(vars(_code_class(gm))[_WRITTEN]))
 
     def restore(self, gm: PrunedModule) -> None:
         """Puts it in place again."""
         owner = _code_class(gm)
-        replaced = owner.forward
         gm._graph = self.graph
         gm._code = self.code
-        owner.forward = _same_code(self.forward)
-        _hand_over(replaced)
+        _put(owner, _same_code(self.forward), _forward_of_others(owner))
 
 
 def _same_code(function: Callable[..., Any]) -> FunctionType:
@@ -216,16 +222,25 @@ def _same_code(function: Callable[..., Any]) -> FunctionType:
     return same
 
 
-def _hand_over(replaced: Callable[..., Any]) -> None:
-    """Makes a replaced `forward` call the one that is in place: `gm.forward = wrapped(gm.forward)` holds it."""
-    if isinstance(replaced, FunctionType) and replaced is not nn.Module.forward:
+def _forward_of_others(owner: type[PrunedModule]) -> Callable[..., Any] | None:
+    """The `forward` that others put on the class instead of its code, as `accelerate` does: it holds that code."""
+    current = vars(owner).get("forward")
+    return None if current is vars(owner).get(_WRITTEN) else current
+
+
+def _put(owner: type[PrunedModule], written: FunctionType, others: Callable[..., Any] | None) -> None:
+    """Puts code in place. The code before calls it from now on: `gm.forward = wrapped(gm.forward)` holds that."""
+    replaced: FunctionType | None = vars(owner).get(_WRITTEN)
+    setattr(owner, _WRITTEN, written)
+    owner.forward = others or written
+    if replaced is not None:
         cast(Any, replaced).__signature__ = inspect.signature(replaced)
-        replaced.__code__ = _call_current.__code__
+        replaced.__code__ = _call_written.__code__
         replaced.__defaults__ = replaced.__kwdefaults__ = None  # those of the code in place hold
 
 
-def _call_current(self: PrunedModule, *args: Any, **kwargs: Any) -> Any:
-    return type(self).forward(self, *args, **kwargs)
+def _call_written(self: PrunedModule, *args: Any, **kwargs: Any) -> Any:
+    return type(self)._written(self, *args, **kwargs)
 
 
 def shell(gm: PrunedModule) -> nn.Module:

@@ -17,6 +17,7 @@ from ..planning.module import PrunedModule, shell
 from ..tracing.blocks import is_inside
 from ..tracing.fakes import MODEL_ERRORS, aliased_copy, flags_of, set_flags
 from ..tracing.numerics import redraw, relative_error, tensors_of
+from ..versions import FakeTensor
 from .places import Place, find_place, reorder
 from .rewrite import Rewrite
 
@@ -105,18 +106,25 @@ class Case:
 
         Raises:
             PrecisionError: It does not run.
+            VerifyError: Its code read a fake tensor that it had kept.
         """
         own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         dtype = self.images.dtype
         given = {name: self.values.get(name, t.to(dtype) if t.is_floating_point() else t) for name, t in own}
         try:
-            return functional_call(module, given, inputs)
+            found = functional_call(module, given, inputs)
         except torch.OutOfMemoryError:  # says nothing about the model
             raise
         except MODEL_ERRORS as error:
             raise PrecisionError(
                 f"the proof could not run {type(module).__name__} in {dtype}: {type(error).__name__}: {error}"
             ) from error
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(found)):
+            raise VerifyError(
+                f"{self.rewrite.name} returns a tensor without content: its code keeps tensors between calls, and kept some of "
+                "a run that only asked for shapes, where they were not found. Keep them in attributes of the module"
+            )
+        return found
 
     def run_pruned(self, kept: Sequence[Tensor]) -> Any:
         """The rewritten graph's output for the first b images, with cells (b, k) of each grid kept."""

@@ -92,7 +92,7 @@ def _check_tokens(stream: Stream, moved: Tensor, cells: Sequence[int]) -> None:
 
 def _in_order(stream: Stream, moved: Tensor, cells: Sequence[int]) -> bool:
     """Whether each changed patch moves its own position more than nearly all others: a stem may overlap its patches."""
-    moved = moved[:, stream.rows.prefix :]
+    moved = moved[:, stream.rows.prefix : stream.rows.prefix + stream.rows.cells]
     own = moved.gather(1, torch.tensor(cells, device=moved.device).unsqueeze(1))
     lesser = (moved < own).sum(1) / max(1, moved.shape[1] - 1)  # 1: the changed patch moves most
     return moved.shape[1] == 1 or bool(lesser.mean() > 0.9)

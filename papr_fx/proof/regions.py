@@ -88,7 +88,7 @@ def _mask_of(graph: fx.Graph, nodes: dict[str, fx.Node], site: PixelSite, mask: 
             mask = graph.call_method("flatten", (moved, 1))
         windows = cast("tuple[int, ...]", shape_of(path[-1]))
         sizes = tuple(windows[site.layout.index(axis)] for axis in "HW")
-    if site.rows.prefix:
+    if site.rows.others:
         with graph.inserting_before(nodes[site.addition]):
-            mask = graph.call_function(F.pad, (mask, (site.rows.prefix, 0)), {"value": 1.0})
+            mask = graph.call_function(F.pad, (mask, (site.rows.prefix, site.rows.suffix)), {"value": 1.0})
     return mask, sizes

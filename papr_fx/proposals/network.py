@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +39,10 @@ class SignificanceNet(nn.Module):
 
     Clips (B, C, T, H, W) or (B, T, C, H, W) become maps (B, t, h, w). A network of images gives (B, T, h, w), frame by frame.
 
-    It is frozen: its parameters take no gradient, and it stays in eval mode when `train` is called.
+    It is frozen: its parameters have become buffers, and it stays in eval mode when `train` is called.
+
+    Attributes:
+        weights: How many numbers those hold.
     """
 
     fine = False  # whether its maps have the resolution of the images, so that they are averaged over patches
@@ -66,6 +69,7 @@ class SignificanceNet(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.requires_grad_(False)
+        self.weights = _freeze(self)
         self.eval()
         self.register_load_state_dict_post_hook(_ignore_missing)
 
@@ -80,7 +84,8 @@ class SignificanceNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        like = next(self.trunk.parameters(), images if images.is_floating_point() else images.new_empty(0).float())
+        plain = images if images.is_floating_point() else images.new_empty(0).float()
+        like = next((tensor for tensor in _weights(self.trunk) if tensor.is_floating_point()), plain)
         images = images.to(like.dtype)  # bytes, or images that the model itself converts
         if self.layout == "BCTHW":
             images = images.transpose(1, 2)  # channels before rows and columns, as in the other layouts
@@ -117,6 +122,29 @@ def resized(shape: Sequence[int], size: int | tuple[int, ...]) -> tuple[int, ...
         return (*frames, *size) if len(size) < len(shape) else size
     shorter = min(rows, columns)
     return (*frames, round(rows * size / shorter), round(columns * size / shorter))
+
+
+def _freeze(network: nn.Module) -> int:
+    """Makes the parameters of a network buffers that are not part of its state. Returns how many numbers they hold.
+
+    Others match parameters and `state_dict` by name, as what offloads weights does, and it has none of these. As buffers they
+    move with `.to()`, while optimisers, `fully_shard` and whatever makes all parameters trainable leave them alone.
+    """
+    frozen: dict[nn.Parameter, Tensor] = {}  # tied ones stay one tensor
+    for module in network.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its code finds them where they are
+            continue
+        for name, parameter in [*module._parameters.items()]:
+            if parameter is not None:
+                del module._parameters[name]
+                module._buffers[name] = frozen.setdefault(parameter, parameter.detach())
+        module._non_persistent_buffers_set.update(module._buffers)
+    return sum(tensor.numel() for tensor in frozen.values())
+
+
+def _weights(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()  # of scripted modules
+    yield from network.buffers()
 
 
 def _ignore_missing(network: nn.Module, keys: Any) -> None:

@@ -26,8 +26,7 @@ class Region:
 
     Attributes:
         number: Which one, in the order of the calls.
-        options: Its options that differ from their defaults. `use_reentrant` is none of them: regions are not re-entrant, which
-            gives the same values and gradients, and gives them too where no input of a region needs a gradient.
+        options: Its options that differ from their defaults.
     """
 
     number: int
@@ -66,7 +65,7 @@ class Checkpoints:
         """A call of `checkpoint`: recorded in a region if it is traced, else `plain`."""
         if not self._is_recorded():
             return plain(function, args, kwargs, options)
-        with self._region({name: original(value) for name, value in options.items() if name != "use_reentrant"}):
+        with self._region({name: original(value) for name, value in options.items()}):
             return function(*args, **kwargs)
 
     def mark(self, node: fx.Node) -> fx.Node:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, first_line
 from ..versions import FakeTensorMode
+from .caches import remove_fakes
 from .results import fake_mode
 from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
@@ -156,7 +157,7 @@ def faking(mode: FakeTensorMode, root: nn.Module | None = None) -> Generator[Non
 
 @contextmanager
 def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
-    """Makes the parameters of a scratch copy fake in the body.
+    """Makes the parameters of a scratch copy fake in the body. No fake tensor is left in caches beside its code.
 
     With real ones results are the same, but torch makes fakes of them anew for each operation, and caches no result: that takes
     three times as long.
@@ -172,6 +173,7 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
     finally:
         for parameters, real in zip(own, before, strict=True):
             parameters.update(real)
+        remove_fakes(root, mode)
 
 
 def fake_like(images: Tensor, batch: int) -> tuple[FakeTensorMode, Tensor]:

@@ -166,7 +166,8 @@ def _argument(value: Any) -> str:
             f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(cast('tuple[Any, ...]', value)) == 1 else ''})"
         )
     if isinstance(value, slice):
-        return ":".join("" if part is None else _argument(part) for part in (value.start, value.stop))
+        parts = (value.start, value.stop) if value.step is None else (value.start, value.stop, value.step)
+        return ":".join("" if part is None else _argument(part) for part in parts)
     return repr(value)
 
 

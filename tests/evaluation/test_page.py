@@ -4,40 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from papr_fx.evaluation import page, survey
+from papr_fx.evaluation.columns import pruned, random_images
 from papr_fx.evaluation.survey import Row
-from papr_fx.evaluation.zoo import LIBRARIES, Architecture, architectures
+from papr_fx.evaluation.zoo import LIBRARIES, architectures
+from papr_fx.planning.module import sibling
+from papr_fx.tracing.numerics import relative_error
 
 from ..versions import AS_LISTED, TIMM_ON_META
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
-def listed() -> list[Row]:
-    """The rows of the page, read back."""
-    rows = []
-    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
-        library = section.split()[0]
-        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-        for family, name, mode, sites, positions, proof in (cells for cells in lines if len(cells) == 6):
-            if family == "family" or set(family) <= {"-"}:
-                continue
-            word, _, output = mode.partition(" ")
-            rows.append(
-                Row(
-                    Architecture(library, family, name),
-                    "" if word == "refused" else word,
-                    output.strip("()") or "logits",
-                    int(sites or 0),
-                    positions,
-                    proof,
-                )
-            )
-    return rows
-
-
-ROWS = listed()
+ROWS = page.read(PAGE.read_text())
 FIRST = {f"{a.library}, {a.family}": row for row in ROWS[::-1] if row.proof.startswith("proved") for a in [row.architecture]}
 
 
@@ -70,6 +51,11 @@ def test_the_page_keeps_its_promises():
     names = {row.architecture.name for row in ROWS if row.proof.startswith("proved")}
     assert all(row.proof.removeprefix("as ") in names for row in ROWS if row.proof.startswith("as "))
     assert all(row.proof.startswith(("proved", "as ")) == bool(row.mode) for row in ROWS)
+    assert not [row for row in ROWS if row.bfloat16 not in ("", "yes")]
+
+
+def test_the_page_is_read_as_it_was_written():
+    assert PAGE.read_text().endswith(f"\n\n{page.tables(ROWS)}\n")
 
 
 def again(row: Row) -> Row:
@@ -105,3 +91,19 @@ def test_every_row(row):
     if row.mode:
         found = again(row)
         assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason
+
+
+PROVED = [row for row in ROWS if row.mode == "tokens" and row.proof.startswith("proved")]
+
+
+@AS_LISTED
+@pytest.mark.slow
+@pytest.mark.parametrize("row", PROVED, ids=[row.architecture.name for row in PROVED])
+@torch.no_grad()
+def test_narrowed_models_compute_what_others_do(row):
+    """One of each structure, in float64."""
+    gm = pruned(row, 0.5, torch.float64)
+    if not gm.plan.narrows:
+        pytest.skip("all rows are read")
+    x = random_images(gm)
+    assert relative_error(gm(x), sibling(gm, narrow=False)(x)) < 1e-12

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 from functools import cache, partial
 
@@ -115,7 +116,7 @@ def test_flags_that_hold_in_training_only():
     assert saved(gm, x) == saved(plain(gm), x) > 2 * saved(gm.train(), x)
 
 
-@pytest.mark.parametrize(("name", "regions"), [("nested", 4), ("selective", 4)])
+@pytest.mark.parametrize(("name", "regions"), [("nested", 4), ("selective", 4), ("re-entrant", 4)])
 def test_compiled(name, regions):
     _, gm, x = transformed(name)
     seen = EagerAndRecordGraphs()
@@ -156,7 +157,7 @@ def test_copies_are_checkpointed(name):
 
 def test_options_are_kept():
     _, gm, _ = transformed("re-entrant")
-    assert gm.code.count("use_reentrant = False, determinism_check = 'none', early_stop = False)") == 4
+    assert gm.code.count("use_reentrant = True, determinism_check = 'none', early_stop = False)") == 4
 
 
 class Branches(nn.Module):
@@ -263,6 +264,27 @@ def test_regions_in_regions_and_parameters_that_others_read_too():
     assert [list(graph.nodes)[place].name for place in plan.places] == [
         *("x", "table", "a", "a", "b", "b", "b", "b", "c", "c", "c", "d", "d", "d", "d", "output")
     ]
+
+
+@pytest.mark.parametrize(("where", "kept"), [("alone", True), ("among results", False), ("among inputs", False)])
+def test_re_entrant_calls_get_no_tuples_of_tensors(where, kept):
+    """They would lose the gradients of such tensors. A tuple that is the result itself is none."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    inside = (Region(0, (("use_reentrant", True),)),)
+    first = lay_inside(graph.call_function(torch.sin, (x,)), () if where == "among inputs" else inside)
+    halves = lay_inside(graph.call_function(torch.chunk, (first, 2)), () if where == "among inputs" else inside)
+    halves.meta["parts"] = ((2,), (2,))
+    half = graph.call_function(operator.getitem, (halves, 0))
+    last = lay_inside(graph.call_function(torch.add, (first, half)), inside if where == "among inputs" else ())
+    if where == "among inputs":
+        lay_inside(half, inside)
+    graph.output((last, half) if where == "among results" else last)
+    if where == "alone":
+        last.args = (x, half)
+    code = "\n".join(lines_of(graph))
+    assert f"use_reentrant = {kept}" in code
+    assert code.count("use_reentrant") == 1
 
 
 def test_lines_of_code_are_those_of_their_nodes():

@@ -38,7 +38,7 @@ def sharded(gm: torch.fx.GraphModule, blocks) -> torch.fx.GraphModule:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(gm, mesh=mesh, ignored_params=set(gm.papr_proposal.parameters()))
+    return fully_shard(gm, mesh=mesh)
 
 
 def check_sharded(name: str) -> None:

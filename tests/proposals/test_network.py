@@ -20,7 +20,9 @@ def test_frozen_for_ever():
     assert not any(module.training for module in gm.papr_proposal.modules())
     loss = gm(torch.randn(2, 3, 8, 12)).sum()
     loss.backward()
-    assert all(p.grad is None and not p.requires_grad for p in gm.papr_proposal.parameters())
+    assert not list(gm.papr_proposal.parameters())
+    assert len([t for t in gm.papr_proposal.buffers() if t.ndim == 4]) == 2
+    assert not any(t.requires_grad for t in gm.papr_proposal.buffers())
     assert all(p.grad is not None for name, p in gm.named_parameters() if not name.startswith(("papr_proposal", "query")))
 
 
@@ -36,10 +38,10 @@ def test_proposal_size(size, resized):
 def test_precision_follows_the_model():
     model = ToyViT(Shape()).bfloat16()
     gm = papr_fx.transform(model, toy_proposal(), 0.5)
-    assert {p.dtype for p in gm.papr_proposal.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in gm.papr_proposal.buffers()} == {torch.bfloat16}
     assert gm(torch.randn(2, 3, 8, 12).bfloat16()).dtype == torch.bfloat16
     half = papr_fx.transform(ToyViT(Shape()), copy.deepcopy(toy_proposal()).half(), 0.5)
-    assert {p.dtype for p in half.papr_proposal.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.papr_proposal.buffers()} == {torch.float32}
 
 
 def test_a_state_dict_of_no_destination_is_empty():
