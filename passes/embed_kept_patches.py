@@ -66,7 +66,7 @@ class Embedding:
     reason: str = ""
 
 
-def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collection[str], hooked: Collection[str]) -> Embedding:
+def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collection[str]) -> Embedding:
     """Finds the convolution that embeds the patches.
 
     Args:
@@ -74,7 +74,6 @@ def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collecti
         site: The token stream of a traced graph. The graph is not changed.
         images: Images of the traced shape.
         opened: Qualified names of the modules that are traced through.
-        hooked: Qualified names of the modules that have hooks.
 
     Raises:
         OpenError: Modules must be traced through first.
@@ -88,7 +87,7 @@ def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collecti
         return Embedding(reason="no convolution with touching windows makes the patches")
     conv = found[0]
     module = cast(nn.Conv2d | nn.Conv3d, root.get_submodule(str(conv.target)))
-    reason = _reason(conv, site, hooked) or _mixed(root, site, conv, images)
+    reason = _reason(conv, site) or _mixed(root, site, conv, images)
     if reason:
         return Embedding(reason=reason)
     return Embedding(conv.name, cast("tuple[int, ...]", module.kernel_size))
@@ -155,10 +154,8 @@ def _around(node: fx.Node, root: nn.Module) -> set[str]:
     return around
 
 
-def _reason(conv: fx.Node, site: TokenSite, hooked: Collection[str]) -> str:
+def _reason(conv: fx.Node, site: TokenSite) -> str:
     """Why the convolution must embed all patches, as far as the graph tells; empty if it need not."""
-    if conv.target in hooked:
-        return f"`{conv.target}` has hooks"
     if regions_of(conv):
         return f"`{conv.target}` is checkpointed"
     between = {node: None for node in ancestors(site.stream) if node in descendants(conv)}

@@ -13,10 +13,11 @@ from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.trunk import Trunk
 from . import inputs
+from .left_out import Attempt
 from .module import PrunedModule
 from .plan import Plan
 from .reads import check_token_reads
-from .token_planner import REFUSED, Attempt, TokenPlanner
+from .token_planner import REFUSED, TokenPlanner
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def prune_by_tokens(
     """
     reason = ""
     for rows, patches in ((True, True), (True, False), (False, True)) if options.narrow else ():
-        attempt = Attempt(rows, patches)
+        attempt = Attempt(rows, patches, reason)
         try:
-            gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt, reason), proposal, options.z)
+            gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options.z)
         except PaprError as error:
             if not attempt.opened and not attempt.found:
                 raise
@@ -56,7 +57,7 @@ def prune_by_tokens(
             if gm.plan.narrows or not attempt.opened:
                 return gm
             reason = attempt.reason or reason
-    return _pruned(TokenPlanner(request, trunk, options.merge, whole=reason), proposal, options.z)
+    return _pruned(TokenPlanner(request, trunk, options.merge, Attempt(whole=reason)), proposal, options.z)
 
 
 def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:

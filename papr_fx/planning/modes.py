@@ -78,8 +78,8 @@ class TokenPlan:
         repairs: What else must change for the blocks to run on fewer tokens.
         reduction: How tokens become fewer from block to block, if they do.
         reduced: Where.
-        narrowing: Where only the rows are computed that are read later.
         embedding: Where only the kept patches are embedded.
+        narrowing: Where only the rows are computed that are read later.
     """
 
     dense: fx.Graph
@@ -88,8 +88,8 @@ class TokenPlan:
     repairs: Repairs
     reduction: Reduction | None
     reduced: ReductionSites
-    narrowing: Narrowing
     embedding: Embedding
+    narrowing: Narrowing
     kind = "tokens"
 
     @property

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
-from ..ops import is_watched
-from ..passes import embed_kept_patches, gather_positions, narrow_rows, prune_tokens, reduce_tokens
-from ..passes.embed_kept_patches import Embedding
-from ..passes.narrow_rows import Narrowing
+from ..passes import gather_positions, prune_tokens, reduce_tokens
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..passes.reduction import Reduction
 from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import ancestors_of, is_inside
-from ..tracing.fakes import hooked, scratch_copy
+from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph, shape_of
 from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
@@ -31,6 +26,7 @@ from ..tracing.trunk import Trunk
 from . import inputs
 from .ends import tokens_behind
 from .example import Example
+from .left_out import Attempt
 from .modes import Refused, Target, TokenPlan
 from .plan import Plan
 from .reads import check_batch_reads
@@ -43,25 +39,6 @@ REFUSED = (
 )
 
 
-@dataclass
-class Attempt:
-    """What an attempt to leave out what nobody reads did.
-
-    Attributes:
-        rows: Whether it tries to compute only those rows of the last tokens that are read.
-        patches: Whether it tries to embed the kept patches only.
-        opened: Modules that it asked to trace through.
-        found: Whether it found something to leave out.
-        reason: Why it found none.
-    """
-
-    rows: bool
-    patches: bool
-    opened: set[str] = field(default_factory=set[str])
-    found: bool = False
-    reason: str = ""
-
-
 @dataclass(frozen=True)
 class TokenPlanner:
     """Finds the plan of a token model for its trunk. Modules are traced through where a pass asks for it.
@@ -70,15 +47,13 @@ class TokenPlanner:
         request: The model and its images.
         trunk: Its blocks.
         merge: How tokens become fewer from block to block, if they do.
-        attempt: Gets what narrowing does; None if nothing is narrowed.
-        whole: Why nothing is narrowed; empty if that was not asked for.
+        attempt: What is to be left out because nobody reads it.
     """
 
     request: inputs.Request
     trunk: Trunk
     merge: Reduction | None
-    attempt: Attempt | None = None
-    whole: str = ""
+    attempt: Attempt
 
     @property
     def name(self) -> str:
@@ -196,15 +171,6 @@ class TokenPlanner:
             raise OpenError({str(join.target)}, "its sizes must be values of this graph")
         return ()
 
-    @contextmanager
-    def _trying(self, attempt: Attempt) -> Generator[None]:
-        """Notes which modules are asked for."""
-        try:
-            yield
-        except OpenError as error:
-            attempt.opened |= error.modules
-            raise
-
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""
         try:
@@ -223,38 +189,8 @@ class TokenPlanner:
         except NoSiteError as error:
             raise NoSiteError(f"{REFUSED.format(self.name)}: {error}") from error
         reduced = self._reduced(root, site, repairs)
-        left_out: dict[str, Any] = {}
-        asked: list[OpenError] = []
-        for part, find in (("embedding", self._embedding), ("narrowing", self._narrowing)):
-            try:
-                left_out[part] = find(root, site, reduced, opened)
-            except OpenError as error:
-                asked.append(error)
-        if asked:
-            raise OpenError(set[str]().union(*(error.modules for error in asked)), asked[0].reason)
-        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, reduced, **left_out)
-
-    def _narrowing(self, root: nn.Module, site: TokenSite, reduced: ReductionSites, opened: set[str]) -> Narrowing:
-        """Where only the rows are computed that are read later."""
-        if self.attempt is None or not self.attempt.rows:
-            return Narrowing(reason=self.whole)
-        whole = {name for place in reduced.sites for name in (place.addition, place.attention)}
-        whole |= {attention.node for attention in reduced.attentions}
-        with self._trying(self.attempt):
-            found = narrow_rows.find_sites(root, site, self.blocks, whole, opened)
-        self.attempt.found |= bool(found.sites)
-        self.attempt.reason = found.reason
-        plain = tuple(site for site in found.splits if not is_watched(self.request.model.get_submodule(site.target)))
-        return replace(found, splits=plain)
-
-    def _embedding(self, root: nn.Module, site: TokenSite, _: ReductionSites, opened: set[str]) -> Embedding:
-        """Where only the kept patches are embedded."""
-        if self.attempt is None or not self.attempt.patches:
-            return Embedding(reason=self.whole)
-        with self._trying(self.attempt):
-            found = embed_kept_patches.find_site(root, site, self.request.images, opened, hooked(self.request.model))
-        self.attempt.found |= bool(found.node)
-        return found
+        left_out = self.attempt.find(self.request, root, site, self.blocks, reduced, opened)
+        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, reduced, *left_out)
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""

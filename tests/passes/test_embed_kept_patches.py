@@ -73,11 +73,11 @@ class Expected(Before):
         return self.read(stream)
 
 
-def embedding(model, opened=None, hooked=()):
+def embedding(model, opened=None):
     graph = graph_of(model, IMAGES) if opened is None else trace(model, IMAGES, lambda _, name: name in opened).graph
     site = prune_tokens.find_site(graph, BLOCKS)
     root = scratch_copy(enliven(model).eval())
-    return embed_kept_patches.find_site(root, site, IMAGES, opened or (), hooked), site
+    return embed_kept_patches.find_site(root, site, IMAGES, opened or ()), site
 
 
 def test_only_kept_patches_are_embedded():
@@ -201,7 +201,3 @@ MISSES = [
 @pytest.mark.parametrize(("kind", "reason"), MISSES, ids=lambda value: getattr(value, "__name__", ""))
 def test_near_misses_embed_all_patches(kind, reason):
     assert embedding(kind())[0] == Embedding(reason=reason)
-
-
-def test_a_hook_would_not_be_called():
-    assert embedding(Before(), hooked=["embed"])[0] == Embedding(reason="`embed` has hooks")
