@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .positions import keep_count, kept_patches, with_prefix, with_suffix
+from .quads import quad_counts
 
 
 class Span(NamedTuple):
@@ -61,9 +62,12 @@ class TokenRows:
         ends = [Span(), Span(self.prefix), Span(0, self.suffix), Span(self.prefix, self.suffix)]
         return tuple(dict.fromkeys(ends))
 
-    def kept(self, z: float) -> int:
-        """Number of rows that keep ratio `z` leaves, prefix and suffix tokens included (PaPr, Eq. 3)."""
-        return self.others + (keep_count(self.cells, z, self.others) if z < 1 else self.cells)
+    def kept(self, z: float, *, coarse: bool = False) -> int:
+        """Number of rows that keep ratio `z` leaves, prefix and suffix tokens included (PaPr, Eq. 3), or with coarse tokens."""
+        if z == 1:
+            return self.count
+        patches = keep_count(self.cells, z, self.others)
+        return self.others + (quad_counts(self.grid, patches).tokens if coarse else patches)
 
     def index(self, cells: Tensor) -> Tensor:
         """Cells (B, k) as indices (B, prefix + k + suffix)."""

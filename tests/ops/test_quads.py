@@ -10,20 +10,12 @@ from hypothesis import strategies as st
 
 from papr_fx import ops
 
+from ..coarse_by_hand import chosen_by_hand, quads_by_hand
 from ..oracles import count_by_hand
 
 grids = st.one_of(
     st.tuples(st.integers(1, 6), st.integers(1, 6)), st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 )
-
-
-def quads_by_hand(grid: tuple[int, ...]) -> list[list[int]]:
-    """The patches of each quad, each once, in order."""
-    frames, rows, columns = grid if len(grid) == 3 else (1, *grid)
-    places = {}
-    for t, r, c in product(range(frames), range(rows), range(columns)):
-        places.setdefault((t, r // 2, c // 2), []).append((t * rows + r) * columns + c)
-    return [places[key] for key in sorted(places)]
 
 
 @pytest.mark.parametrize(
@@ -58,25 +50,14 @@ def test_members_are_those_of_a_loop(grid):
         assert sorted(found) == sorted(wanted * (4 // len(wanted)))  # each as often
 
 
-def chosen_by_hand(scores: list[float], grid: tuple[int, ...], z: float, others: int) -> tuple[list[int], list[int], int]:
-    """Fine patches, coarse quads, and k; a sort and loops."""
-    quads = quads_by_hand(grid)
-    k = count_by_hand(len(scores), z, others)
-    means = [sum(scores[i] for i in quad) / len(quad) for quad in quads]
-    best = sorted(range(len(quads)), key=lambda q: -means[q])
-    if k < len(quads):
-        return [], sorted(best[:k]), k
-    fine = [q for q in best if len(quads[q]) == 4][: (k - len(quads)) // 3]
-    return sorted(i for q in fine for i in quads[q]), [q for q in range(len(quads)) if q not in fine], k
-
-
 @given(grids, st.floats(0.01, 1), st.integers(0, 3), st.integers(0, 2), st.integers(0, 99))
 def test_the_best_quads_stay_fine(grid, z, prefix, suffix, seed):
     psm = torch.rand(2, *grid, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     count = psm[0].numel()
     keep = ops.choose_quads(psm, z, prefix, suffix)
     for sample, rows in zip(psm, keep.tolist(), strict=True):
-        fine, coarse, k = chosen_by_hand(sample.flatten().tolist(), grid, z, prefix + suffix)
+        fine, coarse = chosen_by_hand(sample.flatten().tolist(), grid, z, prefix + suffix)
+        k = count_by_hand(count, z, prefix + suffix)
         first, last = list(range(prefix)), list(range(prefix + count, prefix + count + suffix))
         assert rows == first + [prefix + i for i in fine] + [prefix + count + suffix + q for q in coarse] + last
         assert len(fine) + len(coarse) == ops.quad_counts(grid, k).tokens <= k
