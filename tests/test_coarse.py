@@ -42,7 +42,7 @@ def maps_of(gm, x, grid):
     return F.interpolate(papr_fx.significance(gm, x)[:, None], grid, mode="bicubic", align_corners=True)[:, 0]
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.lists(ratios, min_size=3, max_size=3), st.integers(1, 3), st.integers(0, 9))
 @torch.no_grad()
 def test_equals_a_transcription_by_hand(shape, several, batch, seed):
@@ -53,7 +53,7 @@ def test_equals_a_transcription_by_hand(shape, several, batch, seed):
         assert relative_error(sibling(gm, z=z)(x), expected) < 1e-9
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(st.sampled_from([(4, 4), (3, 5), (5, 4)]), st.sampled_from([0, 1, 3]), st.lists(ratios, min_size=2, max_size=2))
 @pytest.mark.parametrize("kind", ["rotary", "rotary, four axes", "bias", "bias on scores"])
 @torch.no_grad()

@@ -173,24 +173,22 @@ def _means(value: Tensor, members: Tensor, axis: int, first: int) -> Tensor:
     return value.index_select(axis, rows).unflatten(axis, (-1, 4)).mean(axis + 1)
 
 
-def token_places(keep: Tensor, grid: Sequence[int], prefix: int = 0, suffix: int = 0) -> Tensor:
-    """Which token stands for each position of a grid.
+def token_places(cells: Tensor, grid: Sequence[int], suffix: int = 0) -> Tensor:
+    """Which of the kept patches and quads stands for each position of a grid.
 
     Args:
-        keep: Rows of the kept tokens, (B, K), prefix and suffix included; rows behind all tokens are quads.
+        cells: What is kept, (B, k): positions of the grid, and n + suffix + q for quad q of n positions.
         grid: Sizes of the grid.
-        prefix: Tokens before the grid.
         suffix: Tokens behind the grid.
 
     Returns:
-        (B, *grid) int64: the place in `keep` of the token that stands for the position, -1 where it was dropped.
+        (B, *grid) int64: the place in `cells` of what stands for the position, -1 where it was dropped.
     """
-    cells = prod(grid)
-    members = quad_members(grid, keep)
-    shares = torch.cat([torch.arange(cells, device=keep.device).unsqueeze(1).expand(cells, 4), members])  # (n + c, 4)
-    kept = keep[:, prefix : keep.shape[1] - suffix] - prefix  # (B, k)
-    kept = torch.where(kept < cells, kept, kept - suffix)
-    stands = shares.index_select(0, kept.flatten()).view(len(keep), 4 * kept.shape[1])
-    numbers = torch.arange(prefix, prefix + kept.shape[1], device=keep.device).repeat_interleave(4).expand_as(stands)
-    places = torch.full((len(keep), cells), -1, dtype=torch.int64, device=keep.device)
+    count = prod(grid)
+    itself = torch.arange(count, device=cells.device).unsqueeze(1).expand(count, 4)
+    shares = torch.cat([itself, quad_members(grid, cells)])  # (n + c, 4)
+    rows = torch.where(cells < count, cells, cells - suffix)
+    stands = shares.index_select(0, rows.flatten()).view(len(cells), 4 * cells.shape[1])
+    numbers = torch.arange(cells.shape[1], device=cells.device).repeat_interleave(4).expand_as(stands)
+    places = torch.full((len(cells), count), -1, dtype=torch.int64, device=cells.device)
     return places.scatter(1, stands, numbers).unflatten(1, tuple(grid))

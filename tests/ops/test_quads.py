@@ -128,19 +128,24 @@ def test_places_of_tokens(grid, z, prefix, suffix, seed):
     psm = torch.rand(2, *grid, generator=torch.Generator().manual_seed(seed))
     count, quads = psm[0].numel(), quads_by_hand(grid)
     for keep in (ops.choose_quads(psm, z, prefix, suffix), ops.top_positions(psm, z, prefix, suffix)):
-        places = ops.token_places(keep, grid, prefix, suffix)
+        rows = ops.TokenRows(grid, prefix, suffix)
+        places = rows.places(rows.cells_of(keep))
         expected = torch.full((2, count), -1)
-        for sample, rows in enumerate(keep.tolist()):
-            for place, row in enumerate(rows):
+        for sample, kept in enumerate(keep.tolist()):
+            for place, row in enumerate(kept[prefix : len(kept) - suffix]):
                 number = row - prefix
-                if 0 <= number < count:
+                if number < count:
                     expected[sample, number] = place
-                elif number >= count + suffix:
+                else:
                     expected[sample, quads[number - count - suffix]] = place
         assert torch.equal(places, expected.view(2, *grid))
+        fine = torch.zeros_like(places, dtype=torch.bool).flatten(1)
+        for sample, kept in enumerate(keep.tolist()):
+            fine[sample, [row - prefix for row in kept if prefix <= row < prefix + count]] = True
+        assert torch.equal(rows.mask(rows.cells_of(keep)), fine.view(2, *grid))
 
 
 def test_empty_batches():
     keep = ops.choose_quads(torch.zeros(0, 4, 6), 0.5, 1)
     assert keep.shape == (0, 1 + ceil(6) + 4 * 2 - 2)
-    assert ops.token_places(keep, (4, 6), 1).shape == (0, 4, 6)
+    assert ops.token_places(keep[:, 1:], (4, 6)).shape == (0, 4, 6)
