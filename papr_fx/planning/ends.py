@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+from typing import cast
 
-from ..errors import NoSiteError
+import torch
+from torch import Tensor, fx
+from torch.func import functional_call
+
+from ..errors import NoSiteError, TraceError, first_line
 from ..ops import TokenRows
-from .patches import moved_rows
+from ..tracing.fakes import MODEL_ERRORS
+from ..tracing.numerics import forked_random
 
 
 def tokens_behind(part: fx.GraphModule, images: Tensor, rows: TokenRows) -> int:
@@ -26,7 +31,7 @@ def tokens_behind(part: fx.GraphModule, images: Tensor, rows: TokenRows) -> int:
     """
     if not rows.prefix:
         return 0
-    moved = moved_rows(part, images)[0]
+    moved = _follow_image(part, images)
     if int(moved.sum()) != rows.cells:  # another token is computed from the image too, which `proof/geometry` refuses
         return 0
     first = int(moved.int().argmax())
@@ -38,3 +43,26 @@ def tokens_behind(part: fx.GraphModule, images: Tensor, rows: TokenRows) -> int:
             "the other tokens in front of the patches or behind them"
         )
     return len(moved) - first - rows.cells
+
+
+@torch.no_grad()
+def _follow_image(part: fx.GraphModule, images: Tensor) -> Tensor:
+    """Which rows of the stream change with the image, (N,). Parameters on the meta device are taken to be ones."""
+    own = [*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False)]
+    on_meta = {name: t for name, t in own if t.is_meta}
+    values = {name: torch.full(t.shape, t.is_floating_point(), device="cpu", dtype=t.dtype) for name, t in on_meta.items()}
+    plain = torch.zeros((1, *images.shape[1:]), dtype=images.dtype, device="cpu" if images.is_meta else images.device)
+    if images.is_floating_point():
+        changed = torch.full_like(plain, torch.nan)
+    else:
+        changed = torch.arange(plain.numel(), device=plain.device).remainder(251).to(plain.dtype).view_as(plain)
+    try:
+        with forked_random(plain):
+            before, after = (cast(Tensor, functional_call(part, values, (image,))) for image in (plain, changed))
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
+    except MODEL_ERRORS as error:
+        raise TraceError(
+            f"the graph as far as the tokens does not run on one image {tuple(plain.shape)}: {first_line(error)}"
+        ) from error
+    return (before != after).any(-1)[0]  # NaN differs from every number
