@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
 
 import papr_fx
 from papr_fx.testing import check
@@ -198,3 +199,39 @@ def test_narrowing_behind_it():
     gm = coarse(model, verify=True)
     assert papr_fx.report(gm).narrowed
     assert relative_error(gm(x), coarse(model, narrow=False)(x)) < 1e-12
+
+
+class SequenceFirst(ToyViT):
+    """Its blocks run on tokens (N, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape(image=(10, 9), depth=0))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.classify(self.encoder(self.tokens(x).transpose(0, 1)).transpose(0, 1))
+
+
+def test_tokens_along_the_first_axis():
+    found = check(SequenceFirst(), toy_proposal(), 0.5, background="coarse")
+    assert found.hidden_keys < 1e-9 < found.corrupted
+
+
+class CheckpointedEmbedding(ToyViT):
+    """Saves the memory of its embedding."""
+
+    def forward(self, x):
+        x = checkpoint(self.tokens, x, use_reentrant=False)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
+
+
+def test_the_second_embedding_is_in_no_checkpoint():
+    model, other, x = CheckpointedEmbedding(ODD).double(), ToyViT(ODD).double(), images(ODD, 2)
+    gm, plain = coarse(model).eval(), coarse(other).eval()
+    assert torch.equal(gm(x), plain(x))
+    for module in (gm, plain):
+        module(x).square().sum().backward()
+    assert torch.equal(model.proj.weight.grad, other.proj.weight.grad)
