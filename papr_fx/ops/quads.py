@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .positions import keep_count, with_prefix, with_suffix
+from .positions import ascending, keep_count, with_prefix, with_suffix
 
 _SMALLEST = float("-inf")
 
@@ -93,8 +93,8 @@ def choose_quads(psm: Tensor, z: float, prefix: int = 0, suffix: int = 0) -> Ten
     means = scores.index_select(1, members.flatten()).unflatten(1, (-1, 4)).mean(2)  # (B, c)
     whole = (members[:, 0] != members[:, 1]) & (members[:, 0] != members[:, 2])
     first = means.masked_fill(~whole, _SMALLEST).topk(fine, dim=1).indices  # (B, fine)
-    patches = members.index_select(0, first.flatten()).view(batch, 4 * fine).sort(dim=1).values
-    others = means.scatter(1, first, _SMALLEST).topk(coarse, dim=1).indices.sort(dim=1).values
+    patches = ascending(members.index_select(0, first.flatten()).view(batch, 4 * fine))
+    others = ascending(means.scatter(1, first, _SMALLEST).topk(coarse, dim=1).indices)
     others = others + (count + suffix)  # behind the last tokens, once the prefix is added
     kept = torch.cat([patches, others], dim=1)
     kept = with_prefix(kept, prefix) if prefix else kept
