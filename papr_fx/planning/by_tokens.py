@@ -11,11 +11,12 @@ from ..errors import NoSiteError, PaprError, TraceError
 from ..proposals.network import SignificanceNet
 from ..tracing.trunk import Trunk
 from . import inputs
+from .attempt import Attempt
 from .modes import TokenOptions
 from .module import PrunedModule
 from .plan import Plan
 from .reads import check_token_reads
-from .token_planner import REFUSED, Attempt, TokenPlanner
+from .token_planner import REFUSED, TokenPlanner
 
 
 def prune_by_tokens(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -14,26 +13,20 @@ from torch import Tensor, fx, nn
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
-from ..passes import (
-    coarsen_background,
-    embed_kept_patches,
-    gather_positions,
-    narrow_rows,
-    prune_tokens,
-    reduce_tokens,
-)
+from ..passes import coarsen_background, gather_positions, prune_tokens, reduce_tokens
 from ..passes.embed_kept_patches import Embedding
 from ..passes.narrow_rows import Narrowing
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import ancestors_of, is_inside
-from ..tracing.fakes import hooked, scratch_copy
+from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, same_graph
 from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
 from . import inputs
+from .attempt import Attempt
 from .ends import tokens_behind
 from .example import Example
 from .modes import Refused, Target, TokenOptions, TokenPlan
@@ -47,25 +40,6 @@ REFUSED = (
     "the blocks of {} do not run on fewer tokens: they use positions beyond the embedding in a way that gathering cannot "
     "repair (a reshape to the grid inside a block, a window)"
 )
-
-
-@dataclass
-class Attempt:
-    """What an attempt to leave out what nobody reads did.
-
-    Attributes:
-        rows: Whether it tries to compute only those rows of the last tokens that are read.
-        patches: Whether it tries to embed the kept patches only.
-        opened: Modules that it asked to trace through.
-        found: Whether it found something to leave out.
-        reason: Why it found none.
-    """
-
-    rows: bool
-    patches: bool
-    opened: set[str] = field(default_factory=set[str])
-    found: bool = False
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,15 +188,6 @@ class TokenPlanner:
             raise OpenError({str(join.target)}, "its sizes must be values of this graph")
         return ()
 
-    @contextmanager
-    def _trying(self, attempt: Attempt) -> Generator[None]:
-        """Notes which modules are asked for."""
-        try:
-            yield
-        except OpenError as error:
-            attempt.opened |= error.modules
-            raise
-
     def _can_open(self, opened: set[str]) -> bool:
         """Whether the model can be traced through these modules."""
         try:
@@ -259,22 +224,13 @@ class TokenPlanner:
         """Where only the rows are computed that are read later."""
         if self.attempt is None or not self.attempt.rows:
             return Narrowing(reason=self.whole)
-        whole = {name for place in reduced.sites for name in (place.addition, place.attention)}
-        whole |= {attention.node for attention in reduced.attentions}
-        with self._trying(self.attempt):
-            found = narrow_rows.find_sites(root, site, self.blocks, whole, opened)
-        self.attempt.found |= bool(found.sites)
-        self.attempt.reason = found.reason
-        return found
+        return self.attempt.narrowing(root, site, self.blocks, reduced, opened)
 
     def _embedding(self, root: nn.Module, site: TokenSite, _: ReductionSites, opened: set[str]) -> Embedding:
         """Where only the kept patches are embedded."""
         if self.attempt is None or not self.attempt.patches:
             return Embedding(reason=self.whole)
-        with self._trying(self.attempt):
-            found = embed_kept_patches.find_site(root, site, self.request.images, opened, hooked(self.request.model))
-        self.attempt.found |= bool(found.node)
-        return found
+        return self.attempt.embedding(root, site, self.request, opened)
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
