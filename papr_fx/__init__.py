@@ -18,7 +18,7 @@ from .errors import (
 )
 from .passes.merge_tokens import Merge
 from .planning.module import PrunedModule, set_keep_ratio
-from .queries import keep_masks, restore_grid, significance
+from .queries import keep_masks, restore_grid, significance, token_map
 from .review.diff import graph_diff
 from .review.report import Report, report
 from .transform import transform
@@ -47,6 +47,7 @@ __all__ = [
     "set_keep_ratio",
     "significance",
     "testing",
+    "token_map",
     "transform",
     "video",
 ]

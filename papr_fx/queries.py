@@ -41,7 +41,7 @@ def significance(gm: fx.GraphModule, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
-    """Which positions are kept, for each grid in use (PaPr, Eq. 3).
+    """Which positions are kept, for each grid in use (PaPr, Eq. 3). With a coarse background: which patches stay fine.
 
     Args:
         gm: A module returned by `transform`.
@@ -61,8 +61,34 @@ def keep_masks(gm: fx.GraphModule, images: Tensor) -> dict[Grid, Tensor]:
     return masks
 
 
+@torch.no_grad()
+def token_map(gm: fx.GraphModule, images: Tensor) -> Tensor:
+    """Which token stands for each place of the grid, among the tokens that enter the first block. Ours, beyond the paper.
+
+    With a coarse background one token stands for several places; otherwise for one at most.
+
+    Args:
+        gm: A token model returned by `transform`.
+        images: (B, C, H, W), or clips as the model takes them, normalised as it expects.
+
+    Returns:
+        (B, h, w) int64, or (B, t, h, w) for clips: the place of the token, counted from the first prefix token on, so that it
+        is an index into tokens (B, N, C) of `output="features"`; -1 where the place was dropped.
+
+    Raises:
+        ArgumentError: `gm` is not a transformed token model, or `images` has another rank or channel count, or parameters are
+            in parts.
+    """
+    module = checked_module(gm)
+    if module.plan.kind != "tokens":
+        raise ArgumentError("token_map is for token models: pixel operators write back to every position")
+    ((rows, keep),) = _chosen(module, images)
+    places = rows.places(_kept_cells(module, rows, keep))
+    return torch.where(places < 0, places, places + rows.prefix)
+
+
 def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: float | Tensor = 0.0) -> Tensor:
-    """Puts the kept tokens of a headless model back in their places on the grid, for dense heads.
+    """Puts the kept tokens of a headless model back in their places on the grid, for dense heads. Coarse ones fill theirs.
 
     Args:
         gm: A token model returned by `transform`, for example with `output="features"`.
@@ -86,9 +112,7 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
             "restore_grid: tokens were merged or dropped from block to block, so they have no places of their own"
         )
     ((rows, keep),) = _chosen(module, images)
-    cells = rows.cells_of(keep)
-    if plan.z == 1:
-        cells = torch.arange(rows.cells, device=keep.device).expand(len(keep), -1)
+    cells = _kept_cells(module, rows, keep)
     batch, kept = cells.shape
     found = tuple(tokens.shape) if isinstance(cast(object, tokens), Tensor) else ()
     if len(found) != 3 or found[0] != batch or found[1] not in (kept, rows.others + kept):
@@ -100,6 +124,13 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
         raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(filled.shape)}")
     first = rows.prefix if found[1] > kept else 0
     return rows.restore(tokens[:, first : first + kept], cells, filled)
+
+
+def _kept_cells(module: PrunedModule, rows: TokenRows, keep: Tensor) -> Tensor:
+    """The cells of kept indices, (B, k): all at z=1, where the choice is that of another keep ratio."""
+    if module.plan.z == 1:
+        return torch.arange(rows.cells, device=keep.device).expand(len(keep), -1)
+    return rows.cells_of(keep)
 
 
 class _Chosen(NamedTuple):

@@ -14,7 +14,7 @@ from .errors import ArgumentError, VerifyError
 from .planning.inputs import checked_model, example_images, with_output
 from .planning.module import PrunedModule, checked_module, checked_z, set_keep_ratio, shell
 from .planning.plan import keep_of
-from .proof import hidden_keys, regions
+from .proof import coarse, hidden_keys, regions
 from .proof.case import Case
 from .queries import keep_masks
 from .review.diff import graph_changes
@@ -28,7 +28,7 @@ class Checked(NamedTuple):
 
     Attributes:
         hidden_keys: For tokens, the relative error in float64 against the unpruned model whose attention does not see dropped
-            tokens; else None.
+            tokens, or where the patches of each coarse cell are equal and it sees one of them; else None.
         masked_branch: For pixels, the same against the dense graph whose pixel operators are multiplied by the mask; else None.
         corrupted: The same with one kept position taken for a dropped one: large, or the oracle would see nothing.
     """
@@ -66,20 +66,35 @@ def check(
     gm = PrunedModule(shell(gm), gm.plan.reducing(None))  # `transform` has proved merging
     case = Case.of(with_output(wide, gm.plan.output), gm, torch.float64, z=z, batch=3)  # it was traced with two
     kept = [mask.flatten(1).nonzero()[:, 1].view(len(mask), -1) for mask in keep_masks(gm, case.images).values()]  # (B, k)
-    _check_choice(case, gm, kept)
+    chosen = _check_choice(case, gm, kept)
     set_keep_ratio(gm, 1.0)
     whole = case.run(gm, case.images)
     if not all(torch.equal(a, b) for a, b in zip(tensors_of(whole), tensors_of(case.expected), strict=True)):
         raise VerifyError("z=1: the traced model differs from the model")
-    return _compared(case, kept)
+    return _compared_coarse(case, *chosen) if case.rewrite.coarse else _compared(case, kept)
 
 
-def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> None:
-    """Raises unless the graph itself keeps these cells (B, k) of each grid, each once."""
+def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> list[Tensor]:
+    """Raises unless the graph itself keeps these cells (B, k) of each grid, each once. Returns the kept indices."""
+    chosen: list[Tensor] = []
     for choice, cells in zip(case.rewrite.choices, kept, strict=True):
         index = case.run(cut(shell(gm), gm.graph, keep_of(gm.graph, choice)), case.images)
-        if not torch.equal(choice.rows.cells_of(index).sort(dim=1).values, cells.sort(dim=1).values):
+        found = choice.rows.cells_of(index).sort(dim=1).values[:, : cells.shape[1]]  # coarse tokens come last
+        if not torch.equal(found, cells.sort(dim=1).values):
             raise VerifyError("choice: the model does not keep the positions that `keep_masks` returns")
+        chosen.append(index)
+    return chosen
+
+
+def _compared_coarse(case: Case, keep: Tensor) -> Checked:
+    """Compares kept tokens with the unpruned model on cells of equal tokens, as the proof does, and with one wrong cell."""
+    error, allowed = coarse.error(case, keep, keep), coarse.tolerance(case)
+    corrupted = coarse.error(case, keep, coarse.with_wrong_cell(keep, case.rewrite.choices[0].rows.count))
+    if not error <= allowed:
+        raise VerifyError(f"coarse background: kept tokens are off by {error:.1e} (relative; {allowed:.0e} is allowed)")
+    if not corrupted > 1e3 * allowed:
+        raise VerifyError(f"coarse background: one wrong cell moves the result by only {corrupted:.1e}, so nothing was checked")
+    return Checked(error, None, corrupted)
 
 
 def _compared(case: Case, kept: list[Tensor]) -> Checked:

@@ -33,6 +33,7 @@ from .tracing.surroundings import no_collection, plain_contexts
 from .tracing.trunk import Trunk, find_trunk
 
 Mode = Literal["auto", "tokens", "pixels"]
+Background = Literal["auto", "keep", "zero", "drop", "coarse"]
 
 
 def transform(
@@ -42,7 +43,7 @@ def transform(
     *,
     example_input: Tensor | None = None,
     mode: Mode = "auto",
-    background: Literal["auto", "keep", "zero"] = "auto",
+    background: Background = "auto",
     proposal_size: int | tuple[int, ...] | None = None,
     input_stats: InputStats = "auto",
     saliency: Saliency = "psm",
@@ -66,8 +67,10 @@ def transform(
             `int(h * w * z)` positions per grid, times t for clips. At 1 the result is the traced model.
         example_input: Images such as the model takes; only the shape matters. Default: the size that the model states.
         mode: "tokens" gathers tokens, "pixels" prunes pixel operators, "auto" takes tokens where that is sound, else pixels.
-        background: What dropped positions hold after a pixel operator: "keep" leaves the residual, "zero" zeroes it, "auto"
-            zeroes after depthwise convolutions, except in training, and keeps elsewhere.
+        background: What becomes of dropped positions. Pixel operators: "keep" leaves the residual, "zero" zeroes it, "auto"
+            zeroes after depthwise convolutions, except in training, and keeps elsewhere. Tokens: "drop" (which "auto" is)
+            drops them; "coarse" gives each cell of 2 x 2 dropped patches back as one token, within the same number of tokens
+            (ours, beyond the paper).
         proposal_size: Images are resized to it for the proposal: the shorter side in pixels, or (rows, columns), bilinear;
             for clips also (frames, rows, columns), trilinear.
         input_stats: "auto" re-normalises images for the proposal where both networks' (mean, std) are known and differ,
@@ -86,7 +89,8 @@ def transform(
     Raises:
         ArgumentError: An argument is out of range or of the wrong kind.
         ProposalError: `proposal` yields no saliency map.
-        TraceError, NoSiteError: The model's forward cannot be recorded, or has no place where pruning is sound.
+        TraceError, NoSiteError: The model's forward cannot be recorded, or has no place where pruning is sound; with a coarse
+            background also: patches see each other before the first block, as in a convolutional stem.
         VerifyError: The rewritten model failed its proof.
     """
     options = _Options(checked_z(z), mode, background, merge, output, narrow, verify).checked()
@@ -118,7 +122,7 @@ class _Options:
         """The same options, with the mode that merging asks for; `ArgumentError` if one is wrong."""
         inputs.checked_word("mode", self.mode, inputs.MODES)
         inputs.checked_word("background", self.background, inputs.BACKGROUNDS)
-        return replace(self, mode=_checked_merge(self.merge, self.mode))
+        return replace(self, mode=_checked_background(self.background, self.merge, _checked_merge(self.merge, self.mode)))
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class _Pipeline:
         if self.options.mode == "pixels":
             return self._finished(self._by_pixels())
         try:
-            return self._finished(self._by_tokens(trunk))
+            return self._finished(self._checked_tokens(self._by_tokens(trunk)))
         except (NoSiteError, VerifyError) as error:
             if self.options.mode == "tokens" or isinstance(error, SeveralTrunksError):
                 raise
@@ -154,9 +158,26 @@ class _Pipeline:
         return min(self.options.z, 0.9)
 
     def _by_tokens(self, trunk: Trunk) -> PrunedModule:
-        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow)
-        with no_collection():
-            return prune_by_tokens(self.request, trunk, self.network, wanted)
+        background = self.options.background
+        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow, background == "coarse")
+        try:
+            with no_collection():
+                return prune_by_tokens(self.request, trunk, self.network, wanted)
+        except NoSiteError as error:
+            if trunk.spatial and background in inputs.TOKEN_BACKGROUNDS:
+                hint = f"background={background!r} is for models that run on tokens; leave it at 'auto'"
+                raise NoSiteError(f"{error} ({hint})") from error
+            raise
+
+    def _checked_tokens(self, gm: PrunedModule) -> PrunedModule:
+        """The module, or `ArgumentError` if its background is one of pixel operators."""
+        background = self.options.background
+        if background in inputs.PIXEL_BACKGROUNDS:
+            raise ArgumentError(
+                f"background={background!r} is for pixel operators, and {gm.plan.name} is pruned by tokens: leave it at "
+                "'auto', which drops them, or pass 'coarse'; mode='pixels' prunes pixel operators, where that is sound"
+            )
+        return gm
 
     def _by_pixels(self) -> PrunedModule:
         with no_collection():
@@ -201,6 +222,19 @@ def _prove(model: nn.Module, gm: PrunedModule) -> None:
                 raise
         else:
             return
+
+
+def _checked_background(background: str, merge: Reduction | None, mode: Mode) -> Mode:
+    """The mode: that of tokens for their backgrounds."""
+    other = {"pixels": inputs.TOKEN_BACKGROUNDS, "tokens": inputs.PIXEL_BACKGROUNDS}.get(mode, ())
+    if background in other:
+        raise ArgumentError(f"background={background!r} does not fit {mode}: leave it at 'auto', or choose another mode")
+    if background == "coarse" and merge is not None and merge.needs_places:
+        raise ArgumentError(
+            f"merge: {type(merge).__name__} connects patches that touch in the image, and a coarse token stands for several: "
+            "pass papr_fx.Merge, or background='drop'"
+        )
+    return "tokens" if background in inputs.TOKEN_BACKGROUNDS else mode
 
 
 def _checked_merge(merge: object, mode: Mode) -> Mode:

@@ -37,7 +37,7 @@ from ..dataflow.lengths import view_sizes
 from ..dataflow.repairs import Count, Numbering, Repairs, TableSite, View
 from ..dataflow.shorter_run import find_repairs
 from ..dataflow.token_run import TokenStream
-from ..ops import gather_positions, kept_patches
+from ..ops import add_quads, gather_positions, kept_patches
 from ..ops.rows import Span
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import tag
@@ -61,13 +61,17 @@ def find_sites(root: nn.Module, site: TokenSite, blocks: tuple[str, ...], images
     return find_repairs(root, TokenStream(site.stream, site.rows, blocks), images)
 
 
-def rewrite(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.Node) -> None:
-    """Inserts the gathers after `keep`, one per table however many users it has, and the other repairs."""
+def rewrite(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.Node, quads: fx.Node | None = None) -> None:
+    """Inserts the gathers after `keep`, one per table however many users it has, and the other repairs.
+
+    With a coarse background, `quads` are the patches of each quad: tables get an entry for each, the mean of its patches'.
+    """
     nodes = nodes_by_name(graph)
     counted = _kept_by_span(graph, repairs, site, keep)
     patches = site.rows.spans[-1]
     for number, table in enumerate(repairs.tables):
-        _gather(nodes, number, table, counted[table.pick.span])
+        value = nodes[table.value] if quads is None else _with_quads(nodes, number, table, quads, site.rows.prefix)
+        _gather(nodes, number, table, value, counted[table.pick.span])
     for number, view in enumerate(repairs.views):
         _lay_out_column(nodes[view.user], number, view, counted[patches])
     for span in dict.fromkeys(count.span for count in repairs.counts):
@@ -92,9 +96,18 @@ def _kept_by_span(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.N
     return counted
 
 
-def _gather(nodes: dict[str, fx.Node], number: int, table: TableSite, index: fx.Node) -> None:
-    users = [(nodes[user], nodes[value]) for user, value in table.users]
-    arguments = (nodes[table.value], index, list(table.pick.axes), table.pick.rank)
+def _with_quads(nodes: dict[str, fx.Node], number: int, table: TableSite, quads: fx.Node, prefix: int) -> fx.Node:
+    """A table with an entry for each quad."""
+    axes, rank, span = table.pick
+    arguments = (nodes[table.value], quads, list(axes), rank, (prefix - span.first, span.behind))
+    user = nodes[table.users[0][0]]
+    with user.graph.inserting_before(user):
+        return user.graph.create_node("call_function", add_quads, arguments, name=f"papr_table_{number}")
+
+
+def _gather(nodes: dict[str, fx.Node], number: int, table: TableSite, value: fx.Node, index: fx.Node) -> None:
+    users = [(nodes[user], nodes[read]) for user, read in table.users]
+    arguments = (value, index, list(table.pick.axes), table.pick.rank)
     with index.graph.inserting_before(users[0][0]):
         gathered = index.graph.create_node("call_function", gather_positions, arguments, name=f"papr_position_{number}")
     for user, read in users:

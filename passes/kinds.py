@@ -11,6 +11,7 @@ class Kind(Enum):
     MAP = "the saliency map of the proposal network"
     PSM = "the map, resized to a grid"
     KEEP = "the indices that are kept of a grid"
+    JOINED = "all tokens, and one for each quad of patches"
     DENSE_COUNT = "the number of tokens of the dense stream"
     CHANNELS_LAST = "the images in channels-last memory"
     MATCH = "which tokens a block merges"

@@ -27,7 +27,7 @@ once, from the embedding; here each block builds it from its keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -52,6 +52,8 @@ class TokenPropagation(Reduction):
     Raises:
         ArgumentError: A value is out of range.
     """
+
+    needs_places: ClassVar[bool] = True
 
     blocks: Blocks = "all"
     strength: float = 0.2

@@ -168,13 +168,17 @@ def _read_images(graph: fx.Graph, site: TokenSite, layout: str) -> tuple[fx.Node
     )
 
 
-def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node) -> None:
-    """Gathers the kept tokens and hands them to every later user of the stream."""
-    with graph.inserting_after(max(keep, site.stream)):
-        tokens = graph.create_node("call_function", gather_tokens, (site.stream, keep), name="papr_tokens")
+def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node, joined: fx.Node | None = None) -> None:
+    """Gathers the kept tokens and hands them to every later user of the stream.
+
+    With a coarse background they are gathered from `joined`, see `coarsen_background`.
+    """
+    tokens = joined or site.stream
+    with graph.inserting_after(max(keep, tokens)):
+        tokens = graph.create_node("call_function", gather_tokens, (tokens, keep), name="papr_tokens")
 
     def reads_later(user: fx.Node) -> bool:
-        return user is not tokens and not has_role(user, Kind.DENSE_COUNT)
+        return user not in (tokens, joined) and not has_role(user, Kind.DENSE_COUNT)
 
     site.stream.replace_all_uses_with(tokens, delete_user_cb=reads_later)
 

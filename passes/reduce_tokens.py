@@ -164,7 +164,7 @@ def _check_ends(nodes: Mapping[str, fx.Node], seen: TokenReaders, counts: Collec
             raise NoSiteError(f"merge: `{name}` reads the patches and the other tokens of one end alone")
 
 
-def check_amounts(found: ReductionSites, reduction: Reduction, rows: TokenRows, z: float) -> None:
+def check_amounts(found: ReductionSites, reduction: Reduction, patches: int, z: float) -> None:
     """Refuses a list of numbers of tokens to remove, of which one is more than half of the patches that are left there.
 
     Raises:
@@ -172,7 +172,7 @@ def check_amounts(found: ReductionSites, reduction: Reduction, rows: TokenRows, 
     """
     if isinstance(reduction.r, int):
         return
-    if excess := first_excess(reduction.r, rows.kept(z) - rows.others):
+    if excess := first_excess(reduction.r, patches):
         place, left = excess
         raise NoSiteError(
             f"merge: r={list(reduction.r)} removes {reduction.r[place]} tokens in `{found.sites[place].block}`, which has "

@@ -6,7 +6,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from torch import fx
 
@@ -84,6 +84,9 @@ class Reduction(ABC):
     Raises:
         ArgumentError: A value is out of range.
     """
+
+    needs_places: ClassVar[bool] = False
+    """Whether it asks where tokens lie in the image."""
 
     r: int | Sequence[int] = 8
     blocks: Blocks = "second-half"

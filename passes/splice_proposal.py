@@ -13,6 +13,8 @@ Becomes:
 Because: the map depends only on the images (PaPr, Sec. 3.1), so it is computed before the first block, and one choice serves
 every use of the grid.
 
+With a coarse background `choose_quads` chooses, see `coarsen_background`.
+
 A map as fine as the clips, of motion, is averaged over tubelets: `papr_psm = pool_map(papr_map, grid)`.
 
 Left alone:
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import NoSiteError
-from ..ops import pool_map, resize_map, top_positions
+from ..ops import choose_quads, pool_map, resize_map, top_positions
 from ..tracing.roles import find_all, tag
 from .kinds import Kind
 
@@ -63,6 +65,7 @@ class Selection:
         behind: Tokens behind the grid, always kept.
         number: Which choice of the graph it is.
         suffix: Ends the names of its nodes.
+        coarse: Whether patches that are not kept become coarse tokens.
     """
 
     grid: Sizes
@@ -71,6 +74,7 @@ class Selection:
     behind: int = 0
     number: int = 0
     suffix: str = ""
+    coarse: bool = False
 
 
 def find_site(graph: fx.Graph, *, fine: bool = False) -> ImageSite:
@@ -101,7 +105,8 @@ def rewrite(graph: fx.Graph, site: ImageSite, before: fx.Node, selection: Select
         resize = pool_map if site.fine else resize_map
         psm = graph.create_node("call_function", resize, (significance, grid), name=f"papr_psm{suffix}")
         chosen = (psm, z, selection.prefix, *([selection.behind] if selection.behind else []))
-        keep = graph.create_node("call_function", top_positions, chosen, name=f"papr_keep{suffix}")
+        choose = choose_quads if selection.coarse else top_positions
+        keep = graph.create_node("call_function", choose, chosen, name=f"papr_keep{suffix}")
     tag(psm, Kind.PSM, selection.number)
     return tag(keep, Kind.KEEP, selection.number)
 

@@ -45,8 +45,9 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         type=_methods,
         default=("papr",),
         metavar="NAME,...",
-        help=f"what to measure at the MACs of each keep ratio, any of {', '.join(_shown())} (default: papr); a name "
-        "may end in :late or :share, as tome:late does: how tokens are spread over blocks, see --merge of eval",
+        help=f"what to measure at the MACs of each keep ratio, any of {', '.join(_shown())} (default: papr; coarse is papr "
+        "with background='coarse', at the same keep ratio); a name may end in :late or :share, as tome:late does: how tokens "
+        "are spread over blocks, see --merge of eval",
     )
     command.add_argument("--batch-size", "-b", type=positive_int, nargs="+", default=[1, 8, 32], help="images per batch")
     command.add_argument("--img-size", type=positive_int, help="side of the images, in pixels (default: the model's)")

@@ -14,11 +14,12 @@ from ..evaluation.models import VIDEO_MODELS, proposal_for, video_model
 from ..ops.positions import resize_map
 from ..planning import inputs
 from ..planning.module import PrunedModule, set_keep_ratio
-from ..queries import keep_masks, significance
+from ..queries import significance
 from ..review.diff import graph_diff
 from ..review.report import report
 from ..transform import transform
 from ..video import read_video, sample_views, write_video
+from .kept import kept_levels, title
 
 
 def demo_clip(arguments: argparse.Namespace) -> None:
@@ -54,7 +55,7 @@ def _show(arguments: argparse.Namespace, path: Path) -> None:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in named.statistics)
     clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
     proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)
-    gm = transform(model, proposal, arguments.z[0], input_stats=statistics)
+    gm = transform(model, proposal, arguments.z[0], input_stats=statistics, background=arguments.background)
     weights = ", random weights" if arguments.model in VIDEO_MODELS else ""
     print(f"model: {arguments.model}{weights}\nproposal: {arguments.proposal}\n")
     rows: list[tuple[object, ...]] = []
@@ -62,8 +63,8 @@ def _show(arguments: argparse.Namespace, path: Path) -> None:
     for z in arguments.z:
         set_keep_ratio(gm, z)
         found = report(gm)
-        (mask,) = keep_masks(gm, clips).values()
-        kept[f"z={z:g}: {int(mask.sum())} of {mask.numel()}"] = mask[0]
+        (level,) = kept_levels(gm, clips).values()
+        kept[title(z, level[0])] = level[0]
         site = found.sites[0]
         rows.append((z, f"{site.dense} -> {site.kept}", found.dense_macs / 1e9, found.total_macs / 1e9))
     headers = ["z", "positions", "GMACs dense", "GMACs with proposal"]

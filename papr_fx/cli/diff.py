@@ -7,7 +7,7 @@ import argparse
 from ..review.diff import graph_diff
 from ..transform import transform
 from .networks import image_proposal, model_of
-from .options import TIMM_SOURCES, add_lite0, add_weights
+from .options import TIMM_SOURCES, add_background, add_lite0, add_weights
 
 
 def add_diff(command: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_diff(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=f"name of a timm model; {TIMM_SOURCES}")
     add_lite0(command)
     command.add_argument("--z", type=float, default=0.5, help="keep ratio (default: %(default)s)")
+    add_background(command)
     add_weights(command)
 
 
@@ -23,4 +24,5 @@ def run_diff(arguments: argparse.Namespace) -> None:
     """Runs `papr-fx diff`."""
     model = model_of(arguments)
     proposal, statistics = image_proposal(arguments, model)
-    print(graph_diff(model, transform(model, proposal, arguments.z, input_stats=statistics)), end="")
+    gm = transform(model, proposal, arguments.z, input_stats=statistics, background=arguments.background)
+    print(graph_diff(model, gm), end="")

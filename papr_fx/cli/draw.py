@@ -20,7 +20,7 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Ma
         path: The PNG file to write.
         photograph: (3, H, W) in [0, 1].
         significance: The map (h, w), shown min-max normalised.
-        kept: One mapping per row of panels, from title to mask (rows, columns), True for kept positions.
+        kept: One mapping per row of panels, from title to how much is kept of each position (rows, columns), see `dimmed`.
     """
     image = _pixels(photograph)
     height, width = photograph.shape[1:]
@@ -52,7 +52,7 @@ def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor
         path: The PNG file to write.
         frames: (T, 3, H, W) in [0, 1].
         psm: The map on the token grid (t, h, w), shown min-max normalised over the whole clip.
-        kept: Masks (t, h, w) by title, True for kept tubelets; one row each.
+        kept: How much is kept of each tubelet (t, h, w), by title; one row each. See `dimmed`.
     """
     steps = len(psm)
     first = frames[torch.arange(steps) * len(frames) // steps]  # (t, 3, H, W)
@@ -78,10 +78,19 @@ def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor
     figure.savefig(path, dpi=110)
 
 
-def dimmed(frames: Tensor, mask: Tensor) -> Tensor:
-    """Darkens frames (T, 3, H, W) in [0, 1] where the mask (t, h, w) of their positions is False."""
-    large = F.interpolate(mask.float()[None, None], size=(len(frames), *frames.shape[-2:]), mode="nearest-exact")[0, 0]
-    return frames * (0.15 + 0.85 * large.unsqueeze(1).to(frames.device))
+def dimmed(frames: Tensor, level: Tensor) -> Tensor:
+    """Shows what is kept of frames (T, 3, H, W) in [0, 1].
+
+    Args:
+        frames: The frames.
+        level: How much is kept of each position, (t, h, w): all at 1; darkened in between, and at half resolution, as a coarse
+            token sees it; black but for a trace at 0.
+    """
+    size = frames.shape[-2:]
+    large = F.interpolate(level.float()[None, None], size=(len(frames), *size), mode="nearest-exact")[0, 0].unsqueeze(1)
+    large = large.to(frames.device)
+    half = F.interpolate(F.avg_pool2d(frames, 2, ceil_mode=True), size=size, mode="nearest")
+    return torch.where((large > 0) & (large < 1), half, frames) * (0.15 + 0.85 * large)
 
 
 def _pixels(image: Tensor) -> Any:

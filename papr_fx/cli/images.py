@@ -11,8 +11,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from ..planning.module import PrunedModule, set_keep_ratio
-from ..queries import keep_masks, significance
+from ..queries import significance
 from ..transform import transform
+from .kept import kept_levels, title
 from .networks import image_proposal, model_of
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def prune_image(arguments: argparse.Namespace, image: Image) -> PrunedImage:
     proposal, statistics = image_proposal(arguments, model)
     config = resolve_model_data_config(model)
     images = cast(Any, create_transform(**config, is_training=False))(image).unsqueeze(0)  # (1, 3, H, W)
-    gm = transform(model, proposal, arguments.z[0], example_input=images, input_stats=statistics)
+    background = arguments.background
+    gm = transform(model, proposal, arguments.z[0], example_input=images, input_stats=statistics, background=background)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return PrunedImage(model, gm, images, images[0] * std + mean)
 
@@ -54,9 +56,8 @@ def draw_image(arguments: argparse.Namespace, pruned: PrunedImage) -> None:
     rows: list[dict[str, Tensor]] = []
     for z in arguments.z:
         set_keep_ratio(pruned.gm, z)
-        masks = keep_masks(pruned.gm, pruned.images).items()
-        rows.append({f"z={z:g}: {int(mask.sum())} of {grid[0]} x {grid[1]}": mask[0] for grid, mask in masks})
+        rows.append({title(z, level[0]): level[0] for level in kept_levels(pruned.gm, pruned.images).values()})
     one_grid = all(len(row) == 1 for row in rows)
-    kept = [{title: mask for row in rows for title, mask in row.items()}] if one_grid else rows
+    kept = [{words: level for row in rows for words, level in row.items()}] if one_grid else rows
     draw(arguments.out, pruned.photograph, significance(pruned.gm, pruned.images)[0], kept)
     print(f"picture: {arguments.out}")

@@ -55,7 +55,8 @@ def proposal_of(arguments: argparse.Namespace, subject: Subject) -> tuple[nn.Mod
         shared=arguments.shared_stats,
         saliency=arguments.saliency,
     )
-    return variants.proposal_of(subject, spec)
+    proposal, options = variants.proposal_of(subject, spec)
+    return proposal, {**options, "background": arguments.background}
 
 
 def views_of(arguments: argparse.Namespace) -> Views:
@@ -68,6 +69,8 @@ def described(arguments: argparse.Namespace, subject: Subject, model: str, propo
     words = [model + ("" if subject.loaded else " (random weights; --pretrained loads real ones)")]
     if not needs_proposal(getattr(arguments, "saliency", "psm")):
         return f"{words[0]}, no proposal: {arguments.saliency}"
+    background = getattr(arguments, "background", "auto")
     loaded = arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0
     words.append(f"proposal {proposal}" + ("" if loaded else " (random weights)"))
+    words += [f"background {background}"] if background != "auto" else []
     return ", ".join(words)

@@ -14,6 +14,7 @@ from ..evaluation.classes import ORDERS
 from ..evaluation.models import VIDEO_MODELS
 from ..passes.merge_tokens import Merge
 from ..passes.schedules import Schedule
+from ..planning.inputs import BACKGROUNDS
 from ..planning.module import checked_z
 from ..proposals.named import LITE0
 from ..proposals.saliency import CLIP_NAMES, NAMES
@@ -121,6 +122,7 @@ def add_picture(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("out/papr.png"), help="picture to write (default: %(default)s)")
     add_lite0(command)
     add_ratios(command, default=(0.7, 0.5, 0.3))
+    add_background(command)
     add_weights(command)
 
 
@@ -142,6 +144,17 @@ def add_lite0(command: argparse.ArgumentParser) -> None:
         default=LITE0,
         help=f"name of a timm ConvNet ({TIMM_SOURCES}), for clips also of torchvision or pytorchvideo, or {LITE0}: "
         "EfficientNet-Lite0 with ImageNet weights from its package (default)",
+    )
+
+
+def add_background(command: argparse.ArgumentParser) -> None:
+    """Adds `--background`."""
+    command.add_argument(
+        "--background",
+        choices=BACKGROUNDS,
+        default="auto",
+        help="what becomes of dropped positions: of tokens drop, or coarse, one token for each cell of 2 x 2 dropped patches "
+        "(beyond the paper); of pixel operators keep or zero (default: %(default)s)",
     )
 
 
@@ -219,6 +232,7 @@ def add_networks(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shared-stats", action="store_true", help="give the model's normalised images to the proposal unchanged"
     )
+    add_background(command)
     command.add_argument("--img-size", type=positive_int, help="side of the images, in pixels (default: the model's)")
     command.add_argument("--crop-pct", type=fraction, help="centre crop, as a fraction of the image (default: the model's)")
     command.add_argument("--interpolation", choices=_INTERPOLATIONS, default="", help="default: the model's")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -50,6 +51,13 @@ def add_reproduce(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=(*TABLES, "all"), metavar="NAME", help=f"one of {', '.join(TABLES)}, or all")
     add_data(command, optional=True)
     add_run(command)
+    command.add_argument(
+        "--background",
+        choices=("auto", "coarse"),
+        default="auto",
+        help="coarse: also rows of ours at the same keep ratios, in which each cell of 2 x 2 dropped patches is one token; for "
+        "models that run on tokens (default: %(default)s)",
+    )
     command.set_defaults(run=run_reproduce)
 
 
@@ -58,6 +66,8 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     names = list(TABLES) if arguments.name == "all" else [arguments.name]
     if len(names) > 1 and (arguments.data or arguments.checkpoint):
         raise ArgumentError("with data or a checkpoint, give the name of one table")
+    if len(names) > 1 and arguments.background != "auto":
+        raise ArgumentError("--background coarse is for models that run on tokens: give the name of one table")
     if (arguments.results_file or arguments.plot) and not arguments.data:
         raise ArgumentError("--results-file and --plot need data: there are no results without")
     with started(arguments) as device:
@@ -71,11 +81,13 @@ def _reproduce(arguments: argparse.Namespace, name: str, table: Table, device: t
     spec = ProposalSpec(table.proposal, pretrained=loaded, checkpoint=arguments.proposal_checkpoint, shared=True)
     proposal, options = variants.proposal_of(subject, spec)
     forms = [variants.dense(subject), *_variants(subject, proposal, table.lines[1:], options)]
+    if arguments.background == "coarse":
+        forms += _coarse(subject, proposal, table.lines[1:], options)
     narrowed = [form.macs for form in forms]
     forms = [forms[0], *map(_with_all_rows, forms[1:])]
     rows: list[dict[str, Any]] = [
         {"model": name, "variant": _named(form), "gmacs": form.macs / 1e9, **_paper(line, table.lines[0])}
-        for form, line in zip(forms, table.lines, strict=True)
+        for form, line in zip_longest(forms, table.lines)
     ]
     counts = ["gmacs", "paper_gmacs"]
     if narrowed != [form.macs for form in forms]:
@@ -132,6 +144,12 @@ def _variants(subject: Subject, proposal: nn.Module | None, lines: Sequence[Line
     return [_merged(found[line], line) if line.merging else found[line] for line in lines]
 
 
+def _coarse(subject: Subject, proposal: nn.Module | None, lines: Sequence[Line], options: Mapping[str, Any]) -> list[Variant]:
+    """Variants of ours, beyond the paper: a coarse background at the keep ratios of the lines without merging."""
+    ratios = list(dict.fromkeys(line.z for line in lines if not line.merging))
+    return variants.pruned(subject, proposal, ratios, background="coarse", **options)
+
+
 def _merged(variant: Variant, line: Line) -> Variant:
     """The variant with as many tokens merged as comes nearest to the line's GMACs, which count all rows."""
     module = cast(PrunedModule, variant.module)
@@ -150,10 +168,15 @@ def _with_all_rows(variant: Variant) -> Variant:
 def _named(variant: Variant) -> str:
     if variant.z == 1:
         return "dense"
+    if variant.coarse:
+        return f"coarse z={variant.z:g} (ours)"
     return f"PaPr z={variant.z:g}" + (f" + merging r={variant.r}" if variant.r else "")
 
 
-def _paper(line: Line, dense: Line) -> dict[str, float | None]:
+def _paper(line: Line | None, dense: Line) -> dict[str, float | None]:
+    """What the paper states of a variant: nothing, if it is not the paper's."""
+    if line is None:
+        return dict.fromkeys(("paper_gmacs", "paper_top1", "paper_change", "paper_img_per_sec", "paper_speed_up"))
     return {
         "paper_gmacs": line.gmacs,
         "paper_top1": line.top1,

@@ -22,7 +22,7 @@ from .bench_rows import Row
 from .counts import count_parameters
 from .timing import interleaved_times
 
-METHODS = (*REDUCERS, "transcription")
+METHODS = (*REDUCERS, "coarse", "transcription")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,17 @@ def candidates(model: nn.Module, proposal: nn.Module, images: Tensor, comparison
         return transform(model, proposal, comparison.ratios[0], example_input=images, **comparison.options, **options)
 
     pruned = proved()
-    peers = [name for name in comparison.methods if name not in ("papr", "transcription")]
+    peers = [name for name in comparison.methods if name not in ("papr", "coarse", "transcription")]
     reduced = {name: proved(merge=reduction_named(name)) for name in peers}
+    coarse = proved(background="coarse") if "coarse" in comparison.methods else None
     for z in comparison.ratios:
         gm = sibling(pruned, z=z)
-        found |= dict(_at(z, name, gm, reduced.get(name)) for name in comparison.methods)
+        for name in comparison.methods:
+            if name == "coarse" and coarse is not None:
+                other = sibling(coarse, z=z)
+                found[f"coarse z={z:g}"] = Candidate(other, report(other).total_macs)
+            else:
+                found |= [_at(z, name, gm, reduced.get(name))]
     return found
 
 

@@ -30,17 +30,19 @@ class Variant:
         macs: Multiply-accumulates per image or view, the proposal included.
         z: Keep ratio; 1 for the dense model.
         r: Tokens merged per block: one number, or how they are spread, as `--merge` takes it.
+        coarse: Whether patches that are not kept become coarse tokens.
     """
 
     module: nn.Module
     macs: int
     z: float = 1.0
     r: int | str = 0
+    coarse: bool = False
 
     @property
     def name(self) -> str:
         """A name that no other variant of the model has."""
-        return f"z={self.z:g} r={self.r}"
+        return f"z={self.z:g} r={self.r}" + (" coarse" if self.coarse else "")
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,5 @@ def pruned(
     found: list[Variant] = []
     for z in ratios:
         module = sibling(gm, z=z)
-        found.append(Variant(module, report(module).total_macs, z, r))
+        found.append(Variant(module, report(module).total_macs, z, r, options.get("background") == "coarse"))
     return found

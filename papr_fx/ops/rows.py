@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .positions import keep_count, kept_patches, with_prefix, with_suffix
+from .quads import quad_counts, token_places
 
 
 class Span(NamedTuple):
@@ -61,9 +62,12 @@ class TokenRows:
         ends = [Span(), Span(self.prefix), Span(0, self.suffix), Span(self.prefix, self.suffix)]
         return tuple(dict.fromkeys(ends))
 
-    def kept(self, z: float) -> int:
-        """Number of rows that keep ratio `z` leaves, prefix and suffix tokens included (PaPr, Eq. 3)."""
-        return self.others + (keep_count(self.cells, z, self.others) if z < 1 else self.cells)
+    def kept(self, z: float, *, coarse: bool = False) -> int:
+        """Number of rows that keep ratio `z` leaves, prefix and suffix tokens included (PaPr, Eq. 3), or with coarse tokens."""
+        if z == 1:
+            return self.count
+        patches = keep_count(self.cells, z, self.others)
+        return self.others + (quad_counts(self.grid, patches).tokens if coarse else patches)
 
     def index(self, cells: Tensor) -> Tensor:
         """Cells (B, k) as indices (B, prefix + k + suffix)."""
@@ -74,13 +78,16 @@ class TokenRows:
         return kept_patches(index, self.prefix, self.suffix)
 
     def mask(self, cells: Tensor) -> Tensor:
-        """A boolean mask (B, *grid), True at `cells` (B, k)."""
-        mask = torch.zeros((len(cells), self.cells), dtype=torch.bool, device=cells.device)
-        return mask.scatter(1, cells, True).unflatten(1, self.grid)
+        """A boolean mask (B, *grid), True at `cells` (B, k). Quads, which are numbered behind the grid, do not count."""
+        mask = torch.zeros((len(cells), self.cells + 1), dtype=torch.bool, device=cells.device)
+        return mask.scatter(1, cells.clamp(max=self.cells), True)[:, : self.cells].unflatten(1, self.grid)
+
+    def places(self, cells: Tensor) -> Tensor:
+        """Which of `cells` (B, k), some of which may be quads, stands for each position, (B, *grid); -1 where none does."""
+        return token_places(cells, self.grid, self.suffix)
 
     def restore(self, patches: Tensor, cells: Tensor, fill: Tensor) -> Tensor:
         """Puts patches (B, k, C) at their `cells` (B, k) of the grid, (B, C, *grid); `fill`, () or (C,), stands elsewhere."""
-        batch, _, width = patches.shape
-        whole = fill.expand(batch, self.cells, width)
-        restored = whole.scatter(1, cells.unsqueeze(-1).expand_as(patches), patches)  # (B, n, C)
-        return restored.transpose(1, 2).reshape(batch, width, *self.grid)
+        places = self.places(cells).flatten(1).unsqueeze(-1)  # (B, n, 1)
+        spread = patches.gather(1, places.clamp(min=0).expand(-1, -1, patches.shape[-1]))  # (B, n, C)
+        return torch.where(places < 0, fill, spread).transpose(1, 2).unflatten(2, self.grid)

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from torch import nn
 
 from ..errors import NoSiteError, PaprError, TraceError
-from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
 from ..tracing.trunk import Trunk
 from . import inputs
 from .left_out import Attempt
+from .modes import TokenOptions
 from .module import PrunedModule
 from .plan import Plan
 from .reads import check_token_reads
 from .token_planner import REFUSED, TokenPlanner
-
-
-@dataclass(frozen=True)
-class TokenOptions:
-    """How a model is pruned by tokens.
-
-    Attributes:
-        z: Keep ratio, below 1.
-        merge: How tokens become fewer from block to block, if they do.
-        narrow: Whether to leave out rows that nobody reads.
-    """
-
-    z: float
-    merge: Reduction | None
-    narrow: bool
 
 
 def prune_by_tokens(
@@ -45,10 +29,13 @@ def prune_by_tokens(
         TraceError: The model's forward cannot be recorded.
     """
     reason = ""
-    for rows, patches in ((True, True), (True, False), (False, True)) if options.narrow else ():
+    attempts = ((True, True), (True, False), (False, True))
+    if options.coarse:  # a second embedding needs the convolution
+        attempts = ((True, False),)
+    for rows, patches in attempts if options.narrow else ():
         attempt = Attempt(rows, patches, reason)
         try:
-            gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options.z)
+            gm = _pruned(TokenPlanner(request, trunk, options, attempt), proposal)
         except PaprError as error:
             if not attempt.opened and not attempt.found:
                 raise
@@ -57,11 +44,11 @@ def prune_by_tokens(
             if gm.plan.narrows or not attempt.opened:
                 return gm
             reason = attempt.reason or reason
-    return _pruned(TokenPlanner(request, trunk, options.merge, Attempt(whole=reason)), proposal, options.z)
+    return _pruned(TokenPlanner(request, trunk, options, Attempt(whole=reason)), proposal)
 
 
-def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
-    root, plan, recorded = planner.plan(z)
+def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet]) -> PrunedModule:
+    root, plan, recorded = planner.plan()
     root.papr_proposal = network = proposal()
     gm = _built(root, plan.seeing(network))
     check_token_reads(gm, planner.blocks, recorded)

@@ -21,7 +21,9 @@ from .signature import TRACED_OPTIONS
 
 MODES = ("auto", "tokens", "pixels")
 _RESERVED = ("plan", "meta", splice_proposal.PROPOSAL)
-BACKGROUNDS = ("auto", "keep", "zero")
+PIXEL_BACKGROUNDS = ("keep", "zero")
+TOKEN_BACKGROUNDS = ("drop", "coarse")
+BACKGROUNDS = ("auto", *PIXEL_BACKGROUNDS, *TOKEN_BACKGROUNDS)
 OUTPUTS = ("logits", "features")
 _LIKELY = {False: "1, 3, 224, 224", True: "1, 3, 16, 224, 224"}
 

@@ -11,6 +11,7 @@ from ..dataflow.positionwise import Layout
 from ..dataflow.repairs import Repairs
 from ..ops import TokenRows
 from ..passes import (
+    coarsen_background,
     embed_kept_patches,
     gather_positions,
     narrow_rows,
@@ -41,6 +42,7 @@ class Choice:
         stream: Name of a node of the dense graph whose positions are in this order.
         layout: Axes of its value.
         where: Words that say where it is made.
+        coarse: Whether patches that are not kept become coarse tokens.
     """
 
     number: int
@@ -48,6 +50,11 @@ class Choice:
     stream: str
     layout: Layout
     where: str
+    coarse: bool = False
+
+    def kept(self, z: float) -> int:
+        """Number of rows that keep ratio `z` leaves."""
+        return self.rows.kept(z, coarse=self.coarse)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,23 @@ class Target:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """How a model is pruned by tokens.
+
+    Attributes:
+        z: Keep ratio, below 1.
+        merge: How tokens become fewer from block to block, if they do.
+        narrow: Whether to leave out rows that nobody reads.
+        coarse: Whether patches that are not kept become coarse tokens.
+    """
+
+    z: float
+    merge: Reduction | None
+    narrow: bool
+    coarse: bool = False
+
+
+@dataclass(frozen=True)
 class TokenPlan:
     """One mode of a token model: tokens are dropped before the first block.
 
@@ -80,6 +104,7 @@ class TokenPlan:
         reduced: Where.
         embedding: Where only the kept patches are embedded.
         narrowing: Where only the rows are computed that are read later.
+        coarse: Whether patches that are not kept become coarse tokens.
     """
 
     dense: fx.Graph
@@ -90,6 +115,7 @@ class TokenPlan:
     reduced: ReductionSites
     embedding: Embedding
     narrowing: Narrowing
+    coarse: bool = False
     kind = "tokens"
 
     @property
@@ -123,18 +149,23 @@ class TokenPlan:
         keep = None
         if target.z < 1:
             images = splice_proposal.find_site(graph, fine=target.fine)
-            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix)
+            selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix, coarse=self.coarse)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
             if embedding.node:
                 embed_kept_patches.rewrite(graph, embedding, site, keep)
                 stage("embed_kept_patches", graph)
-            gather_positions.rewrite(graph, self.repairs, site, keep)
+            members = joined = None
+            if self.coarse:
+                twice = coarsen_background.find_site(site, target.layout)
+                members, joined = coarsen_background.rewrite(graph, twice, site, keep, grid)
+                stage("coarsen_background", graph)
+            gather_positions.rewrite(graph, self.repairs, site, keep, members)
             stage("gather_positions", graph)
-            prune_tokens.rewrite(graph, site, keep)
+            prune_tokens.rewrite(graph, site, keep, joined)
             stage("prune_tokens", graph)
         if self.reduction is not None and self.reduces:
-            patches = site.rows.kept(target.z) - site.rows.others
+            patches = site.rows.kept(target.z, coarse=self.coarse) - site.rows.others
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))
             stage("reduce_tokens", graph)
         if target.z < 1 and self.narrowing.sites:
@@ -145,7 +176,7 @@ class TokenPlan:
         """What is chosen: one set of tokens."""
         site = self.site(self.dense)
         where = f"at `{site.stream.name}` before `{site.block}`"
-        return (Choice(0, site.rows, site.stream.name, "BNC", where),)
+        return (Choice(0, site.rows, site.stream.name, "BNC", where, self.coarse),)
 
 
 @dataclass(frozen=True)

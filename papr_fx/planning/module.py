@@ -72,7 +72,7 @@ class PrunedModule(fx.GraphModule):
         try:
             self._follow(self.plan.at(z), self.training)
         except TraceError as error:
-            left = ", ".join(f"{choice.rows.kept(z)} of {choice.rows.count}" for choice in self.plan.choices(self.training))
+            left = ", ".join(f"{choice.kept(z)} of {choice.rows.count}" for choice in self.plan.choices(self.training))
             raise NoSiteError(
                 f"{self.plan.name} does not run at z={z:g}, where {left} positions are left: {str(error).splitlines()[0]}. "
                 f"The keep ratio stays {self.plan.z:g}"

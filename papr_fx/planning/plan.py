@@ -94,7 +94,8 @@ class Plan:
             NoSiteError: More tokens should be removed from block to block than it leaves.
         """
         if isinstance(self.eval, TokenPlan) and self.eval.reduction is not None:
-            reduce_tokens.check_amounts(self.eval.reduced, self.eval.reduction, self.eval.site(self.eval.dense).rows, z)
+            (choice,) = self.eval.choices()
+            reduce_tokens.check_amounts(self.eval.reduced, self.eval.reduction, choice.kept(z) - choice.rows.others, z)
         return replace(self, target=replace(self.target, z=z))
 
     def seeing(self, network: SignificanceNet) -> Plan:

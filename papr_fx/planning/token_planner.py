@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from ..dataflow.lengths import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
-from ..passes import gather_positions, prune_tokens, reduce_tokens
+from ..passes import coarsen_background, gather_positions, prune_tokens, reduce_tokens
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
-from ..passes.reduction import Reduction
 from ..tracing.asked import casts_images, with_questions
 from ..tracing.blocks import ancestors_of, is_inside
 from ..tracing.fakes import scratch_copy
-from ..tracing.graphs import cut, same_graph, shape_of
+from ..tracing.graphs import cut, same_graph
 from ..tracing.sequence_first import add_batch_first
 from ..tracing.trace import OpenError, Traced, trace
 from ..tracing.trunk import Trunk
@@ -27,7 +26,8 @@ from . import inputs
 from .ends import tokens_behind
 from .example import Example
 from .left_out import Attempt
-from .modes import Refused, Target, TokenPlan
+from .modes import Refused, Target, TokenOptions, TokenPlan
+from .patches import check_apart, patch_dropout
 from .plan import Plan
 from .reads import check_batch_reads
 from .signature import Signature
@@ -46,13 +46,13 @@ class TokenPlanner:
     Attributes:
         request: The model and its images.
         trunk: Its blocks.
-        merge: How tokens become fewer from block to block, if they do.
+        options: How it is pruned.
         attempt: What is to be left out because nobody reads it.
     """
 
     request: inputs.Request
     trunk: Trunk
-    merge: Reduction | None
+    options: TokenOptions
     attempt: Attempt
 
     @property
@@ -65,7 +65,7 @@ class TokenPlanner:
         """Qualified names of the trunk's blocks."""
         return self.trunk.blocks
 
-    def plan(self, z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+    def plan(self) -> tuple[nn.Module, Plan, list[fx.Graph]]:
         """The modules that the graphs call, the plan, and all that was recorded in eval and training mode."""
         if not self.blocks:
             raise NoSiteError(f"{self.name} has no repeated blocks: sought composite modules (modules of modules), found none")
@@ -74,11 +74,11 @@ class TokenPlanner:
         opened = ancestors_of(self.blocks)
         while True:
             try:
-                return self._plan(opened, z)
+                return self._plan(opened)
             except OpenError as error:
                 opened |= self._to_open(error, opened)
 
-    def _plan(self, opened: set[str], z: float) -> tuple[nn.Module, Plan, list[fx.Graph]]:
+    def _plan(self, opened: set[str]) -> tuple[nn.Module, Plan, list[fx.Graph]]:
         """The plan with these modules traced through, or `OpenError`."""
         model, images, layout = self.request
         for name in opened:
@@ -88,6 +88,7 @@ class TokenPlanner:
         traced = record(model, images)
         check_batch_reads(traced, model, images)
         site = self._site(traced)
+        self._check_embedding(traced, site)
         eval_plan = self._mode(traced, site, opened)
         self._check_others(opened)
         taken = self._other_sizes(traced, site, opened)
@@ -104,7 +105,7 @@ class TokenPlanner:
         if floating:
             signature = signature.casting(example.like, integers=integers)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
-        target = Target(z, layout, bool(taken))
+        target = Target(self.options.z, layout, bool(taken))
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
@@ -115,6 +116,14 @@ class TokenPlanner:
         site = prune_tokens.find_site(traced.graph, self.blocks)
         part = cut(traced.scratch_root(model).eval(), traced.graph, site.stream)
         return prune_tokens.find_site(traced.graph, self.blocks, tokens_behind(part, images, site.rows))
+
+    def _check_embedding(self, traced: Traced, site: TokenSite, *, training: bool = False) -> None:
+        """Refuses an embedding that cannot embed coarse patches, if there are any."""
+        if self.options.coarse:
+            model, images, layout = self.request
+            coarsen_background.find_site(site, layout)
+            part = cut(traced.scratch_root(model).train(training), traced.graph, site.stream)
+            check_apart(part, images, site.rows, layout)
 
     def _record(self, opened: set[str], model: nn.Module, images: Tensor, *, training: bool = False) -> Traced:
         """A trace of the model, or of a copy of it, in which tokens are (B, N, C) somewhere."""
@@ -162,10 +171,13 @@ class TokenPlanner:
         """
         model, images, layout = self.request
         taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout)
-        if not taken or prune_tokens.grid_is_readable(site):
+        readable = prune_tokens.grid_is_readable(site)
+        if not taken or (readable and not self.options.coarse):
             return taken
         if counts_follow(cut(traced.module(model), traced.graph, site.stream), images, taken, site.rows, layout):
             return taken
+        if readable:  # a patch has another size in other images
+            return ()
         join = site.flattening.node
         if join.op == "call_module" and join.target not in opened and self._can_open(opened | {str(join.target)}):
             raise OpenError({str(join.target)}, "its sizes must be values of this graph")
@@ -188,20 +200,24 @@ class TokenPlanner:
             raise
         except NoSiteError as error:
             raise NoSiteError(f"{REFUSED.format(self.name)}: {error}") from error
+        if self.options.coarse:
+            coarsen_background.check_tables(traced.graph, repairs)
         reduced = self._reduced(root, site, repairs)
         left_out = self.attempt.find(self.request, root, site, self.blocks, reduced, opened)
-        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, self.merge, reduced, *left_out)
+        merge, coarse = self.options.merge, self.options.coarse
+        return TokenPlan(traced.graph, self.blocks, site.rows.suffix, repairs, merge, reduced, *left_out, coarse)
 
     def _reduced(self, root: nn.Module, site: TokenSite, repairs: Repairs) -> ReductionSites:
         """Where `merge` leaves fewer tokens."""
-        if self.merge is None or not self.merge.removes:
+        merge = self.options.merge
+        if merge is None or not merge.removes:
             return ReductionSites()
         used = repairs.first_node()
         if used:
             raise NoSiteError(
                 f"merge: {self.name} uses positions beyond its embedding (`{used}`), and a merged token has no position"
             )
-        found = reduce_tokens.find_sites(root, site, self.blocks, self.merge, self.request.images)
+        found = reduce_tokens.find_sites(root, site, self.blocks, merge, self.request.images)
         targets = {node.name: str(node.target) for node in site.stream.graph.nodes}
         for attention in found.attentions:
             if attention.heads:  # its forward will not be called
@@ -211,15 +227,17 @@ class TokenPlanner:
 
     def _training_plan(self, eval_plan: TokenPlan, site: TokenSite, traced: Traced, opened: set[str]) -> TokenPlan | Refused:
         """The plan for training mode: that for eval mode where the graphs are equal."""
-        if same_graph(traced.graph, eval_plan.dense):
-            return eval_plan
-        reason = _patch_dropout(eval_plan.dense, site, traced.graph)
+        same = same_graph(traced.graph, eval_plan.dense)
+        reason = "" if same else patch_dropout(eval_plan.dense, site.stream, traced.graph)
         if reason:
             return Refused(reason)
         try:
             found = prune_tokens.find_site(traced.graph, self.blocks, site.rows.suffix)
+            self._check_embedding(traced, found, training=True)
         except NoSiteError as error:
             return Refused(str(error))
+        if same:
+            return eval_plan
         if (found.rows, found.block) != (site.rows, site.block):
             return Refused(
                 f"in training `{found.block}` reads {found.rows.prefix} prefix tokens and grid {found.rows.grid}, in eval mode "
@@ -243,18 +261,3 @@ class TokenPlanner:
             return error.modules
         alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) in kinds.values()}
         return {name for name in alike if any(is_inside(name, block) for block in self.blocks)} | error.modules
-
-
-def _patch_dropout(graph: fx.Graph, site: TokenSite, training: fx.Graph) -> str:
-    """Why the model cannot be pruned in training: it drops patches itself before the site; empty if it does not."""
-    sizes = {node.name: shape_of(node) for node in training.nodes}
-    for node in graph.nodes:
-        shape, other = shape_of(node), sizes.get(node.name)
-        if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
-            return (
-                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
-                "would no longer say which token is which. Set its rate to 0"
-            )
-        if node is site.stream:
-            break
-    return ""

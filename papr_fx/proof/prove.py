@@ -10,9 +10,10 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 5. Lengths: with fewer positions, too, the output does not depend on their order.
 6. Regions, for pixel operators: with fewer positions, the output is that of the dense graph with masked branches.
 7. Hidden keys, for tokens: kept tokens are those of the dense graph in which no attention sees the others.
-8. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
-9. Narrowing, if rows are left out that nobody reads: the output is that of the graph that computes them.
-10. Training, if the model's code differs in training mode: its graph is that of the model there.
+8. Coarse background (`coarse`), if there is one: a coarse token is what equal tokens of its patches would be.
+9. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
+10. Narrowing, if rows are left out that nobody reads: the output is that of the graph that computes them.
+11. Training, if the model's code differs in training mode: its graph is that of the model there.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -27,7 +28,7 @@ from torch import nn
 
 from ..planning.module import PrunedModule
 from ..tracing.numerics import exact_float32
-from . import control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
+from . import coarse, control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
 from .case import Case, ComparisonError, PrecisionError
 
 
@@ -79,6 +80,7 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         order = lengths.check(case)
         regions.check(case)
         hidden_keys.check(case)
+        coarse.check(case)
         reduction.check(case)
         narrowing.check(case)
         training.check(case)

@@ -94,6 +94,11 @@ class Rewrite:
         return self.mode.blocks if isinstance(self.mode, TokenPlan) else ()
 
     @property
+    def coarse(self) -> bool:
+        """Whether patches that are not kept become coarse tokens."""
+        return isinstance(self.mode, TokenPlan) and self.mode.coarse
+
+    @property
     def narrows(self) -> bool:
         """Whether anything is left out that nobody reads."""
         return isinstance(self.mode, TokenPlan) and self.mode.narrows

@@ -1,4 +1,4 @@
-"""Part 10, training: the graph for training mode is the model in that mode."""
+"""Part 11, training: the graph for training mode is the model in that mode."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing.numerics import forked_random, relative_error
-from . import geometry, narrowing, reduction, traced
+from . import coarse, geometry, narrowing, reduction, traced
 from .case import Case, ComparisonError
 from .places import reorder
 
 
 def check(case: Case) -> None:
-    """Repeats tracing, permutation, geometry, merging and narrowing in training mode, with the dropout of modules off.
+    """Repeats tracing, permutation, geometry, coarse tokens, merging and narrowing in training mode, module dropout off.
 
     Fault: code that runs only in training mode, such as an auxiliary head. The other parts do not find it: they see the
     model in eval mode. If the traced code itself draws random numbers, only the traced graph is compared: a dropout would
@@ -41,6 +41,7 @@ def check(case: Case) -> None:
         return
     _compare(trained, permuted, reorder(expected, trained.places, trained.orders[0]))
     geometry.check(trained)
+    coarse.check(trained)
     reduction.check(trained)
     narrowing.check(trained)
 

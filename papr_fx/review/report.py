@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
 from tabulate import tabulate
 from torch import fx
 
-from ..ops import TokenRows
+from ..ops import TokenRows, keep_count, quad_counts, quad_grid
 from ..passes.kinds import Kind
 from ..planning.modes import PixelPlan, TokenPlan
 from ..planning.module import PrunedModule, checked_module
@@ -31,8 +32,10 @@ class SiteReport:
         dense_macs: Multiply-accumulates per image of what runs on these positions: a pixel operator, or everything after the
             tokens.
         pruned_macs: The same after pruning.
-        background: What dropped positions hold afterwards: "keep" (the residual) or "zero"; empty for tokens.
+        background: What dropped positions hold afterwards: "keep" (the residual) or "zero"; for tokens "coarse", or empty.
         suffix: Tokens behind the grid, always kept.
+        coarse: Kept tokens that stand for a cell of 2 x 2 patches each.
+        dropped: Positions that are not kept; with a coarse background, cells of 2 x 2 patches that no token stands for.
     """
 
     name: str
@@ -44,6 +47,13 @@ class SiteReport:
     pruned_macs: int
     background: str
     suffix: int = 0
+    coarse: int = 0
+    dropped: int = 0
+
+    @property
+    def fine(self) -> int:
+        """Patches that are kept as they are."""
+        return self.kept - self.prefix - self.suffix - self.coarse
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,10 @@ class Report:
             [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
+        for site in self.sites:
+            if site.background == "coarse":
+                cells = f"{site.coarse} coarse tokens for a cell of 2 x 2 patches each, {site.dropped} cells dropped"
+                left = f"\nbackground: {site.fine} fine patches, {cells}{left}"
         if self.reduced:
             (first, before, _), (last, _, after) = self.reduced[0], self.reduced[-1]
             left = f"\nreduced: {before} tokens to {after}, in {len(self.reduced)} blocks from `{first}` to `{last}`{left}"
@@ -211,7 +225,13 @@ def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:
     site = mode.site(mode.dense)
     before = ancestors(site.stream)
     after = [node.name for node in mode.dense.nodes if node not in before]
-    return _site_report(f"{site.stream.name} -> {site.block}", site.rows, site.rows.kept(z), macs.of(after), "")
+    rows = site.rows
+    found = _site_report(f"{site.stream.name} -> {site.block}", rows, rows.kept(z, coarse=mode.coarse), macs.of(after), "")
+    if not mode.coarse or z == 1:
+        return found
+    quads = quad_counts(rows.grid, keep_count(rows.cells, z, rows.others))
+    dropped = prod(quad_grid(rows.grid)) - quads.fine - quads.coarse
+    return replace(found, background="coarse", coarse=quads.coarse, dropped=dropped)
 
 
 def _pixel_sites(mode: PixelPlan, z: float, macs: _Macs) -> tuple[SiteReport, ...]:
@@ -222,7 +242,8 @@ def _pixel_sites(mode: PixelPlan, z: float, macs: _Macs) -> tuple[SiteReport, ..
 
 
 def _site_report(name: str, rows: TokenRows, kept: int, macs: tuple[int, int], background: str) -> SiteReport:
-    return SiteReport(name, rows.grid, rows.prefix, rows.count, kept, *macs, background, rows.suffix)
+    dropped = rows.count - kept
+    return SiteReport(name, rows.grid, rows.prefix, rows.count, kept, *macs, background, rows.suffix, dropped=dropped)
 
 
 def _giga(count: int) -> str:

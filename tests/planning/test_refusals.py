@@ -213,7 +213,7 @@ def test_an_image_size_that_a_timm_model_refuses():
     [
         ({"mode": "rows"}, "mode must be one of 'auto', 'tokens', 'pixels', not 'rows'"),
         ({"mode": None}, "mode must be"),
-        ({"background": "blur"}, "background must be one of 'auto', 'keep', 'zero', not 'blur'"),
+        ({"background": "blur"}, "background must be one of 'auto', 'keep', 'zero', 'drop', 'coarse', not 'blur'"),
         ({"saliency": "mean"}, 'saliency must be one of "psm"'),
         ({"merge": 8}, r"merge must be papr_fx.Merge\(r=8\)"),
         ({"proposal_size": -1}, "proposal_size must be"),

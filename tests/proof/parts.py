@@ -6,7 +6,19 @@ import torch
 from torch import Tensor, nn
 
 import papr_fx
-from papr_fx.proof import control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
+from papr_fx.proof import (
+    coarse,
+    control,
+    geometry,
+    hidden_keys,
+    lengths,
+    narrowing,
+    permutation,
+    reduction,
+    regions,
+    traced,
+    training,
+)
 from papr_fx.proof.case import Case
 
 from ..models import Shape, ToyViT, toy_proposal
@@ -19,6 +31,7 @@ PARTS = {
     "lengths": lengths,
     "regions": regions,
     "hidden keys": hidden_keys,
+    "coarse background": coarse,
     "merging": reduction,
     "narrowing": narrowing,
     "training": training,

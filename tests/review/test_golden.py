@@ -52,13 +52,18 @@ NARROWED = {
     "deit_tiny_distilled_patch16_224_narrowed": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
     "torchvision_vit_b_32_narrowed": lambda: torchvision.models.vit_b_32(),
 }
-ALL = MODELS | MERGED | NARROWED
+COARSE = {
+    "vit_small_patch16_224_coarse": lambda: timm.create_model("vit_small_patch16_224"),
+    "vit_small_patch16_dinov3_coarse": lambda: timm.create_model("vit_small_patch16_dinov3", img_size=224),
+    "beit_base_patch16_224_coarse": lambda: timm.create_model("beit_base_patch16_224"),
+}
+ALL = MODELS | MERGED | NARROWED | COARSE
 
 
 # These take ten seconds or more each.
 # Their code was rewritten in timm and transformers since.
 REWRITTEN = (
-    *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_224_merged"),
+    *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_coarse", "vit_small_patch16_224_merged"),
     *("transformers_vit", "transformers_videomae"),
 )
 SLOW = ("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18")
@@ -74,6 +79,7 @@ def test_graph_diff(name):
     merge = papr_fx.Merge(2) if "merged" in name else None
     model = ALL[name]().eval()
     options = {"example_input": example, "merge": merge, "narrow": name in NARROWED}
+    options["background"] = "coarse" if name in COARSE else "auto"
     gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False, **options)
     assert_golden(gm, GOLDEN / f"{name}.diff")
 
