@@ -16,3 +16,6 @@ class Kind(Enum):
     MATCH = "which tokens a block merges"
     REDUCED = "the tokens after a reduction"
     ROWS = "the rows that are read later"
+    PATCHES = "the kept patches, without other tokens"
+    PLACES = "which token stands for each place of the grid"
+    RESTORED = "tokens that are back in their places"

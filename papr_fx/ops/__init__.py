@@ -4,6 +4,7 @@ None reads a tensor's content on the host, and every count is a Python integer, 
 They must not know of graphs, models or plans.
 """
 
+from .places import fill_nearest, map_places, restore_places
 from .positions import (
     count_windows,
     gather_pixels,
@@ -51,6 +52,7 @@ __all__ = [
     "choose_tokens",
     "count_windows",
     "exact",
+    "fill_nearest",
     "fuse_tokens",
     "gather_pixels",
     "gather_positions",
@@ -59,6 +61,7 @@ __all__ = [
     "keep_count",
     "kept_patches",
     "last_sizes",
+    "map_places",
     "mask_positions",
     "match_tokens",
     "mean_by_size",
@@ -71,6 +74,7 @@ __all__ = [
     "pool_map",
     "propagate_tokens",
     "resize_map",
+    "restore_places",
     "size_bias",
     "split_by_score",
     "split_heads",

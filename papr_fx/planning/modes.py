@@ -10,7 +10,7 @@ from torch import fx
 from ..dataflow.positionwise import Layout
 from ..dataflow.repairs import Repairs
 from ..ops import TokenRows
-from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, splice_proposal
+from ..passes import gather_positions, narrow_rows, prune_pixels, prune_tokens, reduce_tokens, restore_places, splice_proposal
 from ..passes.narrow_rows import Narrowing
 from ..passes.prune_pixels import PixelChoice, PixelSite, Skipped
 from ..passes.prune_tokens import TokenSite
@@ -49,12 +49,14 @@ class Target:
         layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
         dynamic: Whether the model takes several image sizes, so that grids are read at run time.
         fine: Whether the map is as fine as the clips, and is averaged over tubelets.
+        restore: What dropped places hold where tokens are laid out as their grid: the nearest token, or zero.
     """
 
     z: float
     layout: str
     dynamic: bool
     fine: bool = False
+    restore: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class TokenPlan:
             stage("gather_positions", graph)
             prune_tokens.rewrite(graph, site, keep)
             stage("prune_tokens", graph)
+            restore_places.rewrite(graph, self.repairs.places, site.rows, grid, keep, target.restore)
+            stage("restore_places", graph)
         if self.reduction is not None and self.reduces:
             patches = site.rows.kept(target.z) - site.rows.others
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.lengths import MixingError
+from ..dataflow.layouts import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import gather_positions, narrow_rows, prune_tokens, reduce_tokens
@@ -200,7 +200,8 @@ class TokenPlanner:
         """The plan of one mode."""
         root = traced.scratch_root(self.request.model)
         try:
-            repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
+            others = tuple(name for names in self.trunk.others for name in names)
+            repairs = gather_positions.find_sites(root, site, self.blocks, others, self.request.images)
         except MixingError:
             raise
         except NoSiteError as error:
