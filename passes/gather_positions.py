@@ -30,6 +30,7 @@ Left alone:
 from __future__ import annotations
 
 import operator
+
 from torch import Tensor, fx, nn
 
 from ..dataflow.layouts import set_grid
@@ -44,15 +45,17 @@ from .kinds import Kind
 from .prune_tokens import TokenSite
 
 
-def find_sites(root: nn.Module, site: TokenSite, blocks: tuple[str, ...], others: tuple[str, ...], images: Tensor) -> Repairs:
+def find_sites(
+    root: nn.Module, site: TokenSite, blocks: tuple[str, ...], images: Tensor, others: tuple[str, ...] = ()
+) -> Repairs:
     """Runs the dense graph with some tokens left out, and finds what must change for it to run.
 
     Args:
         root: A scratch copy of the modules that the graph calls.
         site: Where tokens are dropped in the graph.
         blocks: Qualified names of the blocks.
-        others: Those of other repeated blocks that run on tokens.
         images: Images of the traced shape.
+        others: Qualified names of other repeated blocks that run on tokens.
 
     Raises:
         OpenError: A module refuses fewer tokens, or numbers them.

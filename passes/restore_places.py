@@ -25,6 +25,8 @@ Left alone:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from ..dataflow.layouts import set_grid
@@ -60,7 +62,8 @@ def rewrite(graph: fx.Graph, sites: tuple[PlaceSite, ...], rows: TokenRows, grid
         layout, value = nodes[site.layout], nodes[site.layout].all_input_nodes[0]
         key = value, site.axis, regions_of(layout)
         if key not in restored:
-            options = {"zero": True} if fill == "zero" else {}
+            options: dict[str, Any] = {"zero": True} if fill == "zero" else {}
+            options |= {"stacked": site.stacked} if site.stacked > 1 else {}
             with graph.inserting_before(layout):
                 name = f"papr_restored_{len(restored)}"
                 made = graph.create_node("call_function", restore_places, (value, places, site.axis), options, name=name)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..errors import NoSiteError
 from ..tracing.blocks import block_of
+from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import called, shape_of
 from .arguments import view_sizes
 from .pooling import WatchPositions
@@ -24,6 +25,7 @@ from .repairs import PlaceSite, View
 from .token_run import RunError, TokenRun, is_size
 
 _LAYOUTS = ("reshape", "view", "unflatten", "flatten", "view_as", "reshape_as", "fold")
+_STACKS = ("cat", "concat", "concatenate")
 
 
 class MixingError(NoSiteError):
@@ -39,7 +41,7 @@ class RestoreError(Exception):
 
     def __init__(self, layouts: Collection[str]) -> None:
         super().__init__()
-        self.layouts = layouts
+        self.layouts = {*layouts}
 
 
 class Layouts:
@@ -150,14 +152,15 @@ class Layouts:
         changed = [axis for axis, sizes in enumerate(zip(before, value.shape, strict=True)) if sizes[0] != sizes[1]]
         if len(changed) != 1 or (before[changed[0]], value.shape[changed[0]]) != self._patches or not changed[0]:
             return None
-        (axis,) = changed
+        (axis,), stacked = changed, _stacked(source)
         place, given = _place(before[:axis], after, self._grid), grid_sizes(node)
         if place is None and not self._takes_apart(node, before, after, axis):
             return None
         counted = any(is_size(run.env[n]) and not run.is_dense(n) for n in node.all_input_nodes)
-        if counted and (place is None or given is None):
+        first = None if place is None or given is None else place - given[1]
+        if not stacked or (counted and first is None):
             return None
-        return PlaceSite(node.name, source.name, axis, None if place is None or given is None else place - given[1], counted)
+        return PlaceSite(node.name, source.name, axis, first, counted, stacked)
 
     def _lays_out(self, node: fx.Node) -> bool:
         """Whether a node calls what may change shapes only."""
@@ -269,6 +272,22 @@ def _place(lead: Sequence[int], after: Sequence[int], grid: Sequence[int]) -> in
     ends = [1, *accumulate(after, mul)]
     found = (place for place in range(len(after)) if tuple(after[place : place + len(grid)]) == tuple(grid))
     return next((place for place in found if ends[place] == prod(lead)), None)
+
+
+def _stacked(node: fx.Node) -> int:
+    """How many values of the traced batch lie one after the other along the first axis of a value; 0 if it is another axis."""
+    size = (shape_of(node) or (0,))[0]
+    if size == TRACED_BATCH:
+        return 1
+    while node.all_input_nodes:
+        if called(node) in _STACKS:
+            apart = all((shape_of(n) or (0,))[0] == TRACED_BATCH for n in node.all_input_nodes)
+            along = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+            return size // TRACED_BATCH if apart and along == 0 else 0
+        node = node.all_input_nodes[0]
+        if (shape_of(node) or (0,))[0] != size:
+            return 0
+    return 0
 
 
 def _is_whole(node: fx.Node, out: Any) -> bool:

@@ -66,6 +66,7 @@ class PlaceSite:
         axis: The axis of the patches there.
         place: The place of the grid's first size among the sizes that the node gets; None if it gets none.
         counted: Whether some of these sizes are computed from the number of tokens.
+        stacked: How many values of the batch lie one after the other along the batch axis of the value.
     """
 
     layout: str
@@ -73,6 +74,7 @@ class PlaceSite:
     axis: int
     place: int | None
     counted: bool
+    stacked: int = 1
 
 
 @dataclass(frozen=True)

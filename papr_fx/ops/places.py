@@ -27,8 +27,8 @@ def map_places(patches: Tensor, grid: Sequence[int]) -> Tensor:
 def fill_nearest(places: Tensor, grid: Sequence[int]) -> Tensor:
     """Gives each dropped place the token of the nearest place that has one: the least L2 distance on the grid, in cells.
 
-    Of places that are equally near, the first in row-major order counts. Squared distances are sums over the axes, so the search
-    runs axis by axis: n (h + w) comparisons, where each place against each token would be n k.
+    Of places that are equally near, the first in row-major order counts. Squared distances are sums over the axes, so the
+    search runs axis by axis: n (h + w) comparisons, where each place against each token would be n k.
 
     Args:
         places: The token of each place, (B, n), -1 where there is none. At least one place of each sample has one.
@@ -48,7 +48,7 @@ def fill_nearest(places: Tensor, grid: Sequence[int]) -> Tensor:
     return places.gather(1, keys.flatten(1) % count)
 
 
-def restore_places(value: Tensor, places: Tensor, axis: int, *, zero: bool = False) -> Tensor:
+def restore_places(value: Tensor, places: Tensor, axis: int, *, zero: bool = False, stacked: int = 1) -> Tensor:
     """Puts tokens in their places: k of them along `axis` become one per place.
 
     Args:
@@ -56,10 +56,12 @@ def restore_places(value: Tensor, places: Tensor, axis: int, *, zero: bool = Fal
         places: The token of each place, (B, n).
         axis: The axis of the tokens.
         zero: Whether places may have no token (-1) and are zero then; otherwise each has one.
+        stacked: How many values of the batch lie one after the other along the batch axis.
 
     Returns:
         The same with n entries along `axis`.
     """
+    places = places.repeat(stacked, 1) if stacked > 1 else places
     if not zero:
         return gather_positions(value, places, [axis], value.ndim)
     restored = gather_positions(value, places.clamp(min=0), [axis], value.ndim)

@@ -27,11 +27,13 @@ class TokenOptions:
         z: Keep ratio, below 1.
         merge: How tokens become fewer from block to block, if they do.
         narrow: Whether to leave out rows that nobody reads.
+        restore: What dropped places hold where tokens are laid out as their grid.
     """
 
     z: float
     merge: Reduction | None
     narrow: bool
+    restore: str = "nearest"
 
 
 def prune_by_tokens(
@@ -44,10 +46,10 @@ def prune_by_tokens(
         TraceError: The model's forward cannot be recorded.
     """
     if not options.narrow:
-        return _pruned(TokenPlanner(request, trunk, options.merge), proposal, options.z)
+        return _pruned(TokenPlanner(request, trunk, options.merge), proposal, options)
     attempt = Attempt()
     try:
-        gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options.z)
+        gm = _pruned(TokenPlanner(request, trunk, options.merge, attempt), proposal, options)
     except PaprError as error:
         if not attempt.opened and not attempt.found:
             raise
@@ -56,13 +58,13 @@ def prune_by_tokens(
         if gm.plan.narrows or not attempt.opened:
             return gm
         reason = attempt.reason
-    return _pruned(TokenPlanner(request, trunk, options.merge, whole=reason), proposal, options.z)
+    return _pruned(TokenPlanner(request, trunk, options.merge, whole=reason), proposal, options)
 
 
-def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet], z: float) -> PrunedModule:
-    root, plan, recorded = planner.plan(z)
+def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet], options: TokenOptions) -> PrunedModule:
+    root, plan, recorded = planner.plan(options.z)
     root.papr_proposal = network = proposal()
-    gm = _built(root, plan.seeing(network))
+    gm = _built(root, plan.seeing(network).restoring(options.restore))
     check_token_reads(gm, planner.blocks, recorded)
     return gm
 

@@ -201,7 +201,7 @@ class TokenPlanner:
         root = traced.scratch_root(self.request.model)
         try:
             others = tuple(name for names in self.trunk.others for name in names)
-            repairs = gather_positions.find_sites(root, site, self.blocks, others, self.request.images)
+            repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images, others)
         except MixingError:
             raise
         except NoSiteError as error:

@@ -1,4 +1,4 @@
-"""Part 9, narrowing: rows that nobody reads may be left out."""
+"""Part 10, narrowing: rows that nobody reads may be left out."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..ops import TokenRows
 from ..passes.kinds import Kind
 from ..planning.modes import PixelPlan, TokenPlan
 from ..planning.module import PrunedModule, checked_module
-from ..tracing.graphs import ancestors, shape_of
+from ..tracing.graphs import ancestors, nodes_by_name, shape_of
 from ..tracing.macs import count_macs_by_node
 from ..tracing.roles import find_all, number_of
 
@@ -65,6 +65,9 @@ class Report:
         statistics: Mean and std of both networks' pixels, or for which they are unknown.
         narrowed: Where only rows are computed that are read later: the module, the rows in front of it, and those behind it.
         all_rows: Why all rows are computed, where they are.
+        restored: Where tokens are put back in their places: the module that lays them out as their grid (of code outside
+            modules, the node), and the grid; once per layout.
+        restore: What dropped places hold there: "nearest", the nearest kept token, or "zero".
     """
 
     model: str
@@ -81,6 +84,8 @@ class Report:
     statistics: str = ""
     narrowed: tuple[str, int, int] | None = None
     all_rows: str = ""
+    restored: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    restore: str = "nearest"
 
     @property
     def total_macs(self) -> int:
@@ -119,6 +124,11 @@ class Report:
             left = "\nnarrowed: in `{}` from {} rows to {}{}".format(*self.narrowed, left)
         elif self.all_rows:
             left = f"\nnot narrowed: {self.all_rows}{left}"
+        if self.restored:
+            (first, grid), more = self.restored[0], len(self.restored) - 1
+            filled = "zero" if self.restore == "zero" else "their nearest kept token"
+            where = f"`{first}`" + (f" and {more} more" if more else "")
+            left = f"\nrestored: tokens to their grid {'x'.join(map(str, grid))} in {where}; dropped places hold {filled}{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.statistics:
@@ -161,6 +171,8 @@ def report(gm: fx.GraphModule) -> Report:
         plan.fallback,
         module.papr_proposal.statistics,
         *_narrowing(module),
+        restored=_restored(module),
+        restore=plan.target.restore,
     )
 
 
@@ -200,6 +212,15 @@ def _narrowing(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str]:
     first = find_all(module.graph, Kind.ROWS)[0]
     value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
     return (found.block, (shape_of(value) or ())[axis], found.rows), ""
+
+
+def _restored(module: PrunedModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    mode = module.plan.mode(module.training)
+    if not isinstance(mode, TokenPlan) or module.plan.z == 1:
+        return ()
+    nodes, grid = nodes_by_name(mode.dense), mode.site(mode.dense).rows.grid
+    layouts = [nodes[site.layout] for site in mode.repairs.places]
+    return tuple((next(reversed(layout.meta["inside"]), "") or layout.name, grid) for layout in layouts)
 
 
 def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:

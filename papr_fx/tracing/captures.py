@@ -1,6 +1,6 @@
 """Values inside a model that its own code collects by hooks: transformers' backbones get their hidden states so.
 
-The code puts the hooks on its modules the first time that it runs, and notes that they are there. Such hooks are no hooks of the
+The code puts the hooks on its modules the first time that it runs, and notes that they are there. They are no hooks of the
 user. Copies that are run or traced forget them, and the note. So they are put there again, on the copy, and run in its trace.
 """
 
