@@ -91,7 +91,8 @@ class Layouts:
             return run()
         with WatchPositions(self._patches[1]) as watched:
             out = run()
-        if watched.mixing or not self._is_column(node, out):
+        read = node.meta.get("read") and is_number(out) and not _is_whole(node, out)
+        if watched.mixing or read or not self._is_column(node, out):
             return self.give_up(node)
         if isinstance(out, tuple | list) or not _is_whole(node, out):
             self._in_column[node] = names
@@ -109,8 +110,7 @@ class Layouts:
         if shape is None:
             raise RestoreError(names)
         self.wrong |= names
-        some = next(value for n in node.all_input_nodes if isinstance(value := self._run.env[n], Tensor))
-        return some.new_empty(shape, dtype=node.meta["dtype"])
+        return cast(Tensor, self._run.env[self._run.stream.node]).new_empty(shape, dtype=node.meta["dtype"])
 
     def repair(self, node: fx.Node) -> Any:
         """What `node` makes of the kept patches, if it lays them out; None if it does not."""

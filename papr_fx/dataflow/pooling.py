@@ -19,7 +19,7 @@ _COPIES = ("alias", "detach", "clone", "contiguous", "_to_copy", "copy_", "lift_
 # Products and norms: over channels, or over as many positions as there are.
 _SUMS = ("mm", "addmm", "bmm", "baddbmm", "native_layer_norm", "_fused_rms_norm", "linalg_vector_norm", "native_dropout")
 _BATCH_NORMS = ("native_batch_norm", "_native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm")
-_POOLING = ("mean", "sum", "amax", "amin")
+_POOLING = ("mean", "sum", "amax", "amin", "std", "var", "native_group_norm")
 _ATTENTION = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
 _WINDOWS = ("avg_pool", "max_pool")
 _FACTORIES = ("empty", "new_empty", "zeros", "ones", "full", "new_zeros", "new_ones", "scalar_tensor", "zero_", "fill_")
@@ -48,11 +48,13 @@ class WatchPositions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _treats_alike(self, func: Any, name: str, args: Any) -> bool:
-        if name in _PLAIN or name.startswith(_BATCH_NORMS) or torch.Tag.pointwise in func.tags:
+        if name in _PLAIN or name.startswith((*_BATCH_NORMS, "prim.")) or torch.Tag.pointwise in func.tags:
             return True
         if name == "convolution":
             _, weight, _, stride, padding, *_ = args
             return prod(weight.shape[2:]) == 1 and set(stride) == {1} and set(padding) == {0}
+        if name == "as_strided_":  # with which pooling ends
+            return prod(args[1]) == args[0].numel()
         if name.startswith(_WINDOWS):
             return list(args[1]) == list(args[0].shape[-len(args[1]) :])  # one window, as large as the grid
         # An attention over tokens; not a softmax over rows or columns of the grid.

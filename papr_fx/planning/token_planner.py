@@ -268,11 +268,12 @@ class TokenPlanner:
         """
         model = self.request.model
         kinds = {name: type(model.get_submodule(name)) for name in error.modules}
-        closed = error.whole_class and any(kind.__module__.startswith("torch.nn.") for kind in kinds.values())
+        containers = {name for name, kind in kinds.items() if kind in (nn.Sequential, nn.ModuleList)}
+        closed = error.whole_class and any(kinds[name].__module__.startswith("torch.nn.") for name in kinds.keys() - containers)
         if closed or error.modules & opened:
             reason = f"{REFUSED.format(self.name)}: {error.reason}" if error.whole_class else error.reason
             raise NoSiteError(reason) from error
-        if not error.whole_class:
+        if not error.whole_class or containers:
             return error.modules
         alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) in kinds.values()}
         return {name for name in alike if any(is_inside(name, block) for block in self.blocks)} | error.modules
