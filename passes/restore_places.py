@@ -25,6 +25,7 @@ Left alone:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -42,49 +43,58 @@ from .splice_proposal import Sizes
 FILLS = ("nearest", "zero")
 
 
-def rewrite(graph: fx.Graph, sites: tuple[PlaceSite, ...], rows: TokenRows, grid: Sizes, keep: fx.Node, fill: str) -> None:
-    """Inserts the places after `keep`, and a gather before each layout.
+@dataclass(frozen=True)
+class Places:
+    """Which token stands for each place.
 
-    Args:
-        graph: A traced graph, whose tokens are those of `keep`.
-        sites: The layouts.
-        rows: What the tokens stand for.
+    Attributes:
+        rows: What the tokens of the dense graph stand for.
         grid: Sizes of the grid.
         keep: The kept indices.
         fill: What dropped places hold, one of `FILLS`.
     """
+
+    rows: TokenRows
+    grid: Sizes
+    keep: fx.Node
+    fill: str
+
+
+def rewrite(graph: fx.Graph, sites: tuple[PlaceSite, ...], places: Places) -> None:
+    """Inserts the places after the kept indices, and a gather before each layout. Other nodes see the kept tokens by now."""
     if not sites:
         return
-    nodes = nodes_by_name(graph)
-    places = _places(graph, rows, grid, keep, fill)
+    nodes, zero = nodes_by_name(graph), places.fill == "zero"
+    index = _index(graph, places)
     restored: dict[tuple[object, ...], fx.Node] = {}
     for site in sites:
         layout, value = nodes[site.layout], nodes[site.layout].all_input_nodes[0]
         key = value, site.axis, regions_of(layout)
         if key not in restored:
-            options: dict[str, Any] = {"zero": True} if fill == "zero" else {}
+            options: dict[str, Any] = {"zero": True} if zero else {}
             options |= {"stacked": site.stacked} if site.stacked > 1 else {}
             with graph.inserting_before(layout):
                 name = f"papr_restored_{len(restored)}"
-                made = graph.create_node("call_function", restore_places, (value, places, site.axis), options, name=name)
+                made = graph.create_node("call_function", restore_places, (value, index, site.axis), options, name=name)
             restored[key] = tag(lay_inside(made, regions_of(layout)), Kind.RESTORED, len(restored))
         layout.replace_input_with(value, restored[key])
         if site.counted and site.place is not None:
-            set_grid(layout, site.place, grid)
+            set_grid(layout, site.place, places.grid)
         if called(layout) == "view" and layout.op == "call_method":  # of a gather, whose memory may be in another order
             layout.target = "reshape"
 
 
-def _places(graph: fx.Graph, rows: TokenRows, grid: Sizes, keep: fx.Node, fill: str) -> fx.Node:
-    """The token of each place of the grid."""
+def _index(graph: fx.Graph, places: Places) -> fx.Node:
+    """The token of each place of the grid, (B, n)."""
+    rows, grid, keep = places.rows, places.grid, places.keep
     (patches,) = find_all(graph, Kind.PATCHES) or ((keep,) if not rows.others else (None,))
     with graph.inserting_after(patches or keep):
         if patches is None:
             ends = (rows.prefix, rows.suffix) if rows.suffix else (rows.prefix,)
             patches = graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_patches")
     with graph.inserting_after(patches):
-        places = tag(graph.create_node("call_function", map_places, (patches, grid), name="papr_places"), Kind.PLACES)
-    if fill == "zero":
-        return places
-    with graph.inserting_after(places):
-        return graph.create_node("call_function", fill_nearest, (places, grid), name="papr_filled")
+        index = tag(graph.create_node("call_function", map_places, (patches, grid), name="papr_places"), Kind.PLACES)
+    if places.fill == "zero":
+        return index
+    with graph.inserting_after(index):
+        return graph.create_node("call_function", fill_nearest, (index, grid), name="papr_filled")

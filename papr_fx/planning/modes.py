@@ -106,7 +106,8 @@ class TokenPlan:
             stage("gather_positions", graph)
             prune_tokens.rewrite(graph, site, keep)
             stage("prune_tokens", graph)
-            restore_places.rewrite(graph, self.repairs.places, site.rows, grid, keep, target.restore)
+            places = restore_places.Places(site.rows, grid, keep, target.restore)
+            restore_places.rewrite(graph, self.repairs.places, places)
             stage("restore_places", graph)
         if self.reduction is not None and self.reduces:
             patches = site.rows.kept(target.z) - site.rows.others
