@@ -73,10 +73,8 @@ class Layouts:
             MixingError: A block reads what was computed from patches in their places.
             RestoreError: The result is no tensor, and needs them.
         """
-        if node.name in self._restored and (site := self._site(node)):
-            out = self._restore(node, site)
-            if out is None:
-                raise NoSiteError(f"`{node.name}` does not take {self._patches[0]} patches in their places")
+        out = self._laid_out(node)  # first: with as many channels as patches, a size of -1 may hide what is laid out
+        if out is not None:
             return out
         layout = next((self._in_place[n] for n in node.all_input_nodes if n in self._in_place), None)
         if layout is not None:
@@ -112,12 +110,12 @@ class Layouts:
         self.wrong |= names
         return cast(Tensor, self._run.env[self._run.stream.node]).new_empty(shape, dtype=node.meta["dtype"])
 
-    def repair(self, node: fx.Node) -> Any:
+    def _laid_out(self, node: fx.Node) -> Any:
         """What `node` makes of the kept patches, if it lays them out; None if it does not."""
         site = self._site(node)
         if site is None:
             return None
-        out = self._viewed(node, site.place)
+        out = None if node.name in self._restored else self._viewed(node, site.place)
         if out is None:
             return self._restore(node, site)
         self.columns.append(View(node.name, cast(int, site.place), len(self._grid)))
@@ -189,7 +187,7 @@ class Layouts:
         sizes[place:end] = self._column
         try:
             out = value.unflatten(first, sizes) if called(node) == "unflatten" else value.reshape(sizes)
-        except RuntimeError:
+        except (RuntimeError, TypeError):  # a shape is no size
             return None
         return out if tuple(out.shape) == (*dense[: first + place], *self._column, *dense[first + end :]) else None
 

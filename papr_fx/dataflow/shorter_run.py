@@ -107,9 +107,8 @@ class ShorterRun(TokenRun):
 
     def _of_kept(self, node: fx.Node, out: Any) -> Any:
         """What `node` makes of the kept tokens, where its result `out` does not have their number."""
-        view = self.layouts.repair(node)  # a size of -1 may have stretched
-        if view is not None or called(node) != "getitem" or not isinstance(out, Tensor):
-            return out if view is None else view
+        if called(node) != "getitem" or not isinstance(out, Tensor):
+            return out
         cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
         if taken := other_tokens(self, node):
             raise NoSiteError(
@@ -123,8 +122,8 @@ class ShorterRun(TokenRun):
         inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
         name = node.target if node.op == "call_module" else node.name
         reason = f"`{name}` refused {inputs}: {first_line(error)}"
-        repairers = (self.layouts,) if node.op == "call_module" else (self.tables, self.counts, self.layouts)
-        for repair in (*(repairer.repair for repairer in repairers), self.layouts.give_up):
+        of_tables = () if node.op == "call_module" else (self.tables.repair, self.counts.repair)
+        for repair in (*of_tables, self.layouts.give_up):
             out = repair(node)
             if out is not None:
                 return out

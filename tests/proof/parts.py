@@ -6,7 +6,19 @@ import torch
 from torch import Tensor, nn
 
 import papr_fx
-from papr_fx.proof import control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
+from papr_fx.proof import (
+    control,
+    geometry,
+    hidden_keys,
+    lengths,
+    narrowing,
+    permutation,
+    reduction,
+    regions,
+    restoring,
+    traced,
+    training,
+)
 from papr_fx.proof.case import Case
 
 from ..models import Shape, ToyViT, toy_proposal
@@ -17,6 +29,7 @@ PARTS = {
     "negative control": control,
     "geometry": geometry,
     "lengths": lengths,
+    "restoring": restoring,
     "regions": regions,
     "hidden keys": hidden_keys,
     "merging": reduction,
