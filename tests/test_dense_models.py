@@ -1,7 +1,7 @@
 """Dense models of timm and transformers: depth, segmentation, poses, and backbones that hand out grids.
 
-Token models are compared with the unpruned model in which dropped tokens are hidden from attention and leave each block as their
-nearest kept token.
+Token models are compared with the unpruned model in which dropped tokens are hidden from attention and leave
+each block as their nearest kept token.
 """
 
 import copy
@@ -11,6 +11,11 @@ import timm
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import papr_fx
 from papr_fx.tracing.numerics import relative_error, tensors_of
@@ -102,13 +107,7 @@ MODELS = {
     ),
     "UPerNet on BEiT": (
         lambda: hf.BeitForSemanticSegmentation(
-            beit(
-                num_hidden_layers=5,
-                out_indices=[2, 3, 4, 5],
-                pool_scales=[1, 2],
-                use_auxiliary_head=False,
-                auxiliary_channels=8,
-            )
+            beit(num_hidden_layers=5, out_indices=[2, 3, 4, 5], pool_scales=[1, 2], use_auxiliary_head=False)
         ),
         (64, 64),
         "beit.layers",
@@ -165,6 +164,12 @@ FOUR = [f"stage{i}" for i in range(1, 5)]
 CONVNEXT = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64], "out_features": FOUR}
 
 
+WINDOWS = {
+    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64},
+    **{"window_size": 2, "window_block_indices": [0]},
+}
+
+
 def segformer() -> nn.Module:
     sizes = {"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 2]}
     return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**sizes, decoder_hidden_size=16))
@@ -174,19 +179,7 @@ PIXELS = {
     "UPerNet on Swin": (lambda: upernet(swin(), 32), (64, 64)),
     "UPerNet on ConvNeXt": (lambda: upernet(hf.ConvNextConfig(**CONVNEXT), 32), (64, 64)),
     "SegFormer": (segformer, (96, 160)),
-    "windows of VitDet": (
-        lambda: hf.VitDetBackbone(
-            hf.VitDetConfig(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=64,
-                window_size=2,
-                window_block_indices=[0],
-            )
-        ),
-        (64, 64),
-    ),
+    "windows of VitDet": (lambda: hf.VitDetBackbone(hf.VitDetConfig(**WINDOWS)), (64, 64)),
 }
 
 
@@ -201,3 +194,53 @@ def test_pixel_models(name):
     assert relative_error(out, dense) > 1e-4
     papr_fx.set_keep_ratio(gm, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(gm(x)), dense, strict=True))
+
+
+class Stages(nn.Module):
+    """The four stages of torchvision's Swin, (B, C, h, w) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = SwinTransformer([4, 4], 8, [1] * 4, [1, 1, 2, 2], [2, 2]).features
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = {}
+        for place, part in enumerate(self.parts):
+            x = part(x)
+            if place % 2:
+                maps[str(place)] = x.permute(0, 3, 1, 2)
+        return maps
+
+
+def convnext_stages() -> nn.Module:
+    sizes = [CNBlockConfig(8 * 2**i, 16 * 2**i if i < 3 else None, 1) for i in range(4)]
+    return IntermediateLayerGetter(ConvNeXt(sizes).features, {"1": "1", "3": "3", "5": "5", "7": "7"})
+
+
+class Pyramid(nn.Module):
+    """A body and its feature pyramid, as detectors of torchvision take it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.out_channels = body, 8
+        self.fpn = FeaturePyramidNetwork([8, 16, 32, 64], 8, LastLevelMaxPool())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.fpn(self.body(x))
+
+
+@pytest.mark.parametrize("make", [convnext_stages, pytest.param(Stages, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_detectors_of_torchvision(make):
+    detector = FasterRCNN(Pyramid(enliven(make())), 3, min_size=64, max_size=64).eval()
+    x = [torch.rand(3, 64, 64), torch.rand(3, 48, 64)]
+    dense = detector(x)
+    example = torch.zeros(1, 3, 64, 64)
+    shapes = [value.shape for value in detector.backbone.body(example).values()]
+    gm = papr_fx.transform(detector.backbone.body, toy_proposal(), 0.5, example_input=example, verify=False)
+    assert [value.shape for value in gm(example).values()] == shapes
+    detector.backbone.body = gm
+    assert all(found["boxes"].isfinite().all() and len(found["boxes"]) == len(found["scores"]) for found in detector(x))
+    papr_fx.set_keep_ratio(gm, 1.0)
+    for found, before in zip(detector(x), dense, strict=True):
+        assert all(torch.equal(found[key], before[key]) for key in before)
