@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..oracles import attention_without
+import papr_fx
+
+from ..oracles import attention_without, kept_tokens
 from .vits import Shape, ToyViT, enliven
 
 
@@ -58,6 +60,24 @@ def fill_by_hand(mask: Tensor) -> Tensor:
         distances = [[sum((a - b) ** 2 for a, b in zip(cell, cells[k], strict=True)) for k in kept] for cell in cells]
         found.append([kept[row.index(min(row))] for row in distances])
     return torch.tensor(found)
+
+
+def by_hand(model: DenseViT, gm: nn.Module, x: Tensor, *, zero: bool) -> Tensor:
+    """Kept tokens through the blocks, each put in its place; dropped places hold the nearest one, or zero."""
+    ((_, mask),) = papr_fx.keep_masks(gm, x).items()
+    prefix = model.shape.prefix
+    tokens = model.tokens(x)
+    kept = torch.stack([sample[index] for sample, index in zip(tokens, kept_tokens(mask, prefix), strict=True)])
+    for block in model.blocks:
+        kept = block(kept)
+    patches = model.patch_tokens(kept)
+    grid = torch.zeros(len(x), 8, *mask.shape[1:], dtype=x.dtype)
+    for sample, nearest in enumerate(fill_by_hand(mask)):
+        order = [cell for cell, is_kept in enumerate(mask[sample].flatten().tolist()) if is_kept]
+        for cell, source in enumerate(nearest.tolist()):
+            if source == cell or not zero:
+                grid[sample, :, cell // mask.shape[2], cell % mask.shape[2]] = patches[sample, order.index(source)]
+    return model.on_grid(grid)
 
 
 @contextmanager

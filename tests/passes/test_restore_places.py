@@ -25,7 +25,7 @@ from papr_fx.tracing.fakes import scratch_copy
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Attention, Block, Shape, enliven, images, toy_proposal
-from ..models.dense import ConvDecoder, DenseViT, fill_by_hand
+from ..models.dense import ConvDecoder, DenseViT, by_hand
 from ..oracles import kept_tokens
 from .specification import Brightness, assert_becomes, graph_of
 
@@ -96,24 +96,6 @@ SHAPES = [
     Shape(image=(6, 15), depth=1, prefix=0),
     Shape(image=(10, 9), depth=1, prefix=3),
 ]
-
-
-def by_hand(model: DenseViT, gm: nn.Module, x: Tensor, *, zero: bool) -> Tensor:
-    """Kept tokens through the blocks, each put in its place; dropped places hold the nearest one, or zero."""
-    ((_, mask),) = papr_fx.keep_masks(gm, x).items()
-    prefix = model.shape.prefix
-    tokens = model.tokens(x)
-    kept = torch.stack([sample[index] for sample, index in zip(tokens, kept_tokens(mask, prefix), strict=True)])
-    for block in model.blocks:
-        kept = block(kept)
-    patches = model.patch_tokens(kept)
-    grid = torch.zeros(len(x), 8, *mask.shape[1:], dtype=x.dtype)
-    for sample, nearest in enumerate(fill_by_hand(mask)):
-        order = [cell for cell, is_kept in enumerate(mask[sample].flatten().tolist()) if is_kept]
-        for cell, source in enumerate(nearest.tolist()):
-            if source == cell or not zero:
-                grid[sample, :, cell // mask.shape[2], cell % mask.shape[2]] = patches[sample, order.index(source)]
-    return model.on_grid(grid)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -192,68 +174,6 @@ def test_grids_that_are_only_pooled_stay_columns(name):
     kept = torch.stack([sample[index] for sample, index in zip(tokens, kept_tokens(mask, 1), strict=True)])
     kept = model.patch_tokens(model.blocks[0](kept))
     assert relative_error(gm(x), run(kept.transpose(1, 2).unsqueeze(-1))) < 1e-12
-
-
-class Layout(DenseViT):
-    """`lay_out` is how its head makes a grid of the patches."""
-
-    lay_out = staticmethod(lambda patches: patches)
-
-    def make(self) -> None:
-        self.mix = nn.Conv2d(8, 3, 3, padding=1)
-        self.unflatten = nn.Sequential(nn.Unflatten(2, self.shape.grid), nn.Conv2d(8, 3, 3, padding=1))
-
-    def classify(self, x: Tensor) -> Tensor:
-        return type(self).lay_out(self, self.patch_tokens(x))
-
-
-LAYOUTS = {
-    "reshape": lambda model, x: model.mix(x.transpose(1, 2).reshape(x.shape[0], 8, 4, 4)),
-    "view": lambda model, x: model.mix(x.transpose(1, 2).contiguous().view(-1, 8, 4, 4)),
-    "unflatten": lambda model, x: model.mix(x.transpose(1, 2).unflatten(2, (4, -1))),
-    "channels left open": lambda model, x: model.mix(x.reshape(x.shape[0], 4, 4, -1).permute(0, 3, 1, 2)),
-    "rows from the count": lambda model, x: model.mix(x.transpose(1, 2).unflatten(2, (x.shape[1] // 4, 4))),
-    "a module": lambda model, x: model.unflatten(x.transpose(1, 2)),
-    "pixels of a patch": lambda model, x: x.reshape(-1, 4, 4, 2, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, 2, 8, 8),
-    "fold": lambda model, x: F.fold(x.transpose(1, 2), (8, 8), 2, stride=2),
-    "a number a token": lambda model, x: x.mean(2).view(-1, 4, 4),
-    "all in one row": lambda model, x: x.flatten(1) @ torch.ones(128, 2, dtype=x.dtype),
-    "four tokens in one": lambda model, x: x.reshape(-1, 4, 32),
-    "stacked": lambda model, x: model.mix(torch.cat([x, 2 * x]).transpose(1, 2).reshape(-1, 8, 4, 4)),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@torch.no_grad()
-def test_layouts(name):
-    """The model's own head, called on patches that were put back by hand."""
-    Layout.lay_out = staticmethod(LAYOUTS[name])
-    model = Layout().double().eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.5)
-    assert len(papr_fx.report(gm).restored) == 1
-    x = images(model.shape, 2)
-    model.on_grid = lambda grid: LAYOUTS[name](model, grid.flatten(2).transpose(1, 2))
-    assert relative_error(gm(x), by_hand(model, gm, x, zero=False)) < 1e-12
-
-
-class Counted(Layout):
-    """Computes the sides of its grid from the number of its tokens."""
-
-    def classify(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x)
-        side = int((tokens.shape[1] - 1) ** 0.5)
-        return self.on_grid(tokens[:, 1:].transpose(1, 2).reshape(-1, 8, side, side))
-
-    def on_grid(self, grid: Tensor) -> Tensor:
-        return self.mix(grid)
-
-
-@torch.no_grad()
-def test_sides_computed_from_the_count():
-    model = Counted().double().eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.5)
-    x = images(model.shape, 2)
-    assert relative_error(gm(x), by_hand(model, gm, x, zero=False)) < 1e-12
 
 
 class Several(DenseViT):
