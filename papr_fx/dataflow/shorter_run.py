@@ -107,6 +107,9 @@ class ShorterRun(TokenRun):
 
     def _of_kept(self, node: fx.Node, out: Any) -> Any:
         """What `node` makes of the kept tokens, where its result `out` does not have their number."""
+        if node.op == "call_module" and not self.in_block(node) and not self._is_of_torch(node):
+            reason = f"`{node.target}` returns {_shape(out)} for fewer tokens, where it returns {shape_of(node)} for all"
+            raise OpenError({str(node.target)}, reason, whole_class=True)
         if called(node) != "getitem" or not isinstance(out, Tensor):
             return out
         cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
@@ -116,6 +119,10 @@ class ShorterRun(TokenRun):
                 "tokens in front of the patches and behind them (`x[:, n:-m]`), or by the token count there (`x.shape[1]`)"
             )
         return out if cut is None else cut
+
+    def _is_of_torch(self, node: fx.Node) -> bool:
+        """Whether a node calls a module of PyTorch, which is not traced through."""
+        return type(self.fetch_attr(str(node.target))).__module__.startswith("torch.nn.")
 
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
         """The result of a node that failed, with what it reads repaired."""

@@ -182,3 +182,30 @@ def test_a_decoder_on_tokens():
     masks = torch.stack([kept[i, order[i, fill]] for i, fill in enumerate(fill_by_hand(mask))])
     expected = F.interpolate(masks.transpose(1, 2).reshape(-1, 5, 4, 4), scale_factor=2.0, mode="bilinear")
     assert relative_error(gm(x), expected) < 1e-12
+
+
+class SideBySide(nn.Module):
+    """Lays tokens out as rows of half of their number: any number of them will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], 2, -1) * 2
+
+
+class InAModule(DenseViT):
+    def make(self) -> None:
+        self.lay_out = SideBySide()
+        self.lay_out.scale = nn.Parameter(torch.ones(1))  # not a module that only moves values
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.lay_out(self.patch_tokens(x))
+
+
+@torch.no_grad()
+def test_a_module_that_takes_any_number_of_tokens_is_traced_through():
+    """Without the proof too: its map would be as long as there are tokens."""
+    model = InAModule().double().eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+    x = images(model.shape, 2)
+    assert gm(x).shape == model(x).shape
+    model.on_grid = lambda grid: model.lay_out(grid.flatten(2).transpose(1, 2))
+    assert relative_error(gm(x), by_hand(model, gm, x, zero=False)) < 1e-12
