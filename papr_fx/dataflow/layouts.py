@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import NoSiteError
-from ..tracing.blocks import block_of
+from ..tracing.blocks import block_of, is_inside
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import called, shape_of
 from .arguments import view_sizes
@@ -211,10 +211,11 @@ class Layouts:
         return out
 
     def _check_behind(self, node: fx.Node, layout: str) -> None:
-        stream = self._run.stream
-        inside = self._run.in_block(node) or block_of(node, stream.others) or node.target in stream.others
-        if inside:
-            name = block_of(node, (*stream.blocks, *stream.others)) or node.target
+        blocks = (*self._run.stream.blocks, *self._run.stream.others)
+        name = block_of(node, blocks)
+        if name is None and node.op == "call_module" and any(is_inside(block, str(node.target)) for block in blocks):
+            name = str(node.target)
+        if name is not None:
             raise MixingError(
                 f"tokens cannot be dropped: `{name}` runs on what follows from the grid that `{layout}` makes of them"
             )

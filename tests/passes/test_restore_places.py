@@ -225,7 +225,17 @@ class Staged(DenseViT):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize(("kind", "block"), [(Between, "blocks.1"), (Staged, "later.0")])
+class StageInAModule(Staged):
+    def make(self) -> None:
+        super().make()
+        self.stage = nn.Sequential(*self.later)
+        del self.later
+
+    def on_grid(self, grid: Tensor) -> Tensor:
+        return self.head(self.stage(self.down(grid).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(("kind", "block"), [(Between, "blocks.1"), (Staged, "later.0"), (StageInAModule, "stage")])
 def test_a_grid_that_leads_to_blocks_again_is_refused(kind, block):
     with pytest.raises(papr_fx.NoSiteError, match=f"`{block}` runs on what follows from the grid that `reshape` makes of them"):
         papr_fx.transform(kind(Shape(depth=2)).eval(), toy_proposal(), 0.5, mode="tokens", verify=False)
