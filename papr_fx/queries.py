@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from .errors import ArgumentError
-from .ops import TokenRows
+from .ops import TokenRows, fill_nearest, restore_places
 from .passes.kinds import Kind
+from .passes.restore_places import FILLS
+from .planning.inputs import checked_word
 from .planning.modes import Choice
 from .planning.module import PrunedModule, checked_module
 from .planning.plan import keep_of
@@ -87,7 +89,9 @@ def token_map(gm: fx.GraphModule, images: Tensor) -> Tensor:
     return torch.where(places < 0, places, places + rows.prefix)
 
 
-def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: float | Tensor = 0.0) -> Tensor:
+def restore_grid(
+    gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: float | Tensor | Literal["nearest", "zero"] = 0.0
+) -> Tensor:
     """Puts the kept tokens of a headless model back in their places on the grid, for dense heads. Coarse ones fill theirs.
 
     Args:
@@ -95,7 +99,8 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
         tokens: Its output for `images`: (B, prefix + k + suffix, C), or (B, k, C) of patches alone; all tokens at z=1.
         images: The same images (B, C, H, W). The choice is made again, so the precision must be the same too: under autocast
             if the tokens were computed under it.
-        fill: What dropped positions hold: a number, or a vector (C,) such as a mask token.
+        fill: What dropped positions hold: a number, a vector (C,) such as a mask token, or as for `transform(restore=...)`
+            "nearest", the nearest kept token, or "zero".
 
     Returns:
         (B, C, h, w) on the model's token grid, or (B, C, t, h, w) for clips.
@@ -119,11 +124,22 @@ def restore_grid(gm: fx.GraphModule, tokens: Tensor, images: Tensor, *, fill: fl
         behind = f" + {rows.suffix}" if rows.suffix else ""
         expected = f"(B, {rows.prefix} + {kept}{behind}, C) or (B, {kept}, C)"
         raise ArgumentError(f"tokens must be {expected} for these images, not {found or type(tokens).__name__}")
+    first = rows.prefix if found[1] > kept else 0
+    patches = tokens[:, first : first + kept]
+    if isinstance(fill, str):
+        checked_word("fill", fill, FILLS)
+        return _filled(rows, patches, cells, zero=fill == "zero")
     filled = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
     if tuple(filled.shape) not in ((), (found[2],)):
         raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(filled.shape)}")
-    first = rows.prefix if found[1] > kept else 0
-    return rows.restore(tokens[:, first : first + kept], cells, filled)
+    return rows.restore(patches, cells, filled)
+
+
+def _filled(rows: TokenRows, patches: Tensor, cells: Tensor, *, zero: bool) -> Tensor:
+    """Patches (B, k, C) at their cells (B, k), (B, C, *grid), with dropped places filled as in a rewritten graph."""
+    places = rows.places(cells).flatten(1)
+    index = places if zero else fill_nearest(places, rows.grid)
+    return restore_places(patches, index, 1, zero=zero).transpose(1, 2).unflatten(2, rows.grid)
 
 
 def _kept_cells(module: PrunedModule, rows: TokenRows, keep: Tensor) -> Tensor:

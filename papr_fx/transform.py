@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, NoSiteError, SiteError, StatisticsWarning, VerifyError
 from .passes.prune_tokens import SeveralTrunksError
 from .passes.reduction import Reduction
+from .passes.restore_places import FILLS
 from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import TokenOptions, prune_by_tokens
@@ -50,6 +51,7 @@ def transform(
     merge: Reduction | None = None,
     output: Literal["logits", "features"] = "logits",
     narrow: bool = True,
+    restore: Literal["nearest", "zero"] = "nearest",
     verify: bool = True,
 ) -> PrunedModule:
     """Rewrites a vision model to compute only for the most significant patches (PaPr, ECCV 2024, Sec. 3).
@@ -84,6 +86,8 @@ def transform(
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
         narrow: Whether to compute only those rows of the last tokens that are read: in most ViTs the class token's. Exact;
             `report` says where. Off at z=1.
+        restore: What dropped places hold where a model lays its tokens out as their grid for more than pooling, as dense heads
+            do, or returns them so: "nearest", the nearest kept token, or "zero".
         verify: Whether to prove the rewrite on the model before returning it.
 
     Raises:
@@ -93,7 +97,7 @@ def transform(
             background also: patches see each other before the first block, as in a convolutional stem.
         VerifyError: The rewritten model failed its proof.
     """
-    options = _Options(checked_z(z), mode, background, merge, output, narrow, verify).checked()
+    options = _Options(checked_z(z), mode, background, merge, output, narrow, restore, verify).checked()
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
     spec = ImageSpec.of(request.images, request.layout)
@@ -116,12 +120,14 @@ class _Options:
     merge: Reduction | None
     output: str
     narrow: bool
+    restore: str
     verify: bool
 
     def checked(self) -> _Options:
         """The same options, with the mode that merging asks for; `ArgumentError` if one is wrong."""
         inputs.checked_word("mode", self.mode, inputs.MODES)
         inputs.checked_word("background", self.background, inputs.BACKGROUNDS)
+        inputs.checked_word("restore", self.restore, FILLS)
         return replace(self, mode=_checked_background(self.background, self.merge, _checked_merge(self.merge, self.mode)))
 
 
@@ -159,7 +165,8 @@ class _Pipeline:
 
     def _by_tokens(self, trunk: Trunk) -> PrunedModule:
         background = self.options.background
-        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow, background == "coarse")
+        coarse, restore = background == "coarse", self.options.restore
+        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow, coarse, restore)
         try:
             with no_collection():
                 return prune_by_tokens(self.request, trunk, self.network, wanted)

@@ -18,8 +18,9 @@ Three more things are repaired:
     - A block numbers positions by the token count (`torch.arange(x.shape[1])`): it gets the dense count, and the kept numbers
       are gathered.
     - A block asks a table for the number of positions, to tell other tokens from patches: it gets the kept count.
-    - A reshape after the last block lays the tokens out as their grid, (B, h, w, C): the kept ones become a grid of k rows
-      and one column. Position-wise operations and pooling still run. (Inside a block such a reshape is refused.)
+    - A reshape after the blocks lays the patches out as their grid, (B, h, w, C), which is only pooled: the kept ones become a
+      grid of k rows and one column. (Inside a block such a reshape is refused; where more is done with the grid, see
+      `restore_places`.)
 
 Left alone:
     1. A module that fails, or numbers positions itself: it must be traced through first (`OpenError`).
@@ -29,11 +30,10 @@ Left alone:
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.lengths import view_sizes
+from ..dataflow.layouts import set_grid
 from ..dataflow.repairs import Count, Numbering, Repairs, TableSite, View
 from ..dataflow.shorter_run import find_repairs
 from ..dataflow.token_run import TokenStream
@@ -45,20 +45,23 @@ from .kinds import Kind
 from .prune_tokens import TokenSite
 
 
-def find_sites(root: nn.Module, site: TokenSite, blocks: tuple[str, ...], images: Tensor) -> Repairs:
-    """Runs the dense graph with some tokens left out, and finds what must be gathered for it to run.
+def find_sites(
+    root: nn.Module, site: TokenSite, blocks: tuple[str, ...], images: Tensor, others: tuple[str, ...] = ()
+) -> Repairs:
+    """Runs the dense graph with some tokens left out, and finds what must change for it to run.
 
     Args:
         root: A scratch copy of the modules that the graph calls.
         site: Where tokens are dropped in the graph.
         blocks: Qualified names of the blocks.
         images: Images of the traced shape.
+        others: Qualified names of other repeated blocks that run on tokens.
 
     Raises:
         OpenError: A module refuses fewer tokens, or numbers them.
         NoSiteError: An operation refuses fewer tokens, and no gather repairs it.
     """
-    return find_repairs(root, TokenStream(site.stream, site.rows, blocks), images)
+    return find_repairs(root, TokenStream(site.stream, site.rows, blocks, others), images)
 
 
 def rewrite(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.Node, quads: fx.Node | None = None) -> None:
@@ -93,6 +96,8 @@ def _kept_by_span(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.N
             ends = (span.first, span.behind) if span.behind else (span.first,)
             with graph.inserting_after(keep):
                 counted[span] = graph.create_node("call_function", kept_patches, (keep, *ends), name=name)
+            if span == patches:
+                tag(counted[span], Kind.PATCHES)
     return counted
 
 
@@ -118,9 +123,7 @@ def _lay_out_column(reshape: fx.Node, number: int, view: View, patches: fx.Node)
     """Makes a reshape to the grid one to k rows and one column."""
     with reshape.graph.inserting_before(reshape):
         count = reshape.graph.create_node("call_method", "size", (patches, 1), name=f"papr_rows_{number}")
-    sizes: list[Any] = view_sizes(reshape)
-    sizes[view.place : view.place + view.axes] = (count, *[1] * (view.axes - 1))
-    reshape.args = (reshape.args[0], tuple(sizes))
+    set_grid(reshape, view.place, (count, *[1] * (view.axes - 1)))
 
 
 def _count_kept(nodes: dict[str, fx.Node], counts: list[Count], index: fx.Node, name: str) -> None:

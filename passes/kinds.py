@@ -18,3 +18,6 @@ class Kind(Enum):
     REDUCED = "the tokens after a reduction"
     ROWS = "the rows that are read later"
     EMBEDDING = "the embedding of the kept patches"
+    PATCHES = "the kept patches, without other tokens"
+    PLACES = "which token stands for each place of the grid"
+    RESTORED = "tokens that are back in their places"

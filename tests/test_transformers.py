@@ -211,10 +211,23 @@ def test_interpolated_position_embeddings():
     assert found.hidden_keys < 1e-12
 
 
-def test_hidden_states_of_every_layer_are_refused():
-    model = Given(build("ViTForImageClassification"), output_hidden_states=True)
-    with pytest.raises(papr_fx.PaprError):
-        papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 64, 64))
+@torch.no_grad()
+def test_hidden_states_of_every_layer_are_those_of_kept_tokens():
+    """They are collected by hooks that the library puts on its layers."""
+    model = Given(build("ViTForImageClassification"), output_hidden_states=True).eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model(x)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x)
+    ((_, mask),) = papr_fx.keep_masks(gm, x).items()
+    kept = torch.cat([torch.ones(2, 1, dtype=torch.bool), mask.flatten(1)], dim=1)
+    with attention_without(~kept):
+        dense = model(x).hidden_states
+    found = gm(x).hidden_states
+    assert len(found) == len(dense) == 3
+    for tokens, whole in zip(found, dense, strict=True):
+        assert relative_error(tokens, whole[kept].view(2, -1, 32)) < 1e-12
+    assert not any(module._forward_hooks for module in gm.modules())  # the graph needs none
+    assert any(module._forward_hooks for module in model.modules())
 
 
 def test_inputs_besides_the_images():

@@ -12,7 +12,6 @@ from torch.fx.node import map_aggregate
 
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.graphs import called, shape_of
-from .lengths import view_sizes
 
 _RESHAPES = ("view", "reshape")
 
@@ -62,6 +61,12 @@ def count_place(node: fx.Node, axis: int | None, count: int) -> int | None:
     if place is None or len(known) != len(sizes) or sizes[place] == -1:
         return None
     return place if known[place] == count else None
+
+
+def view_sizes(node: fx.Node) -> list[Any]:
+    """The sizes that a reshape gets."""
+    sizes = list(node.args[1:])
+    return list(cast("Sequence[Any]", sizes[0])) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 
 
 def sizes_of(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> Any:

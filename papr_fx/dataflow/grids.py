@@ -11,6 +11,7 @@ from torch import fx
 from ..ops.rows import TokenRows
 from ..tracing.graphs import ancestors, shape_of
 from ..tracing.joins import Join
+from .moves import residual_of
 from .positionwise import Layout
 
 # A longer prefix cannot be class, distillation and register tokens.
@@ -63,7 +64,7 @@ def grid_of(value: fx.Node, layout: Layout) -> tuple[TokenRows, Origin] | None:
     axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
     if axes:
         return TokenRows(tuple(shape[axis] for axis in axes)), Origin(value.name, axes)
-    found = _flattened(value, layout.index("N"))
+    found = _flattened(value, layout.index("N")) or _flattened(value, layout.index("N"), shortcuts=True)
     if found is None:
         return None
     node, join = found
@@ -89,11 +90,18 @@ def _folded_flattening(stream: fx.Node, tokens: int) -> Flattening | None:
     return None
 
 
-def _flattened(node: fx.Node, axis: int) -> Flattening | None:
-    """Where a grid became one axis of `node`, upstream through operations that keep positions in their places."""
+def _flattened(node: fx.Node, axis: int, *, shortcuts: bool = False) -> Flattening | None:
+    """Where a grid became one axis of `node`, upstream through operations that keep positions in their places.
+
+    Args:
+        node: The value.
+        axis: Its axis.
+        shortcuts: Whether to pass residual additions by their shortcut, and not by their first operand.
+    """
     count = cast("tuple[int, ...]", shape_of(node))[axis]
     while True:
-        before = next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
+        shortcut = residual_of(node) if shortcuts else None
+        before = shortcut or next((n for n in node.all_input_nodes if len(shape_of(n) or ()) == 3), None)
         shape = shape_of(before) if before else None
         if before is None or shape is None or count not in shape[1:]:
             return _exact(node, count) or next((f for above in ancestors(node) if (f := _with_prefix(above, count))), None)

@@ -43,7 +43,7 @@ class TableSite:
 
 @dataclass(frozen=True)
 class View:
-    """A reshape that lays the tokens out as their grid.
+    """A reshape that lays the patches out as their grid, which becomes one column.
 
     Attributes:
         user: The reshape.
@@ -54,6 +54,27 @@ class View:
     user: str
     place: int
     axes: int
+
+
+@dataclass(frozen=True)
+class PlaceSite:
+    """A node that lays the patches out as their grid, before which they are put back in their places.
+
+    Attributes:
+        layout: The node.
+        value: What it lays out.
+        axis: The axis of the patches there.
+        place: The place of the grid's first size among the sizes that the node gets; None if it gets none.
+        counted: Whether some of these sizes are computed from the number of tokens.
+        stacked: How many values of the batch lie one after the other along the batch axis of the value.
+    """
+
+    layout: str
+    value: str
+    axis: int
+    place: int | None
+    counted: bool
+    stacked: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,7 @@ class Repairs:
     views: tuple[View, ...] = ()
     counts: tuple[Count, ...] = ()
     numberings: tuple[Numbering, ...] = ()
+    places: tuple[PlaceSite, ...] = ()
 
     def spans(self) -> list[tuple[str, Span]]:
         """The names of nodes that count tokens, and which they count."""
@@ -101,5 +123,6 @@ class Repairs:
     def first_node(self) -> str | None:
         """The name of a node that needs a change; None if none does."""
         names = [site.value for site in self.tables] + [view.user for view in self.views]
+        names += [site.layout for site in self.places]
         names += [count.size for count in self.counts] + [numbering.call for numbering in self.numberings]
         return names[0] if names else None

@@ -25,9 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ..tracing.fakes import MODEL_ERRORS, scratch_copy
 from ..tracing.graphs import called, is_in_place, leaves_of, shape_of
 from ..tracing.numerics import exact_float32, forked_random, holds_indices, redraw, relative_error, tensors_of, unit_scale
-from .arguments import Argument, Rows, UnknownError, count_place, filled, sizes_of
+from .arguments import Argument, Rows, UnknownError, count_place, filled, sizes_of, view_sizes
 from .attentions import SDPA_ARGUMENTS
-from .lengths import view_sizes
 
 _TOLERANCE = 1e-4
 _MOST_TRIALS = 32

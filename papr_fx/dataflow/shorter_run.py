@@ -14,7 +14,8 @@ from ..ops.rows import Span
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking
 from ..tracing.graphs import called, shape_of
 from ..tracing.trace import OpenError
-from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError, Views
+from .layouts import Layouts, RestoreError
+from .lengths import NUMBERING_CALLS, Counts, Numberings, RenumberError
 from .repairs import Repairs
 from .slices import other_tokens
 from .tables import Tables
@@ -38,19 +39,24 @@ def find_repairs(root: nn.Module, stream: TokenStream, images: Tensor) -> Repair
         return Repairs()
     mode, fake = fake_like(images, TRACED_BATCH)
     renumbered: set[str] = set()
+    restored: set[str] = set()
     while True:
-        run = ShorterRun(root, stream, kept, renumbered)
+        run = ShorterRun(root, stream, kept, renumbered, restored)
         try:
             with faking(mode, root):
                 run.run(fake)
         except RenumberError as error:
             renumbered |= error.calls
-        else:
-            found = Repairs(
-                tuple(run.tables.sites.values()), tuple(run.views.found), tuple(run.counts.found), tuple(run.numberings.found)
-            )
-            _check_ends(stream.rows, found)
-            return found
+            continue
+        except RestoreError as error:
+            run.layouts.wrong |= error.layouts
+        except NoSiteError:
+            if not run.layouts.wrong:  # else it may follow from them
+                raise
+        if not run.layouts.wrong:
+            _check_ends(stream.rows, run.repairs)
+            return run.repairs
+        restored |= run.layouts.wrong
 
 
 class ShorterRun(TokenRun):
@@ -61,14 +67,25 @@ class ShorterRun(TokenRun):
         stream: The tokens.
         kept: How many patches are left.
         renumbered: Calls that must number the kept tokens, not all of them.
+        restored: Nodes after the blocks that need the patches in their places.
     """
 
-    def __init__(self, root: nn.Module, stream: TokenStream, kept: int, renumbered: Collection[str]) -> None:
+    def __init__(
+        self, root: nn.Module, stream: TokenStream, kept: int, renumbered: Collection[str], restored: Collection[str]
+    ) -> None:
         super().__init__(root, stream, kept)
         self.tables = Tables(self)
         self.counts = Counts(self, self.tables)
-        self.views = Views(self)
+        self.layouts = Layouts(self, restored)
         self.numberings = Numberings(self, self.tables, renumbered)
+
+    @property
+    def repairs(self) -> Repairs:
+        """What was repaired."""
+        tables, layouts = tuple(self.tables.sites.values()), self.layouts
+        return Repairs(
+            tables, tuple(layouts.columns), tuple(self.counts.found), tuple(self.numberings.found), tuple(layouts.places)
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node on the values so far, and repairs it if it fails."""
@@ -77,7 +94,7 @@ class ShorterRun(TokenRun):
         try:
             with recorder:
                 numbers = self.numberings.applies(n)
-                out = self.numberings.run(n) if numbers else self.views.follow(n, lambda: self.plain(n))
+                out = self.numberings.run(n) if numbers else self.layouts.follow(n, lambda: self.plain(n))
         except RunError as failed:
             out = self._repaired(n, failed.error)
         else:
@@ -90,9 +107,11 @@ class ShorterRun(TokenRun):
 
     def _of_kept(self, node: fx.Node, out: Any) -> Any:
         """What `node` makes of the kept tokens, where its result `out` does not have their number."""
-        view = self.views.repair(node)  # a size of -1 may have stretched
-        if view is not None or called(node) != "getitem" or not isinstance(out, Tensor):
-            return out if view is None else view
+        if node.op == "call_module" and not self.in_block(node) and not self._is_of_torch(node):
+            reason = f"`{node.target}` returns {_shape(out)} for fewer tokens, where it returns {shape_of(node)} for all"
+            raise OpenError({str(node.target)}, reason, whole_class=True)
+        if called(node) != "getitem" or not isinstance(out, Tensor):
+            return out
         cut = self.counts.repair(node)  # a slice as far as the number of all tokens stops at the last kept one
         if taken := other_tokens(self, node):
             raise NoSiteError(
@@ -101,17 +120,22 @@ class ShorterRun(TokenRun):
             )
         return out if cut is None else cut
 
+    def _is_of_torch(self, node: fx.Node) -> bool:
+        """Whether a node calls a module of PyTorch, which is not traced through."""
+        return type(self.fetch_attr(str(node.target))).__module__.startswith("torch.nn.")
+
     def _repaired(self, node: fx.Node, error: Exception) -> Any:
         """The result of a node that failed, with what it reads repaired."""
         inputs = ", ".join(f"{n.name} {_shape(self.env[n])}" for n in node.all_input_nodes)
         name = node.target if node.op == "call_module" else node.name
         reason = f"`{name}` refused {inputs}: {first_line(error)}"
-        if node.op == "call_module":
-            raise OpenError({str(node.target)}, reason, whole_class=True) from error
-        for repairer in (self.tables, self.counts, self.views):
-            out = repairer.repair(node)
+        of_tables = () if node.op == "call_module" else (self.tables.repair, self.counts.repair)
+        for repair in (*of_tables, self.layouts.give_up):
+            out = repair(node)
             if out is not None:
                 return out
+        if node.op == "call_module":
+            raise OpenError({str(node.target)}, reason, whole_class=True) from error
         raise NoSiteError(reason) from error
 
     def _follows_length(self, node: fx.Node, counts: set[int]) -> bool:

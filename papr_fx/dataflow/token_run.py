@@ -21,11 +21,13 @@ class TokenStream:
         node: The node whose value is (B, N, C).
         rows: What the N tokens stand for.
         blocks: Qualified names of the blocks that they run through.
+        others: Those of other repeated blocks that run on tokens.
     """
 
     node: fx.Node
     rows: TokenRows
     blocks: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 class RunError(Exception):

@@ -7,6 +7,7 @@ They must not know of graphs, models or plans.
 from .columns import linear_columns, split_columns
 from .layers import is_plain, is_watched
 from .patches import embed_patches, patch_grid
+from .places import fill_nearest, map_places, restore_places
 from .positions import (
     count_windows,
     gather_pixels,
@@ -69,6 +70,7 @@ __all__ = [
     "count_windows",
     "embed_patches",
     "exact",
+    "fill_nearest",
     "fuse_tokens",
     "gather_pixels",
     "gather_positions",
@@ -82,6 +84,7 @@ __all__ = [
     "kept_patches",
     "last_sizes",
     "linear_columns",
+    "map_places",
     "mask_positions",
     "match_tokens",
     "mean_by_size",
@@ -98,6 +101,7 @@ __all__ = [
     "quad_grid",
     "quad_members",
     "resize_map",
+    "restore_places",
     "size_bias",
     "split_by_score",
     "split_columns",

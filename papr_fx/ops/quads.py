@@ -182,7 +182,7 @@ def token_places(cells: Tensor, grid: Sequence[int], suffix: int = 0) -> Tensor:
         suffix: Tokens behind the grid.
 
     Returns:
-        (B, *grid) int64: the place in `cells` of what stands for the position, -1 where it was dropped.
+        (B, n) int64: the place in `cells` of what stands for the position, -1 where it was dropped.
     """
     count = prod(grid)
     itself = torch.arange(count, device=cells.device).unsqueeze(1).expand(count, 4)
@@ -191,4 +191,4 @@ def token_places(cells: Tensor, grid: Sequence[int], suffix: int = 0) -> Tensor:
     stands = shares.index_select(0, rows.flatten()).view(len(cells), 4 * cells.shape[1])
     numbers = torch.arange(cells.shape[1], device=cells.device).repeat_interleave(4).expand_as(stands)
     places = torch.full((len(cells), count), -1, dtype=torch.int64, device=cells.device)
-    return places.scatter(1, stands, numbers).unflatten(1, tuple(grid))
+    return places.scatter(1, stands, numbers)

@@ -84,7 +84,7 @@ class TokenRows:
 
     def places(self, cells: Tensor) -> Tensor:
         """Which of `cells` (B, k), some of which may be quads, stands for each position, (B, *grid); -1 where none does."""
-        return token_places(cells, self.grid, self.suffix)
+        return token_places(cells, self.grid, self.suffix).unflatten(1, self.grid)
 
     def restore(self, patches: Tensor, cells: Tensor, fill: Tensor) -> Tensor:
         """Puts patches (B, k, C) at their `cells` (B, k) of the grid, (B, C, *grid); `fill`, () or (C,), stands elsewhere."""

@@ -50,7 +50,7 @@ def prune_by_tokens(
 def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet]) -> PrunedModule:
     root, plan, recorded = planner.plan()
     root.papr_proposal = network = proposal()
-    gm = _built(root, plan.seeing(network))
+    gm = _built(root, plan.seeing(network).restoring(planner.options.restore))
     check_token_reads(gm, planner.blocks, recorded)
     return gm
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..errors import ArgumentError
 from ..passes import splice_proposal
 from ..proposals.network import takes_clips
+from ..tracing.captures import is_capture
 from ..versions import is_compiled
 from .module import PrunedModule
 from .signature import TRACED_OPTIONS
@@ -145,7 +146,7 @@ def with_output(model: nn.Module, output: str) -> nn.Module:
 
 def check_no_hooks(module: nn.Module, name: str) -> None:
     """Raises `ArgumentError` if a module that must be traced through has forward hooks."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_pre_hooks or not all(is_capture(hook) for hook in module._forward_hooks.values()):
         raise ArgumentError(
             f"{name} has forward hooks, which a graph of its forward would not run: remove them before transform()"
         )

@@ -18,6 +18,7 @@ from ..passes import (
     prune_pixels,
     prune_tokens,
     reduce_tokens,
+    restore_places,
     splice_proposal,
 )
 from ..passes.embed_kept_patches import Embedding
@@ -66,12 +67,14 @@ class Target:
         layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
         dynamic: Whether the model takes several image sizes, so that grids are read at run time.
         fine: Whether the map is as fine as the clips, and is averaged over tubelets.
+        restore: What dropped places hold where tokens are laid out as their grid: the nearest token, or zero.
     """
 
     z: float
     layout: str
     dynamic: bool
     fine: bool = False
+    restore: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,14 @@ class TokenOptions:
         merge: How tokens become fewer from block to block, if they do.
         narrow: Whether to leave out rows that nobody reads.
         coarse: Whether patches that are not kept become coarse tokens.
+        restore: What dropped places hold where tokens are laid out as their grid.
     """
 
     z: float
     merge: Reduction | None
     narrow: bool
     coarse: bool = False
+    restore: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,9 @@ class TokenPlan:
             stage("gather_positions", graph)
             prune_tokens.rewrite(graph, site, keep, joined)
             stage("prune_tokens", graph)
+            places = restore_places.Places(site.rows, grid, keep, target.restore, self.coarse)
+            restore_places.rewrite(graph, self.repairs.places, places)
+            stage("restore_places", graph)
         if self.reduction is not None and self.reduces:
             patches = site.rows.kept(target.z, coarse=self.coarse) - site.rows.others
             reduce_tokens.rewrite(graph, self.reduced, self.reduction, Remaining(grid, site.rows, patches, keep))

@@ -102,6 +102,10 @@ class Plan:
         """The same plan for the maps of a network."""
         return replace(self, target=replace(self.target, fine=network.fine))
 
+    def restoring(self, fill: str) -> Plan:
+        """The same plan with another content of dropped places, where tokens are laid out as their grid."""
+        return replace(self, target=replace(self.target, restore=fill))
+
     def reducing(self, reduction: Reduction | None) -> Plan:
         """The same plan of a token model with another reduction, or with none."""
         return self._each(lambda mode: replace(mode, reduction=reduction) if isinstance(mode, TokenPlan) else mode)

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from ..errors import NoSiteError, TraceError
 from ..passes import prune_tokens
 from ..tracing.fakes import TRACED_BATCH
-from ..tracing.graphs import descendants, fixed_value, propagate
+from ..tracing.graphs import descendants, fixed_value, propagate, remove_dead_code
 from ..tracing.trace import Traced
 from .modes import Refused
 from .module import PrunedModule
@@ -65,13 +65,18 @@ def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[
         if not reads:
             continue
         try:
-            propagate(gm.for_shapes(), plan.prune(graph, training), gm.example())
+            root = gm.for_shapes()
+            pruned = fx.GraphModule(root, plan.prune(graph, training)).graph  # with the same names
+            names = {node.name for node in reads}
+            remove_dead_code(pruned, lambda node, names=names: node.name in names)  # blocks whose tokens nobody reads too
+            propagate(root, pruned, gm.example())
         except TraceError as error:
             names = ", ".join(f"`{node.name}`" for node in reads)
             raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {_HINT}") from error
+        after = {node.name: fixed_value(node) for node in pruned.nodes}
         for node, value in before.items():
-            if fixed_value(node) != value:
+            if after[node.name] != value:
                 raise NoSiteError(
                     f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
-                    f"{fixed_value(node)} pruned), {_HINT}"
+                    f"{after[node.name]} pruned), {_HINT}"
                 )

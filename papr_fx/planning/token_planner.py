@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor, fx, nn
 
-from ..dataflow.lengths import MixingError
+from ..dataflow.layouts import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
 from ..passes import coarsen_background, gather_positions, prune_tokens, reduce_tokens
@@ -195,7 +195,8 @@ class TokenPlanner:
         """The plan of one mode."""
         root = traced.scratch_root(self.request.model)
         try:
-            repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images)
+            others = tuple(name for names in self.trunk.others for name in names)
+            repairs = gather_positions.find_sites(root, site, self.blocks, self.request.images, others)
         except MixingError:
             raise
         except NoSiteError as error:
@@ -253,11 +254,12 @@ class TokenPlanner:
         """
         model = self.request.model
         kinds = {name: type(model.get_submodule(name)) for name in error.modules}
-        closed = error.whole_class and any(kind.__module__.startswith("torch.nn.") for kind in kinds.values())
+        containers = {name for name, kind in kinds.items() if kind in (nn.Sequential, nn.ModuleList)}
+        closed = error.whole_class and any(kinds[name].__module__.startswith("torch.nn.") for name in kinds.keys() - containers)
         if closed or error.modules & opened:
             reason = f"{REFUSED.format(self.name)}: {error.reason}" if error.whole_class else error.reason
             raise NoSiteError(reason) from error
-        if not error.whole_class:
+        if not error.whole_class or containers:
             return error.modules
         alike = {name for name, module in model.named_modules(remove_duplicate=False) if type(module) in kinds.values()}
         return {name for name in alike if any(is_inside(name, block) for block in self.blocks)} | error.modules

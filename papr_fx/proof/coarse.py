@@ -1,4 +1,4 @@
-"""Part 8, coarse background: a coarse token is what four equal tokens of its patches would be."""
+"""Part 9, coarse background: a coarse token is what four equal tokens of its patches would be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part 7, hidden keys: tokens are what they would be if attention did not see the dropped ones."""
+"""Part 8, hidden keys: tokens are what they would be if attention did not see the dropped ones."""
 
 from __future__ import annotations
 

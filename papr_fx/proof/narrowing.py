@@ -1,4 +1,4 @@
-"""Part 10, narrowing: rows and patches that nobody reads may be left out."""
+"""Part 11, narrowing: rows and patches that nobody reads may be left out."""
 
 from __future__ import annotations
 

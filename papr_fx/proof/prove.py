@@ -8,12 +8,13 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 3. Negative control (`control`): with one position replaced by another, it does not. Else the proof sees nothing.
 4. Geometry: changing one patch of the image moves the position that the map scores for it, and no other token.
 5. Lengths: with fewer positions, too, the output does not depend on their order.
-6. Regions, for pixel operators: with fewer positions, the output is that of the dense graph with masked branches.
-7. Hidden keys, for tokens: kept tokens are those of the dense graph in which no attention sees the others.
-8. Coarse background (`coarse`), if there is one: a coarse token is what equal tokens of its patches would be.
-9. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
-10. Narrowing, if rows are left out that nobody reads: the output is that of the graph that computes them.
-11. Training, if the model's code differs in training mode: its graph is that of the model there.
+6. Restoring, if tokens are put back in their places: each place of the grid holds its own token, or the nearest one.
+7. Regions, for pixel operators: with fewer positions, the output is that of the dense graph with masked branches.
+8. Hidden keys, for tokens: kept tokens are those of the dense graph in which no attention sees the others.
+9. Coarse background (`coarse`), if there is one: a coarse token is what equal tokens of its patches would be.
+10. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
+11. Narrowing, if rows or patches are left out that nobody reads: the output is that of the graph that computes them.
+12. Training, if the model's code differs in training mode: its graph is that of the model there.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -28,7 +29,20 @@ from torch import nn
 
 from ..planning.module import PrunedModule
 from ..tracing.numerics import exact_float32
-from . import coarse, control, geometry, hidden_keys, lengths, narrowing, permutation, reduction, regions, traced, training
+from . import (
+    coarse,
+    control,
+    geometry,
+    hidden_keys,
+    lengths,
+    narrowing,
+    permutation,
+    reduction,
+    regions,
+    restoring,
+    traced,
+    training,
+)
 from .case import Case, ComparisonError, PrecisionError
 
 
@@ -78,6 +92,7 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         effect = control.check(case)
         geometry.check(case)
         order = lengths.check(case)
+        restoring.check(case)
         regions.check(case)
         hidden_keys.check(case)
         coarse.check(case)

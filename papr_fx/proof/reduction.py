@@ -1,4 +1,4 @@
-"""Part 9, merging: tokens may become fewer from block to block."""
+"""Part 10, merging: tokens may become fewer from block to block."""
 
 from __future__ import annotations
 

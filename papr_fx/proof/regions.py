@@ -1,4 +1,4 @@
-"""Part 6, regions: a pixel operator computes for kept positions what it computes for all."""
+"""Part 7, regions: a pixel operator computes for kept positions what it computes for all."""
 
 from __future__ import annotations
 

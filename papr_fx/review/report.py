@@ -76,6 +76,9 @@ class Report:
         narrowed: Where only rows are computed that are read later: the module, the rows in front of it, and those behind it.
         all_rows: Why all rows are computed, where they are.
         embedding: The convolution in whose place only the kept patches are embedded; empty if all are.
+        restored: Where tokens are put back in their places: the module that lays them out as their grid (of code outside
+            modules, the node), and the grid; once per layout.
+        restore: What dropped places hold there: "nearest", the nearest kept token, or "zero".
     """
 
     model: str
@@ -93,6 +96,8 @@ class Report:
     narrowed: tuple[str, int, int] | None = None
     all_rows: str = ""
     embedding: str = ""
+    restored: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    restore: str = "nearest"
 
     @property
     def total_macs(self) -> int:
@@ -137,6 +142,11 @@ class Report:
             left = f"\nnot narrowed: {self.all_rows}{left}"
         if self.embedding:
             left = f"\nembedded: the kept patches only, in place of `{self.embedding}`{left}"
+        if self.restored:
+            (first, grid), more = self.restored[0], len(self.restored) - 1
+            filled = "zero" if self.restore == "zero" else "their nearest kept token"
+            where = f"`{first}`" + (f" and {more} more" if more else "")
+            left = f"\nrestored: tokens to their grid {'x'.join(map(str, grid))} in {where}; dropped places hold {filled}{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.statistics:
@@ -179,6 +189,8 @@ def report(gm: fx.GraphModule) -> Report:
         plan.fallback,
         module.papr_proposal.statistics,
         *_left_out(module),
+        restored=_restored(module),
+        restore=plan.target.restore,
     )
 
 
@@ -219,6 +231,15 @@ def _left_out(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str, s
     first = find_all(module.graph, Kind.ROWS)[0]
     value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
     return (found.block, (shape_of(value) or ())[axis], found.rows), "", embedding
+
+
+def _restored(module: PrunedModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    mode = module.plan.mode(module.training)
+    if not isinstance(mode, TokenPlan) or module.plan.z == 1:
+        return ()
+    nodes, grid = nodes_by_name(mode.dense), mode.site(mode.dense).rows.grid
+    layouts = [nodes[site.layout] for site in mode.repairs.places]
+    return tuple((next(reversed(layout.meta["inside"]), "") or layout.name, grid) for layout in layouts)
 
 
 def _token_site(mode: TokenPlan, z: float, macs: _Macs) -> SiteReport:

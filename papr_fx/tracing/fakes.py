@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, first_line
 from ..versions import FakeTensorMode
 from .caches import remove_fakes
+from .captures import forget_captures, is_capture
 from .results import fake_mode
 from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
@@ -41,7 +42,7 @@ def scratch_copy(model: nn.Module) -> nn.Module:
     In-place operations on a small buffer, such as a batch count, run even on fake tensors, so buffers are copied. Parameters
     of which this process holds a part only are stood in for: each has the shape of the whole one.
     """
-    copied = _copied(model, list(model.parameters()))
+    copied = forget_captures(_copied(model, list(model.parameters())))
     stand_in_for_shards(copied)
     for module in copied.modules():
         module._forward_hooks.clear()
@@ -56,7 +57,8 @@ def hooked(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks or not all(_computes_parameters(hook) for hook in module._forward_pre_hooks.values())
+        if not all(is_capture(hook) for hook in module._forward_hooks.values())
+        or not all(_computes_parameters(hook) for hook in module._forward_pre_hooks.values())
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
@@ -157,9 +157,14 @@ class _Annotate(Run):
             raise TraceError(f"`{node.target}` refused {inputs}: {first_line(error)}", str(node.target)) from error
 
 
-def remove_dead_code(graph: fx.Graph) -> None:
-    """Removes nodes that lead to no output. Methods such as `add_` stay: they may be called for what they change."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_in_place(node))
+def remove_dead_code(graph: fx.Graph, keeps: Callable[[fx.Node], bool] = lambda node: False) -> None:
+    """Removes nodes that lead to no output. Methods such as `add_` stay: they may be called for what they change.
+
+    Args:
+        graph: The graph.
+        keeps: Tells of a node whether it stays too.
+    """
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_in_place(node) or keeps(node))
 
 
 def fixed_value(node: fx.Node) -> object:

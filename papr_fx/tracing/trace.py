@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
+from .captures import forget_captures
 from .fakes import TRACED_BATCH, aliased_copy, fake_images, fake_parameters, hooked, scratch_copy
 from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
@@ -58,7 +59,7 @@ class Traced:
 
     def root(self, model: nn.Module, *others: Traced) -> nn.Module:
         """A copy of `model` that has every target of the graph, and of the graphs of `others`."""
-        root = aliased_copy(model)
+        root = forget_captures(aliased_copy(model))  # the graph needs them no more
         for name, constant in [pair for traced in (self, *others) for pair in traced.constants.items()]:
             root.register_buffer(name, constant, persistent=False)
         return root

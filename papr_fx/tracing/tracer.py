@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import TraceError, first_line
 from ..versions import is_wrapped, symbolic_tracing
+from .captures import is_capture
 from .checkpoints import Checkpoints
 from .containers import is_container, rebuilt
 from .fakes import faking
@@ -166,7 +167,10 @@ class ValueTracer(fx.Tracer):
             name = self.path_of_module(m)
             raise TraceError(f"`{name}` ({type(m).__name__}) cannot be traced: {first_line(error)}", name) from error
         if isinstance(result, ValueProxy) and type(result.known) in (list, tuple):
-            return type(result.known)(result)  # code asks `isinstance(x, list)`, which no proxy can answer
+            result = type(result.known)(result)  # code asks `isinstance(x, list)`, which no proxy can answer
+        if self.is_leaf_module(m, self.path_of_module(m)):  # the code of others runs them itself
+            for hook in [hook for hook in m._forward_hooks.values() if is_capture(hook)]:
+                hook(m, args, result)
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:

@@ -16,6 +16,7 @@ from papr_fx.proof import (
     permutation,
     reduction,
     regions,
+    restoring,
     traced,
     training,
 )
@@ -29,6 +30,7 @@ PARTS = {
     "negative control": control,
     "geometry": geometry,
     "lengths": lengths,
+    "restoring": restoring,
     "regions": regions,
     "hidden keys": hidden_keys,
     "coarse background": coarse,

@@ -57,14 +57,28 @@ COARSE = {
     "vit_small_patch16_dinov3_coarse": lambda: timm.create_model("vit_small_patch16_dinov3", img_size=224),
     "beit_base_patch16_224_coarse": lambda: timm.create_model("beit_base_patch16_224"),
 }
-ALL = MODELS | MERGED | NARROWED | COARSE
+# Their tokens are put back in their places.
+DENSE = {
+    "vit_tiny_features": lambda: timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(5, 11)),
+    "transformers_depth_anything": lambda: transformers.DepthAnythingForDepthEstimation._from_config(
+        transformers.DepthAnythingConfig(
+            backbone_config=transformers.Dinov2Config(
+                num_hidden_layers=4, image_size=224, out_features=["stage1", "stage4"], reshape_hidden_states=False
+            ),
+            reassemble_hidden_size=768,
+            neck_hidden_sizes=[48, 96],
+            reassemble_factors=[2, 1],
+        )
+    ),
+}
+ALL = MODELS | MERGED | NARROWED | COARSE | DENSE
 
 
 # These take ten seconds or more each.
 # Their code was rewritten in timm and transformers since.
 REWRITTEN = (
     *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_coarse", "vit_small_patch16_224_merged"),
-    *("transformers_vit", "transformers_videomae"),
+    *("transformers_vit", "transformers_videomae", "transformers_depth_anything"),
 )
 SLOW = ("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18")
 
