@@ -79,8 +79,9 @@ def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> list[Tens
     chosen: list[Tensor] = []
     for choice, cells in zip(case.rewrite.choices, kept, strict=True):
         index = case.run(cut(shell(gm), gm.graph, keep_of(gm.graph, choice)), case.images)
-        found = choice.rows.cells_of(index).sort(dim=1).values[:, : cells.shape[1]]  # coarse tokens come last
-        if not torch.equal(found, cells.sort(dim=1).values):
+        found = choice.rows.cells_of(index).sort(dim=1).values
+        fine = found[:, : int((found < choice.rows.cells).sum(1).max())]  # coarse tokens are numbered behind the grid
+        if not torch.equal(fine, cells.sort(dim=1).values):
             raise VerifyError("choice: the model does not keep the positions that `keep_masks` returns")
         chosen.append(index)
     return chosen
