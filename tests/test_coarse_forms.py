@@ -235,3 +235,29 @@ def test_the_second_embedding_is_in_no_checkpoint():
     for module in (gm, plain):
         module(x).square().sum().backward()
     assert torch.equal(model.proj.weight.grad, other.proj.weight.grad)
+
+
+@pytest.mark.parametrize("restore", ["nearest", "zero"])
+@torch.no_grad()
+def test_a_dense_head_sees_each_token_over_all_of_its_places(restore):
+    features = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=112, depth=1, out_indices=(0,))
+    model, x = enliven(features).eval(), torch.randn(2, 3, 112, 112)
+    options = {"background": "coarse", "example_input": x[:1]}
+    gm = papr_fx.transform(model, toy_proposal(), 0.3, restore=restore, **options)
+    (found,), places = gm(x), papr_fx.token_map(gm, x)
+    kept = papr_fx.report(gm).sites[0].kept
+    assert found.shape == (2, 192, 7, 7)
+    for sample in range(2):
+        for token in range(1, kept):
+            stands = found[sample][:, places[sample] == token]
+            assert stands.shape[1] in (1, 2, 4)
+            assert torch.equal(stands, stands[:, :1].expand_as(stands))
+        assert not found[sample][:, places[sample] < 0].any() or restore == "nearest"
+    headless = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1, num_classes=0, global_pool="").eval()
+    headless = papr_fx.transform(headless, toy_proposal(), 0.3, verify=False, **options)
+    tokens = headless(x)
+    grid = papr_fx.restore_grid(headless, tokens, x, fill=restore)
+    places = papr_fx.token_map(headless, x)
+    spread = tokens.gather(1, places.clamp(min=0).flatten(1).unsqueeze(-1).expand(-1, -1, 192)).transpose(1, 2)
+    covered = (places >= 0).unsqueeze(1).expand_as(grid)
+    assert torch.equal(grid[covered], spread.view_as(grid)[covered])

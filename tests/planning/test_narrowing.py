@@ -287,17 +287,6 @@ def test_a_block_with_hooks_stays_whole():
     assert seen == [(2, papr_fx.report(gm).sites[0].kept, 8)]
 
 
-def test_a_convolution_with_hooks_is_called():
-    model = ToyViT(CLASS).eval()
-    seen = []
-    model.proj.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
-    gm = papr_fx.transform(model, toy_proposal(), 0.5)
-    assert not papr_fx.report(gm).embedding
-    seen.clear()
-    gm(torch.randn(2, 3, 8, 12))
-    assert seen == [(2, 8, 4, 4)]
-
-
 def test_a_frozen_block_stays_whole():
     """With dropout in its attention, its code differs by mode, and graphs are of one mode."""
     model = timm.create_model("vit_tiny_patch16_224", attn_drop_rate=0.2, **SMALL).train()
