@@ -13,6 +13,8 @@ import papr_fx
 from .models import Shape, ToyViT, toy_proposal
 from .models.positioned import positioned
 
+FRONT = ("trace", "splice_proposal", "embed_kept_patches")
+
 
 def stages(text: str) -> list[str]:
     return re.findall(r"^--- (\w+)$", text, flags=re.M)
@@ -21,11 +23,11 @@ def stages(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("model", "options", "expected"),
     [
-        (lambda: positioned(Shape(), "rotary"), {}, ["trace", "splice_proposal", "gather_positions", "prune_tokens"]),
+        (lambda: positioned(Shape(), "rotary"), {}, [*FRONT, "gather_positions", "prune_tokens", "restore_places"]),
         (
             lambda: ToyViT(Shape()),
             {"merge": papr_fx.Merge(2)},
-            ["trace", "splice_proposal", "gather_positions", "prune_tokens", "reduce_tokens"],
+            [*FRONT, "gather_positions", "prune_tokens", "restore_places", "reduce_tokens"],
         ),
         (lambda: timm.create_model("convnext_atto", num_classes=2).eval(), {"mode": "pixels"}, ["trace", "prune_pixels"]),
     ],

@@ -92,7 +92,7 @@ def internals(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node)
-        elif isinstance(node, ast.Call) and re.match(r"(hasattr|getattr)\([\w.]+, '\w+'", ast.unparse(node)):
+        elif isinstance(node, ast.Call) and node.args and re.match(r"(hasattr|getattr)\([\w.]+, '\w+'", ast.unparse(node)):
             yield f"{ast.unparse(node.args[0])}._asked"
 
 

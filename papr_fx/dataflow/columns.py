@@ -114,7 +114,7 @@ def _columns(numbers: Tensor, shape: tuple[int, ...]) -> Columns | None:
     strides = [int(numbers.select(axis, 1).flatten()[0]) - first if numbers.shape[axis] > 1 else 0 for axis in axes]
     expected = torch.full_like(numbers, first)
     for axis in axes:
-        steps = torch.arange(numbers.shape[axis]) * strides[axis]
+        steps = torch.arange(numbers.shape[axis], device=numbers.device) * strides[axis]
         expected = expected + steps.view([-1 if other == axis else 1 for other in axes])
     if not torch.equal(numbers, expected):
         return None

@@ -6,7 +6,7 @@ They must not know of graphs, models or plans.
 
 from .columns import linear_columns, split_columns
 from .layers import is_plain, is_watched
-from .patches import embed_patches, patch_grid
+from .patches import embed_patches, is_touching, patch_grid
 from .places import fill_nearest, map_places, restore_places
 from .positions import (
     count_windows,
@@ -77,6 +77,7 @@ __all__ = [
     "gather_tokens",
     "halve_quads",
     "is_plain",
+    "is_touching",
     "is_watched",
     "join_heads",
     "join_quads",

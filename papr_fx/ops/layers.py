@@ -14,6 +14,6 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def is_watched(layer: nn.Module) -> bool:
-    """Whether calling a module runs more than its class says: hooks, or a `forward` that was put on it."""
+    """Whether calling a module runs more than its class says: hooks, or a method that was put on it."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__
+    return any(hooks) or "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__

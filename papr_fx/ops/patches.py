@@ -31,17 +31,25 @@ def embed_patches(images: Tensor, keep: Tensor, conv: nn.Module) -> Tensor:
         conv: The convolution; its weight is (D, C, p, q) or (D, C, s, p, q).
 
     Returns:
-        (B, D, H // p, W // q), or (B, D, T // s, H // p, W // q): where a patch is dropped any number may stand.
+        (B, D, H // p, W // q), or (B, D, T // s, H // p, W // q). In the place of a dropped patch stands a kept one: zeros
+        would make gradients of a norm infinite there.
     """
-    if not is_plain(conv, nn.Conv2d, nn.Conv3d):
+    if not is_plain(conv, nn.Conv2d, nn.Conv3d) or not is_touching(conv):
         return conv(images)
     conv = cast("nn.Conv2d | nn.Conv3d", conv)
     patch = conv.kernel_size
     grid = patch_grid(images.shape[2:], patch)
     kept = F.linear(_kept_pixels(images, keep, grid, patch).flatten(2), conv.weight.flatten(1), conv.bias)  # (B, k, D)
-    cells = kept.new_zeros(images.shape[0] * prod(grid), kept.shape[2])
+    cells = kept[:, :1].expand(-1, prod(grid), -1).flatten(0, 1)
     cells = cells.index_copy(0, pixel_rows(keep, grid), kept.flatten(0, 1))
     return cells.view(images.shape[0], *grid, kept.shape[2]).movedim(-1, 1)
+
+
+def is_touching(conv: nn.Module) -> bool:
+    """Whether a convolution's windows touch: its stride is its kernel's size, without padding, gaps or groups."""
+    conv = cast("nn.Conv2d | nn.Conv3d", conv)
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and (conv.padding == "valid" or set(conv.padding) == {0})
+    return plain and conv.kernel_size == conv.stride
 
 
 def _kept_pixels(images: Tensor, keep: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
@@ -53,8 +61,7 @@ def _kept_pixels(images: Tensor, keep: Tensor, grid: Sequence[int], patch: Seque
     windows = images.reshape(*images.shape[:2], *split)  # (B, C, h, p, w, q)
     windows = windows.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))  # (B, h, w, C, p, q)
     places: list[Tensor] = []
-    rest = keep
-    for size in reversed(grid):
-        places.insert(0, rest % size)
-        rest = rest // size
+    for axis, size in enumerate(grid):
+        along = torch.arange(size, device=keep.device).view(*[1] * axis, size, *[1] * (axes - axis - 1))
+        places.append(along.expand(*grid).flatten()[keep])  # (B, k)
     return windows[(torch.arange(keep.shape[0], device=keep.device).unsqueeze(1), *places)]

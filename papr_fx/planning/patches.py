@@ -38,7 +38,7 @@ def check_apart(part: fx.GraphModule, images: Tensor, rows: TokenRows, layout: s
     offsets = list(product(*[range(min(2, count)) for count in rows.grid]))
     cells = torch.stack([_every_second(rows.grid, offset) for offset in offsets])  # (offsets, *grid)
     moved = _moved_rows(part, images, _pixels(cells, images.shape, rows.grid, layout))
-    wanted = torch.zeros((len(offsets), rows.count), dtype=torch.bool)
+    wanted = torch.zeros((len(offsets), rows.count), dtype=torch.bool, device="cpu")
     wanted[:, rows.prefix : rows.prefix + rows.cells] = cells.flatten(1)
     wrong = (moved != wanted).nonzero().tolist()
     if wrong:
@@ -90,8 +90,10 @@ def patch_dropout(graph: fx.Graph, stream: fx.Node, training: fx.Graph) -> str:
     for node in graph.nodes:
         shape, other = shape_of(node), sizes.get(node.name)
         if shape and other and len(shape) == len(other) == 3 and other[1] < shape[1]:
+            drops = next(there for there in training.nodes if shape_of(there) == other)
+            name = next(reversed(drops.meta.get("inside", ())), "") or node.target
             return (
-                f"`{node.target}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
+                f"`{name}` itself drops patches in training, {shape[1]} tokens to {other[1]} (patch dropout): the map "
                 "would no longer say which token is which. Set its rate to 0"
             )
         if node is stream:
@@ -101,7 +103,7 @@ def patch_dropout(graph: fx.Graph, stream: fx.Node, training: fx.Graph) -> str:
 
 def _every_second(grid: Sequence[int], offset: Sequence[int]) -> Tensor:
     """A mask of the patches that lie an even number of places from `offset` on every axis."""
-    mask = torch.zeros(tuple(grid), dtype=torch.bool)
+    mask = torch.zeros(tuple(grid), dtype=torch.bool, device="cpu")
     mask[tuple(slice(first, None, 2) for first in offset)] = True
     return mask
 

@@ -132,7 +132,8 @@ class Rewrite:
     def graph_on(self, *, narrow: bool) -> fx.Graph:
         """The same with its reduction, and with narrowing or without."""
         plan = self.plan if narrow else self.plan.computing_all_rows()
-        return self._with_choices(plan.at(self.z).rewrite(self.training))
+        z = min(plan.z, 0.9) if self.mode.reduces else self.z  # as planned: a smaller one may leave too few tokens to reduce
+        return self._with_choices(plan.at(z).rewrite(self.training))
 
     def _with_choices(self, graph: fx.Graph) -> fx.Graph:
         """The graph with the chosen indices as further inputs. What chose them is dead code."""

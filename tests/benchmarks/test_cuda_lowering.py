@@ -157,7 +157,8 @@ def test_a_pruned_model_is_one_cuda_graph(found, name):
     assert pruned["faults"] == []
     assert pruned["graphs"] == 1
     assert pruned["calls"].keys() <= LIBRARY_CALLS | dense["calls"].keys()
-    assert pruned["calls"]["topk"] == GRIDS[name]  # the choice is in it, once a grid
+    assert pruned["calls"]["topk"] == 2 * GRIDS[name]  # the choice is in it, once a grid, and its order
+    assert not [kernel for kernel in pruned["kernels"] if "sort" in kernel["name"]]  # those take minutes to compile
     assert found[name]["device"] == "cpu"  # the model given was copied
 
 

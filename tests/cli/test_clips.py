@@ -31,7 +31,7 @@ def test_show_a_clip(folder, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "108 -> 54" in text
     assert "108 -> 27" in text
-    assert "papr_tokens = papr_fx.gather_tokens(videomae_embeddings, papr_keep)  # (B, 27, 32)" in text
+    assert "papr_fx.embed_patches(permute, papr_keep, papr_convolution)  # (B, 32, 3, 6, 6)" in text
     with Image.open(out) as picture:
         assert picture.width < picture.height  # three columns, four rows
     shown = read_video(out.with_suffix(".mp4")) / 255

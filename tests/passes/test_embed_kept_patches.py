@@ -146,6 +146,21 @@ class Smoothed(Before):
         return self.smooth(self.embed(x))
 
 
+class Rolled(Before):
+    """Near miss: each patch sees the one above."""
+
+    def patches(self, x: Tensor) -> Tensor:
+        cells = self.embed(x)
+        return cells + 0.01 * cells.roll(1, 2)
+
+
+class Doubled(Before):
+    """Near miss: the convolution embeds other images in the same batch."""
+
+    def patches(self, x: Tensor) -> Tensor:
+        return sum(self.embed(torch.cat([x, x.flip(-1)])).chunk(2))
+
+
 class Normed(Before):
     """Near miss: a batch norm, which mixes patches in training only."""
 
@@ -191,6 +206,8 @@ MISSES = [
     (Grouped, "no convolution with touching windows makes the patches"),
     (OwnClass, "no convolution with touching windows makes the patches"),
     (Smoothed, "other tokens depend on dropped patches in front of the first block"),
+    (Rolled, "other tokens depend on dropped patches in front of the first block"),
+    (Doubled, "`embed` embeds other images besides"),
     (Normed, "other tokens depend on dropped patches in front of the first block"),
     (Centred, "other tokens depend on dropped patches in front of the first block"),
     (ReadTwice, "`mean_1` reads `embed` too"),

@@ -78,3 +78,24 @@ def test_compiled_and_exported():
     gm.proj.register_forward_hook(lambda *_: None)
     torch.compiler.reset()
     assert relative_error(torch.compile(gm, fullgraph=True, backend=aot_eager)(x), expected) < 1e-5
+
+
+class Scaled(ToyViT):
+    """A norm by hand in front of the positions, whose derivative at zero is infinite."""
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = super().patches(x)
+        return tokens / (tokens.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+def test_gradients_are_finite_and_those_of_all_patches():
+    model = enliven(Scaled(SHAPE)).double().eval()
+    x = images(SHAPE, 2)
+    found = []
+    for narrow in (True, False):
+        gm = papr_fx.transform(model, toy_proposal().double(), 0.5, narrow=narrow, verify=False)
+        model.zero_grad()
+        gm(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert papr_fx.report(gm).embedding == ""
+    assert relative_error(*found) < 1e-9

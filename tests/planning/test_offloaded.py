@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import papr_fx
 from papr_fx.evaluation.counts import count_parameters
+from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
 
@@ -83,20 +84,20 @@ def test_an_offloaded_module(pruned):
     for z in (0.5, 1.0, 0.5):
         for module in (plain, gm):
             papr_fx.set_keep_ratio(module, z)
-        assert torch.equal(gm(x), plain(x))
+        assert relative_error(gm(x), plain(x)) < 1e-6  # layers whose calls bring weights are called whole
     assert papr_fx.report(gm) == papr_fx.report(plain)
     for grid, mask in papr_fx.keep_masks(plain, x).items():
         assert torch.equal(papr_fx.keep_masks(gm, x)[grid], mask)
     assert torch.equal(papr_fx.significance(gm, x), papr_fx.significance(plain, x))
     copied = copy.deepcopy(gm)
     papr_fx.set_keep_ratio(copied, 0.25)
-    assert torch.equal(gm(x), plain(x))
+    assert relative_error(gm(x), plain(x)) < 1e-6
     bring_back(gm)
-    assert torch.equal(gm(x), plain(x))
+    assert relative_error(gm(x), plain(x)) < 1e-6
     for module in (plain, gm):
         papr_fx.set_keep_ratio(module, 0.25)
-    assert torch.equal(gm(x), plain(x))
-    assert torch.equal(copied(x), plain(x))
+    assert relative_error(gm(x), plain(x)) < 1e-6
+    assert relative_error(copied(x), plain(x)) < 1e-6
 
 
 def test_nothing_of_the_proposal_is_a_parameter():
