@@ -13,7 +13,7 @@ from ..errors import first_line
 from ..ops.rows import TokenRows
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.graphs import cut, nodes_by_name, shape_of
-from ..tracing.numerics import exact_float32, forked_random, redraw, relative_error
+from ..tracing.numerics import exact_float32, forked_random, holds_indices, redraw, relative_error
 
 
 class Stream(NamedTuple):
@@ -43,6 +43,8 @@ def mixed_patches(root: nn.Module, stream: Stream, conv: fx.Node, images: Tensor
     noise = torch.randn((len(images), *(shape_of(conv) or ())[1:]), generator=random, device="cpu").to(dtype)
     half = torch.randperm(stream.rows.cells, generator=random, device="cpu") % 2 == 0
     part = _Disturbed(root, stream, conv.name)
+    if any(buffer.is_meta and holds_indices(buffer) for buffer in part.buffers()):
+        return "the embedding was not tried (it holds indices without values, on the meta device)"
     for training in (False, True):
         values = {f"part.{name}": value for name, value in redraw(part.part.train(training), random, dtype).items()}
         for changed in (half, ~half):

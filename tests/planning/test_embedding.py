@@ -99,3 +99,12 @@ def test_gradients_are_finite_and_those_of_all_patches():
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert papr_fx.report(gm).embedding == ""
     assert relative_error(*found) < 1e-9
+
+
+def test_indices_on_the_meta_device_are_not_made_up():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=64, patch_size=16)).eval()
+    example = torch.zeros(1, 3, 64, 64, device="meta")
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example, verify=False)
+    assert papr_fx.report(gm).embedding == ""
