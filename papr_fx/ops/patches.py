@@ -22,8 +22,8 @@ def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
 def embed_patches(images: Tensor, keep: Tensor, conv: nn.Module) -> Tensor:
     """Embeds the kept patches as a convolution would whose stride is its kernel's size: one matrix product.
 
-    On a GPU a matrix product is several times as fast as the library's convolution of three channels. The convolution is
-    called, for all patches, once it is more than a plain one: adapted, quantised or watched by hooks.
+    A library's convolution of three channels is slow, on a GPU above all (docs/speed.md). The convolution is called, for all
+    patches, once it is more than a plain one: adapted, quantised or watched by hooks.
 
     Args:
         images: (B, C, H, W), or clips (B, C, T, H, W).
