@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..errors import TraceError, first_line
 from .captures import forget_captures
 from .fakes import TRACED_BATCH, aliased_copy, fake_images, fake_parameters, hooked, scratch_copy
+from .flattened import name_holders
 from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
 from .numerics import forked_random
@@ -173,6 +174,7 @@ def _recorded(root: nn.Module, tracing: _Tracing) -> fx.Graph:
     except Exception as error:
         reason = "" if tracing.hooks else _refusal(root, images)  # a scratch copy does not run the user's hooks
         raise TraceError(reason or f"{name}.forward cannot be traced: {first_line(error)}") from error
+    name_holders(graph, root)
     if draws.drew:
         raise TraceError(
             f"{name}.forward draws random numbers of a fixed size{' in training' if root.training else ''}, which would be "

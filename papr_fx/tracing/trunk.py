@@ -7,8 +7,9 @@ It is found by what runs. The model runs once on an image, and each composite mo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import digits
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..versions import tree_leaves
 from .blocks import is_inside
 from .fakes import MODEL_ERRORS, scratch_copy
+from .flattened import is_holder
 from .numerics import forked_random
 
 
@@ -53,7 +55,7 @@ class _Calls:
 
 @dataclass(frozen=True)
 class _Family:
-    """Composite modules under one parent: all those in a list, otherwise those of one class.
+    """Composite modules under one parent: all those in a list, otherwise those of one class, or numbered alike.
 
     Attributes:
         members: Their qualified names.
@@ -113,8 +115,9 @@ def _calls(model: nn.Module, images: Tensor) -> dict[nn.Module, _Calls]:
     """How the modules of `model` are called for one image. Of a model that does not run, as far as it does."""
     found: dict[nn.Module, _Calls] = {}
     copied = scratch_copy(model).eval()
+    held = {child for module in model.modules() if is_holder(module) for child in module.children()}
     for module, watched in zip(model.modules(), copied.modules(), strict=True):
-        if _is_composite(module) and not isinstance(watched, torch.jit.ScriptModule):
+        if (_is_composite(module) or module in held) and not isinstance(watched, torch.jit.ScriptModule):
             _watch(watched, module, found)
     with torch.no_grad(), forked_random(images):
         try:
@@ -127,7 +130,20 @@ def _calls(model: nn.Module, images: Tensor) -> dict[nn.Module, _Calls]:
         parts = [found[part] for part in module.children() if part in found]
         if isinstance(module, nn.ModuleList) and parts:  # a block in parts, which the model itself puts together
             found[module] = _Calls(min(part.order for part in parts), [count for part in parts for count in part.tokens])
+    for module in reversed([module for module in model.modules() if is_holder(module) and not _is_list(module)]):
+        parts = sorted((found[part] for part in module.children() if part in found), key=lambda part: part.order)
+        if parts:
+            found[module] = _held(parts)
     return found
+
+
+def _held(parts: Sequence[_Calls]) -> _Calls:
+    """The calls of a module whose forward is gone: it takes what its first part takes, and returns what its last does."""
+    given, returned = parts[0].maps[0], parts[-1].maps[1]
+    alike = given[:1] == (returned,)
+    tokens = min((part.tokens for part in parts if part.tokens), key=len, default=[])
+    on_tokens = alike and len(returned) == 3
+    return _Calls(parts[0].order, tokens if on_tokens else [], len(returned) > 3, (given, returned))
 
 
 def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]) -> None:
@@ -156,11 +172,12 @@ def _watch(watched: nn.Module, module: nn.Module, found: dict[nn.Module, _Calls]
 def _families(model: nn.Module, calls: Mapping[nn.Module, _Calls]) -> Iterator[_Family]:
     """The families of a model. A module that runs, but never on tokens, is left out of a family whose others do."""
     for name, parent in model.named_modules():
-        listed = isinstance(parent, nn.ModuleList | nn.Sequential)
+        listed = isinstance(parent, nn.ModuleList | nn.Sequential) or _is_list(parent)
         groups: dict[object, dict[str, nn.Module]] = defaultdict(dict)
         for child_name, child in parent._modules.items():  # named_children() skips a child that is listed twice
             if child is not None and _is_composite(child):
-                groups[None if listed else type(child)][f"{name}.{child_name}" if name else child_name] = child
+                kind = child_name.rstrip(digits) if is_holder(child) else type(child)
+                groups[None if listed else kind][f"{name}.{child_name}" if name else child_name] = child
         for group in groups.values():
             on_tokens = {member: child for member, child in group.items() if child in calls and calls[child].tokens}
             yield _family(on_tokens or group, calls, listed=listed)
@@ -199,6 +216,11 @@ def _spatial(calls: Mapping[str, _Calls | None]) -> str:
 
 def _in_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules(remove_duplicate=False) if name in names)
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a module that only holds others numbers them."""
+    return is_holder(module) and all(name.isdecimal() for name, _ in module.named_children())
 
 
 def _is_composite(module: nn.Module) -> bool:
