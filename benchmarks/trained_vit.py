@@ -4,14 +4,15 @@ WEIGHTS is the ONNX file that `benchmarks.saliency_vit` tells of. FOLDER holds p
 `val/<class>/*`. A k-NN and a linear probe are fitted on features of the dense model, and asked about those of the pruned one.
 Cosines are between pruned and dense class tokens. The same network with its decoder is pruned as a dense model: correlation and
 IoU (at 0.5) of its saliency maps with those of the dense model. Proposal: EfficientNet-Lite0 with its ImageNet weights; beside
-it a random map, and one that keeps the centre. Differences between backgrounds are paired over images; +- is a standard error.
+it a random map, and one that keeps the centre; others by `--maps`. Differences between backgrounds are paired over images;
++- is a standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from papr_fx.proposals.named import LITE0_STATISTICS, lite0
 
 from .record import environment, write
 from .saliency_vit import Saliency, backbone, read_weights
+from .trained_maps import Detail, PsmAndDetail, centre, off_centre
 
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BACKGROUNDS = ("drop", "coarse")
-MAPS = ("psm", "random", "centre", "expected-cam", "cam")
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"detail": Detail, "psm+detail": PsmAndDetail}
+MAPS = ("psm", "random", "centre", "expected-cam", "cam", *NETWORKS)
 _BATCH = 10
 
 
@@ -51,12 +54,6 @@ class Photographs:
         pixels = [torch.frombuffer(bytearray(read_image(file).tobytes()), dtype=torch.uint8) for file in files]
         images = torch.stack([(p.view(224, 224, 3).permute(2, 0, 1).float() / 255 - mean) / std for p in pixels])
         return cls(images, torch.tensor([names.index(file.parent.name) for file in files]))
-
-
-def centre(features: Tensor) -> Tensor:
-    """A map (B, h, w) that is highest in the centre, for features (B, K, h, w)."""
-    rows, columns = (torch.linspace(-1, 1, size, device=features.device) for size in features.shape[-2:])
-    return -(rows.square().unsqueeze(1) + columns.square()).expand(features.shape[0], -1, -1)
 
 
 @torch.inference_mode()
@@ -126,11 +123,12 @@ class Judges:
 
 
 def pruned(model: nn.Module, saliency: str, background: str, example: Tensor) -> papr_fx.PrunedModule:
-    """The model pruned by Lite0's map, a random one, or the centre."""
-    given: Any = centre if saliency == "centre" else saliency
+    """The model pruned by Lite0's map, a random one, the centre, or a map of a network of its own."""
+    given: Any = {"centre": centre, **dict.fromkeys(NETWORKS, "psm")}.get(saliency, saliency)
+    proposal = NETWORKS[saliency]() if saliency in NETWORKS else lite0()
     stats = (STATISTICS, LITE0_STATISTICS)
     options: dict[str, Any] = {"saliency": given, "background": background, "input_stats": stats, "verify": False}
-    return papr_fx.transform(model, lite0(), 0.5, example_input=example, **options)
+    return papr_fx.transform(model, proposal, 0.5, example_input=example, **options)
 
 
 def measure(
@@ -193,12 +191,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="photographs")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS[:3]))
     parser.add_argument("--z", nargs="+", type=float, default=[0.5, 0.3, 0.2])
+    parser.add_argument("--off-centre", action="store_true", help="move the subjects of all photographs towards the corners")
     parser.add_argument("--images", type=int, help="at most as many test images")
     parser.add_argument("--saliency-images", type=int, default=40, help="test images whose saliency maps are compared")
     parser.add_argument("--out", type=Path, default=Path("out/trained_vit.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
     train, test = Photographs.of(arguments.folder / "train"), Photographs.of(arguments.folder / "val", arguments.images)
+    if arguments.off_centre:
+        train, test = (replace(found, images=off_centre(found.images)) for found in (train, test))
     weights = read_weights(arguments.weights)
     models = backbone(weights[0]), Saliency(weights)
     judges = judges_of(models, train, test, arguments.saliency_images)

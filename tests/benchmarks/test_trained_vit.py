@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import saliency_vit, trained_vit
+from benchmarks.trained_maps import Detail, PsmAndDetail, centre, off_centre
 from benchmarks.trained_vit import Judges, Photographs, correlation, knn, measure, overlap, table, with_error
 
 from ..models import Shape, ToyViT, enliven, toy_proposal
@@ -73,7 +74,7 @@ def test_standard_errors():
 
 
 def test_the_centre_comes_first():
-    found = trained_vit.centre(torch.zeros(2, 5, 3, 5))
+    found = centre(torch.zeros(2, 5, 3, 5))
     assert found.shape == (2, 3, 5)
     assert found[1].argmax() == 7
     assert found[0, 0, 0] == found.min()
@@ -145,3 +146,30 @@ def test_weights_are_read_from_a_file(tmp_path):
         maps = saliency_vit.Saliency(weights, 518)
         decoder.size = 518
         assert torch.equal(maps(x), decoder.eval()(tokens.transpose(1, 2).reshape(1, 384, 37, 37)))
+
+
+def test_detail_is_the_deviation_of_pixels():
+    images = torch.zeros(1, 3, 28, 28)
+    images[:, :, :14, 14:].copy_(torch.tensor([-1.0, 3.0]).repeat(7))  # deviation 2 about a mean of 1
+    assert Detail()(images).tolist() == [[[0.0, 2.0], [0.0, 0.0]]]
+
+
+def test_psm_and_detail_weigh_the_same():
+    mixed = PsmAndDetail().eval()
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        found = mixed(images)
+        psm = mixed.network.extract_features(images).mean(1, keepdim=True)
+        psm = torch.nn.functional.interpolate(psm, size=(16, 16), mode="bicubic", align_corners=False)[:, 0]
+        detail = mixed.detail(images)
+    for maps in (psm, detail):
+        maps -= maps.mean((1, 2), keepdim=True)
+        maps /= maps.std((1, 2), keepdim=True)
+    torch.testing.assert_close(found, psm + detail, rtol=1e-4, atol=1e-4)
+
+
+def test_subjects_move_to_all_corners():
+    images = torch.zeros(4, 1, 224, 224)
+    images[:, :, 112, 112] = 1
+    corners = [tuple(divmod(int(image.argmax()), 224)) for image in off_centre(images)]
+    assert corners == [(176, 176), (176, 48), (48, 176), (48, 48)]
