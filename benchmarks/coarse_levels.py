@@ -1,8 +1,8 @@
 """Other rules for a coarse background, on a trained ViT. `python -m benchmarks.coarse_levels WEIGHTS FOLDER`.
 
 WEIGHTS and FOLDER are those of `benchmarks.trained_vit`. A rule says for each image which patches stay fine, which quads of
-2 x 2 patches are one token, and which squares of 4 x 4 are. This is a transcription by hand, for one model. Rules are compared with
-the project's own, paired over images, on two halves of the photographs: choose on the first one, and believe the second one.
+2 x 2 patches are one token, and which squares of 4 x 4 are. This is a transcription by hand, for one model. Rules are compared
+with the project's own, paired over images, on two halves of the photographs: choose on the first one, and believe the second.
 """
 
 from __future__ import annotations
