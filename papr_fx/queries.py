@@ -129,6 +129,8 @@ def restore_grid(
     if isinstance(fill, str):
         checked_word("fill", fill, FILLS)
         return _filled(rows, patches, cells, zero=fill == "zero")
+    if not isinstance(cast(object, fill), int | float | Tensor):
+        raise ArgumentError(f"fill must be a number, a vector ({found[2]},) or one of {FILLS}, not {fill!r}")
     filled = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
     if tuple(filled.shape) not in ((), (found[2],)):
         raise ArgumentError(f"fill must be a number or a vector ({found[2]},), not {tuple(filled.shape)}")

@@ -81,12 +81,14 @@ def find_site(root: nn.Module, site: TokenSite, images: Tensor, opened: Collecti
         if around - {*opened}:
             raise OpenError(around, f"`{min(around)}` cannot be traced through")
         return Embedding(reason="no convolution with touching windows makes the patches")
-    conv = found[0]
-    module = cast(nn.Conv2d | nn.Conv3d, root.get_submodule(str(conv.target)))
-    reason = _reason(conv, site) or mixed_patches(root, Stream(site.stream, site.rows), conv, images)
-    if reason:
-        return Embedding(reason=reason)
-    return Embedding(conv.name, cast("tuple[int, ...]", module.kernel_size))
+    reasons: list[str] = []
+    for conv in found:
+        reason = _reason(conv, site) or mixed_patches(root, Stream(site.stream, site.rows), conv, images)
+        if not reason:
+            module = cast(nn.Conv2d | nn.Conv3d, root.get_submodule(str(conv.target)))
+            return Embedding(conv.name, cast("tuple[int, ...]", module.kernel_size))
+        reasons.append(reason)
+    return Embedding(reason=reasons[0])
 
 
 def runtime_grid(graph: fx.Graph, found: Embedding) -> Sizes:

@@ -76,6 +76,7 @@ class Report:
         narrowed: Where only rows are computed that are read later: the module, the rows in front of it, and those behind it.
         all_rows: Why all rows are computed, where they are.
         embedding: The convolution in whose place only the kept patches are embedded; empty if all are.
+        all_patches: Why all patches are embedded, where they are.
         restored: Where tokens are put back in their places: the module that lays them out as their grid (of code outside
             modules, the node), and the grid; once per layout.
         restore: What dropped places hold there: "nearest", the nearest kept token, or "zero".
@@ -96,6 +97,7 @@ class Report:
     narrowed: tuple[str, int, int] | None = None
     all_rows: str = ""
     embedding: str = ""
+    all_patches: str = ""
     restored: tuple[tuple[str, tuple[int, ...]], ...] = ()
     restore: str = "nearest"
 
@@ -142,6 +144,8 @@ class Report:
             left = f"\nnot narrowed: {self.all_rows}{left}"
         if self.embedding:
             left = f"\nembedded: the kept patches only, in place of `{self.embedding}`{left}"
+        elif self.all_patches and self.all_patches != self.all_rows:
+            left = f"\nembedded: all patches, as {self.all_patches}{left}"
         if self.restored:
             (first, grid), more = self.restored[0], len(self.restored) - 1
             filled = "zero" if self.restore == "zero" else "their nearest kept token"
@@ -220,17 +224,17 @@ def _reductions(module: PrunedModule) -> tuple[tuple[str, int, int], ...]:
     )
 
 
-def _left_out(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str, str]:
+def _left_out(module: PrunedModule) -> tuple[tuple[str, int, int] | None, str, str, str]:
     mode = module.plan.mode(module.training)
     if not isinstance(mode, TokenPlan) or module.plan.z == 1:
-        return None, "", ""
+        return None, "", "", ""
     found, node = mode.narrowing, mode.embedding.node
-    embedding = str(nodes_by_name(mode.dense)[node].target) if node else ""
+    embedding = str(nodes_by_name(mode.dense)[node].target) if node else "", mode.embedding.reason
     if not found.sites:
-        return None, found.reason, embedding
+        return None, found.reason, *embedding
     first = find_all(module.graph, Kind.ROWS)[0]
     value, axis = cast(fx.Node, first.args[0]), cast(int, first.args[1])
-    return (found.block, (shape_of(value) or ())[axis], found.rows), "", embedding
+    return (found.block, (shape_of(value) or ())[axis], found.rows), "", *embedding
 
 
 def _restored(module: PrunedModule) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -58,6 +58,7 @@ def test_a_convolution_with_hooks_is_called(later):
         model.proj.register_forward_hook(hook)
     gm = papr_fx.transform(model, toy_proposal(), 0.5)
     assert papr_fx.report(gm).embedding == ("proj" if later else "")
+    assert ("embedded: all patches, as `proj` has hooks" in str(papr_fx.report(gm))) != later
     x = images(SHAPE, 2, dtype=torch.float32)
     before = gm(x)
     seen.clear()
@@ -108,3 +109,25 @@ def test_indices_on_the_meta_device_are_not_made_up():
     example = torch.zeros(1, 3, 64, 64, device="meta")
     gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=example, verify=False)
     assert papr_fx.report(gm).embedding == ""
+
+
+class Twice(ToyViT):
+    """Patches are embedded by two convolutions; another part of the model reads what the last one makes."""
+
+    def __init__(self, shape) -> None:
+        super().__init__(shape)
+        self.other = torch.nn.Conv2d(3, self.proj.out_channels, self.proj.kernel_size, self.proj.stride)
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, other = super().patches(x), self.other(x)
+        self.mean = other.mean((2, 3))
+        return tokens + other.flatten(2).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.mean.mean(1, keepdim=True)
+
+
+def test_whichever_convolution_can_be_replaced_is():
+    model = enliven(Twice(SHAPE)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    assert papr_fx.report(gm).embedding == "proj"

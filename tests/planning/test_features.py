@@ -38,6 +38,8 @@ def test_features_of_the_kept_tokens(name, prefix, how):
     assert papr_fx.graph_diff(model, gm)
     with pytest.raises(papr_fx.ArgumentError, match="tokens must be"):
         papr_fx.restore_grid(gm, tokens[:, 2:], x)
+    with pytest.raises(papr_fx.ArgumentError, match="fill must be"):
+        papr_fx.restore_grid(gm, tokens, x, fill=None)
     papr_fx.set_keep_ratio(gm, 1.0)
     assert torch.equal(gm(x), model.forward_features(x))
     whole = papr_fx.restore_grid(gm, gm(x), x)
