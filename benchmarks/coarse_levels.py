@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import papr_fx
+from papr_fx.ops import resize_map
 
 from .record import environment, write
 from .saliency_vit import backbone, read_weights
@@ -82,6 +83,12 @@ def run(model: nn.Module, rule: Rule, k: int, maps: Callable[[Tensor], Tensor], 
     return vit.norm(vit.blocks(stream))[:, 0]
 
 
+def _significance(gm: papr_fx.PrunedModule, images: Tensor) -> Tensor:
+    """The map of images (B, 3, H, W) on the grid of their patches, (B, h, w)."""
+    rows = papr_fx.report(gm).sites[0].grid
+    return resize_map(papr_fx.significance(gm, images), rows)
+
+
 def rules() -> dict[str, Rule]:
     """The rules by name; the project's first."""
     found: dict[str, Rule] = {"every quad, best ones fine": quads_first}
@@ -96,7 +103,7 @@ def measure(model: nn.Module, train: Photographs, test: Photographs, ratios: lis
     for z in ratios:
         k, base = int(z * (cast(Any, model).patch_embed.num_patches + 1)), None
         for name, rule in rules().items():
-            features = outputs(partial(run, model, rule, k, partial(papr_fx.significance, gm)), test.images, f"{name} {z:g}")
+            features = outputs(partial(run, model, rule, k, partial(_significance, gm)), test.images, f"{name} {z:g}")
             right = (classify(features) == test.classes).float()
             base = right if base is None else base
             row: dict[str, Any] = {"z": z, "rule": name}

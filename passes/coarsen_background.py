@@ -16,7 +16,7 @@ Becomes:
 Because: an embedding that treats each patch independently makes of a patch at half size what it makes of any patch, and adds
 the position of each of the four places. So the mean of the four tokens is that of the content with the mean of the positions,
 whatever kind of positions the model adds. Fine tokens are those of `stream`, to the bit. It costs a second embedding, 0.7 % of
-ViT-B.
+ViT-B; where one convolution makes the patches, `embed_kept_patches` leaves out of both what is not kept.
 
 Left alone:
     1. Images that patches of one size do not cover, and an embedding in which patches see their neighbours (see
@@ -27,7 +27,7 @@ Left alone:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -71,10 +71,12 @@ class Coarsened(NamedTuple):
     Attributes:
         members: The patches of each quad.
         tokens: All tokens, and behind them one for each quad.
+        copies: The nodes of the second embedding, by the nodes that they are copies of.
     """
 
     members: fx.Node
     tokens: fx.Node
+    copies: Mapping[fx.Node, fx.Node]
 
 
 def find_site(site: TokenSite, layout: str) -> EmbeddingSite:
@@ -122,7 +124,9 @@ def check_tables(graph: fx.Graph, repairs: Repairs) -> None:
             )
 
 
-def rewrite(graph: fx.Graph, found: EmbeddingSite, site: TokenSite, keep: fx.Node, grid: Sizes) -> Coarsened:
+def rewrite(
+    graph: fx.Graph, found: EmbeddingSite, site: TokenSite, keep: fx.Node, grid: Sizes, conv: fx.Node | None = None
+) -> Coarsened:
     """Inserts the second embedding behind `keep`.
 
     Args:
@@ -131,19 +135,23 @@ def rewrite(graph: fx.Graph, found: EmbeddingSite, site: TokenSite, keep: fx.Nod
         site: The token stream.
         keep: The rows of the kept tokens.
         grid: Sizes of the grid, numbers or nodes.
+        conv: A node behind `keep` that will be replaced together with its copy: what follows from it comes behind the stream.
     """
     with graph.inserting_before(keep.next):
         members = graph.create_node("call_function", quad_members, (grid, keep), name="papr_quads")
         arguments = (found.images, grid, found.patch)
-        halved = graph.create_node("call_function", halve_quads, arguments, name="papr_halved")
-        copied = {found.images: halved}
-        for node in found.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copied.get(n, n))
-            copied[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"papr_coarse_{node.name}")
-            copied[node].meta |= {key: value for key, value in node.meta.items() if key not in _OWN}
+        last = graph.create_node("call_function", halve_quads, arguments, name="papr_halved")
+    copied = {found.images: last}
+    for node in found.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copied.get(n, n))
+        with graph.inserting_after(max(last, site.stream) if conv is not None and node > conv else last):
+            last = graph.create_node(node.op, node.target, args, kwargs, name=f"papr_coarse_{node.name}")
+        copied[node] = last
+        last.meta |= {key: value for key, value in node.meta.items() if key not in _OWN}
+    with graph.inserting_after(max(last, site.stream)):
         joined = (site.stream, copied[site.stream], members, site.rows.prefix)
         tokens = graph.create_node("call_function", join_quads, joined, name="papr_joined")
-    return Coarsened(members, tag(tokens, Kind.JOINED))
+    return Coarsened(members, tag(tokens, Kind.JOINED), copied)
 
 
 def _content(images: fx.Node, stream: fx.Node) -> list[fx.Node]:

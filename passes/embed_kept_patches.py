@@ -14,6 +14,9 @@ Becomes:
     stream  = grid.flatten(2).transpose(1, 2) + table
     tokens  = gather_tokens(stream, keep)
 
+With a coarse background, the convolution's copy is replaced as well (see `coarsen_background`):
+    grids   = embed_quads(images, patches, conv, halved, quads)  # of `images`, and of `halved`; patches and quads once
+
 Because: a patch's token follows from its own pixels alone, so the tokens that are dropped need not be computed. The rest of the
 graph stays as it is, and what stands in their places is dropped with its rows. In ViT-B at half of its tokens this is 0.3 % of
 all work, but on an H200 the library's convolution of three channels takes 9 % of the dense model's time (docs/speed.md).
@@ -36,12 +39,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..dataflow.patch_probe import Stream, mixed_patches
-from ..ops import embed_patches, is_touching, kept_patches, patch_grid
+from ..ops import embed_patches, embed_quads, is_touching, kept_patches, patch_grid
 from ..tracing.checkpoints import regions_of
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import ancestors, descendants, nodes_by_name, shape_of
 from ..tracing.roles import tag
 from ..tracing.trace import OpenError
+from .coarsen_background import Coarsened
 from .kinds import Kind
 from .prune_tokens import TokenSite
 from .splice_proposal import Sizes, read_sizes
@@ -102,8 +106,8 @@ def runtime_grid(graph: fx.Graph, found: Embedding) -> Sizes:
         )
 
 
-def rewrite(graph: fx.Graph, found: Embedding, site: TokenSite, keep: fx.Node) -> None:
-    """Puts the embedding of the kept patches in the convolution's place."""
+def rewrite(graph: fx.Graph, found: Embedding, site: TokenSite, keep: fx.Node, coarsened: Coarsened | None = None) -> None:
+    """Puts the embedding of the kept patches in the convolution's place, and in that of its copy for a coarse background."""
     conv = nodes_by_name(graph)[found.node]
     with graph.inserting_before(conv):
         patches = keep
@@ -112,10 +116,21 @@ def rewrite(graph: fx.Graph, found: Embedding, site: TokenSite, keep: fx.Node) -
             patches = graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_embedded")
         module = graph.create_node("get_attr", str(conv.target), name="papr_convolution")
         arguments = (_images(conv), patches, module)
-        made = graph.create_node("call_function", embed_patches, arguments, name="papr_embedding")
-    tag(made, Kind.EMBEDDING).meta |= {key: conv.meta[key] for key in conv.meta.keys() - {"role"}}
-    conv.replace_all_uses_with(made)
-    graph.erase_node(conv)
+        if coarsened is None:
+            grids = [graph.create_node("call_function", embed_patches, arguments, name="papr_embedding")]
+            tag(grids[0], Kind.EMBEDDING)
+        else:
+            halved = (_images(coarsened.copies[conv]), coarsened.members, *([site.rows.suffix] if site.rows.suffix else []))
+            both = graph.create_node("call_function", embed_quads, (*arguments, *halved), name="papr_embedding")
+            tag(both, Kind.EMBEDDING)
+            grids = [
+                graph.create_node("call_function", operator.getitem, (both, number), name=f"papr_{what}")
+                for number, what in enumerate(("embedded_patches", "embedded_quads"))
+            ]
+    for node, made in zip([conv, *([coarsened.copies[conv]] if coarsened else [])], grids, strict=True):
+        made.meta |= {key: conv.meta[key] for key in conv.meta.keys() - {"role"}}
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _images(conv: fx.Node) -> fx.Node:

@@ -231,10 +231,10 @@ class CheckpointedEmbedding(ToyViT):
 def test_the_second_embedding_is_in_no_checkpoint():
     model, other, x = CheckpointedEmbedding(ODD).double(), ToyViT(ODD).double(), images(ODD, 2)
     gm, plain = coarse(model).eval(), coarse(other).eval()
-    assert torch.equal(gm(x), plain(x))
+    assert relative_error(gm(x), plain(x)) < 1e-12
     for module in (gm, plain):
         module(x).square().sum().backward()
-    assert torch.equal(model.proj.weight.grad, other.proj.weight.grad)
+    assert relative_error(model.proj.weight.grad, other.proj.weight.grad) < 1e-12
 
 
 @pytest.mark.parametrize("restore", ["nearest", "zero"])

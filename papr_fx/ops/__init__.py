@@ -6,7 +6,7 @@ They must not know of graphs, models or plans.
 
 from .columns import linear_columns, split_columns
 from .layers import is_plain, is_watched
-from .patches import embed_patches, is_touching, patch_grid
+from .patches import embed_patches, embed_quads, is_touching, patch_grid
 from .places import fill_nearest, map_places, restore_places
 from .positions import (
     count_windows,
@@ -69,6 +69,7 @@ __all__ = [
     "choose_tokens",
     "count_windows",
     "embed_patches",
+    "embed_quads",
     "exact",
     "fill_nearest",
     "fuse_tokens",

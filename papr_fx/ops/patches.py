@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import is_plain
-from .positions import pixel_rows
+from .positions import flat_rows
 
 
 def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
@@ -37,12 +37,52 @@ def embed_patches(images: Tensor, keep: Tensor, conv: nn.Module) -> Tensor:
     if not is_plain(conv, nn.Conv2d, nn.Conv3d) or not is_touching(conv):
         return conv(images)
     conv = cast("nn.Conv2d | nn.Conv3d", conv)
+    grid = patch_grid(images.shape[2:], conv.kernel_size)
+    cells = _embedded(_kept_pixels(images, keep, grid, conv.kernel_size), keep, prod(grid), conv)
+    return cells.unflatten(1, grid).movedim(-1, 1)
+
+
+def embed_quads(
+    images: Tensor, keep: Tensor, conv: nn.Module, halved: Tensor, members: Tensor, suffix: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Embeds kept patches and kept quads, each once, as a convolution would embed all patches of two batches of images.
+
+    Args:
+        images: (B, C, H, W), or clips (B, C, T, H, W).
+        keep: What is kept, (B, k): patches, numbered row by row, and n + suffix + q for quad q of n patches.
+        conv: The convolution; its weight is (D, C, p, q) or (D, C, s, p, q).
+        halved: Images in which every patch holds its quad at half size.
+        members: The patches of each quad, (c, 4).
+        suffix: Tokens behind the patches, which only shift the numbers of quads.
+
+    Returns:
+        Two grids (B, D, H // p, W // q) or (B, D, T // s, H // p, W // q): of `images`, and of `halved`. In the place of what
+        is not kept stands something else that is.
+    """
+    if not is_plain(conv, nn.Conv2d, nn.Conv3d) or not is_touching(conv):
+        return conv(images), conv(halved)
+    conv = cast("nn.Conv2d | nn.Conv3d", conv)
     patch = conv.kernel_size
     grid = patch_grid(images.shape[2:], patch)
-    kept = F.linear(_kept_pixels(images, keep, grid, patch).flatten(2), conv.weight.flatten(1), conv.bias)  # (B, k, D)
-    cells = kept[:, :1].expand(-1, prod(grid), -1).flatten(0, 1)
-    cells = cells.index_copy(0, pixel_rows(keep, grid), kept.flatten(0, 1))
-    return cells.view(images.shape[0], *grid, kept.shape[2]).movedim(-1, 1)
+    count, quads = prod(grid), members.shape[0]
+    quad = (keep - (count + suffix)).clamp(min=0)
+    coarse = keep >= count
+    cells = torch.where(coarse, members[:, 0][quad], keep)
+    is_quad = coarse.view(*coarse.shape, *[1] * (1 + len(patch)))
+    pixels = torch.where(is_quad, _kept_pixels(halved, cells, grid, patch), _kept_pixels(images, cells, grid, patch))
+    kept = _embedded(pixels, torch.where(coarse, count + quad, keep), count + quads, conv)
+    numbers = torch.arange(quads, device=keep.device).repeat_interleave(4)
+    quad_of = torch.zeros(count, dtype=torch.int64, device=keep.device).scatter(0, members.flatten(), numbers)
+    both = kept[:, :count], kept.index_select(1, count + quad_of)
+    first, second = (value.unflatten(1, grid).movedim(-1, 1) for value in both)
+    return first, second
+
+
+def _embedded(pixels: Tensor, rows: Tensor, count: int, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Pixels (B, k, C, *patch), embedded and put in their rows (B, k) of (B, count, D); other rows hold the first of them."""
+    kept = F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias)  # (B, k, D)
+    cells = kept[:, :1].expand(-1, count, -1).flatten(0, 1)
+    return cells.index_copy(0, flat_rows(rows, count), kept.flatten(0, 1)).unflatten(0, (-1, count))
 
 
 def is_touching(conv: nn.Module) -> bool:

@@ -105,7 +105,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     One `index_select` over all rows costs little more than a copy. `gather` would need the index expanded to C columns.
     """
     batch, count, width = tokens.shape
-    rows = tokens.reshape(batch * count, width).index_select(0, _flat_rows(keep, count))
+    rows = tokens.reshape(batch * count, width).index_select(0, flat_rows(keep, count))
     return rows.reshape(batch, keep.shape[1], width)  # not -1, which an empty batch leaves open
 
 
@@ -153,10 +153,10 @@ def with_suffix(keep: Tensor, count: int, suffix: int) -> Tensor:
 
 def pixel_rows(keep: Tensor, grid: Sequence[int]) -> Tensor:
     """Kept positions (B, k) of a grid as rows (B * k,) of all positions of the batch, B * h * w or B * t * h * w."""
-    return _flat_rows(keep, prod(grid))
+    return flat_rows(keep, prod(grid))
 
 
-def _flat_rows(index: Tensor, count: int) -> Tensor:
+def flat_rows(index: Tensor, count: int) -> Tensor:
     """Indices (B, k) into the `count` rows of each sample, as rows (B * k,) of the whole batch."""
     first_row = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * count  # (B, 1)
     return (index + first_row).reshape(-1)

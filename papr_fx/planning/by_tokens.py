@@ -30,8 +30,6 @@ def prune_by_tokens(
     """
     reason = ""
     attempts = ((True, True), (True, False), (False, True))
-    if options.coarse:  # a second embedding needs the convolution
-        attempts = ((True, False),)
     for rows, patches in attempts if options.narrow else ():
         attempt = Attempt(rows, patches, reason)
         try:

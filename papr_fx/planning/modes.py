@@ -145,7 +145,8 @@ class TokenPlan:
         """Rewrites `graph`, a traced graph of the model, in place."""
         site = self.site(graph)
         embedding = self.embedding if target.z < 1 else Embedding()
-        before = nodes_by_name(graph)[embedding.node] if embedding.node else site.stream.next
+        conv = nodes_by_name(graph)[embedding.node] if embedding.node else None
+        before = conv or site.stream.next
         grid: splice_proposal.Sizes = site.rows.grid
         if target.dynamic and embedding.node:
             grid = embed_kept_patches.runtime_grid(graph, embedding)
@@ -157,17 +158,17 @@ class TokenPlan:
             selection = splice_proposal.Selection(grid, target.z, site.rows.prefix, site.rows.suffix, coarse=self.coarse)
             keep = splice_proposal.rewrite(graph, images, before, selection)
             stage("splice_proposal", graph)
-            if embedding.node:
-                embed_kept_patches.rewrite(graph, embedding, site, keep)
-                stage("embed_kept_patches", graph)
-            members = joined = None
+            coarsened = None
             if self.coarse:
                 twice = coarsen_background.find_site(site, target.layout)
-                members, joined = coarsen_background.rewrite(graph, twice, site, keep, grid)
+                coarsened = coarsen_background.rewrite(graph, twice, site, keep, grid, conv)
                 stage("coarsen_background", graph)
-            gather_positions.rewrite(graph, self.repairs, site, keep, members)
+            if embedding.node:
+                embed_kept_patches.rewrite(graph, embedding, site, keep, coarsened)
+                stage("embed_kept_patches", graph)
+            gather_positions.rewrite(graph, self.repairs, site, keep, coarsened.members if coarsened else None)
             stage("gather_positions", graph)
-            prune_tokens.rewrite(graph, site, keep, joined)
+            prune_tokens.rewrite(graph, site, keep, coarsened.tokens if coarsened else None)
             stage("prune_tokens", graph)
             places = restore_places.Places(site.rows, grid, keep, target.restore, self.coarse)
             restore_places.rewrite(graph, self.repairs.places, places)

@@ -18,7 +18,7 @@ from ..tracing.numerics import relative_error, tensors_of
 from .case import Case, ComparisonError
 from .hidden_keys import HiddenKeys
 
-_SHARE = 0.6  # of tokens: some cells are fine, some are coarse
+COARSE_SHARE = 0.6  # of tokens: some cells are fine, some are coarse
 
 
 def check(case: Case) -> None:
@@ -41,7 +41,7 @@ def check(case: Case) -> None:
     rows = case.rewrite.choices[0].rows
     device = case.images.device
     scores = torch.rand((len(case.images), *rows.grid), generator=case.random, device=device)
-    keep = choose_quads(scores, _SHARE, rows.prefix, rows.suffix)
+    keep = choose_quads(scores, COARSE_SHARE, rows.prefix, rows.suffix)
     found, allowed = error(case, keep, keep), tolerance(case)
     if not found <= allowed:
         raise ComparisonError(

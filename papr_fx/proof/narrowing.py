@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from ..ops import choose_quads
 from ..passes.kinds import Kind
 from ..tracing.numerics import relative_error
 from ..tracing.roles import find_all
 from .case import Case, ComparisonError, PrecisionError
+from .coarse import COARSE_SHARE
 
 
 class NarrowingError(ComparisonError):
@@ -20,6 +23,8 @@ class NarrowingError(ComparisonError):
 
 def check(case: Case) -> None:
     """Keeps two thirds of the patches: the output must be that of the graph that computes all rows and patches.
+
+    With a coarse background some of what is kept is a quad.
 
     Both graphs reduce tokens, if the plan does. With other rows, or other patches, in their place results must differ.
 
@@ -35,11 +40,12 @@ def check(case: Case) -> None:
     """
     if not case.rewrite.narrows:
         return
-    whole = case.rewrite.graph_on(narrow=False) if case.rewrite.mode.reduces else None
-    expected = _run(case, whole) if whole else case.kept_output
+    kept = _kept(case)
+    whole = case.rewrite.graph_on(narrow=False) if case.rewrite.mode.reduces or case.rewrite.coarse else None
+    expected = _run(case, whole, kept) if whole else case.kept_output
     try:
-        error = relative_error(_run(case, case.rewrite.graph_on(narrow=True)), expected)
-        controls = {what: relative_error(_run(case, graph), expected) for what, graph in _others(case)}
+        error = relative_error(_run(case, case.rewrite.graph_on(narrow=True), kept), expected)
+        controls = {what: relative_error(_run(case, graph, kept), expected) for what, graph in _others(case)}
     except PrecisionError as error:
         raise NarrowingError(f"narrowing: {error}. Pass narrow=False") from error
     if not error <= case.tolerance:
@@ -67,14 +73,23 @@ def _others(case: Case) -> Iterator[tuple[str, fx.Graph]]:
     graph = case.rewrite.graph_on(narrow=True)
     embeddings = find_all(graph, Kind.EMBEDDING)
     for node in embeddings:
-        images, patches, conv = node.args
+        images, patches, *rest = node.args
         with graph.inserting_before(node):
             moved = graph.create_node("call_function", operator.add, (patches, 1))
             others = graph.create_node("call_function", operator.mod, (moved, case.rewrite.choices[0].rows.cells))
-        node.args = (images, others, conv)
+        node.args = (images, others, *rest)
     if embeddings:
         yield "patches", graph
 
 
-def _run(case: Case, graph: fx.Graph) -> Any:
-    return case.run(fx.GraphModule(case.root, graph), case.images[:1], *case.indices(case.kept))
+def _kept(case: Case) -> list[Tensor]:
+    """What is kept of the first image: indices (1, prefix + k + suffix) for each choice."""
+    if not case.rewrite.coarse:
+        return case.indices(case.kept)
+    rows = case.rewrite.choices[0].rows
+    scores = torch.rand((1, *rows.grid), generator=case.random, device=case.random.device)
+    return [choose_quads(scores, COARSE_SHARE, rows.prefix, rows.suffix)]
+
+
+def _run(case: Case, graph: fx.Graph, kept: Sequence[Tensor]) -> Any:
+    return case.run(fx.GraphModule(case.root, graph), case.images[:1], *kept)

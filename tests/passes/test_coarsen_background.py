@@ -97,7 +97,7 @@ def test_quads_are_embedded_a_second_time_and_tables_averaged():
     repairs = tables.find_sites(scratch_copy(before), site, BLOCKS, IMAGES)
     selection = Selection(site.rows.grid, 0.5, site.rows.prefix, coarse=True)
     keep = splice_proposal.rewrite(graph, splice_proposal.find_site(graph), site.stream.next, selection)
-    members, joined = the_pass.rewrite(graph, found, site, keep, site.rows.grid)
+    members, joined, _ = the_pass.rewrite(graph, found, site, keep, site.rows.grid)
     tables.rewrite(graph, repairs, site, keep, members)
     prune_tokens.rewrite(graph, site, keep, joined)
     assert_becomes(before, graph, Expected(), IMAGES)

@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from papr_fx.ops import embed_patches, gather_tokens, kept_patches, resize_map, top_positions
-from papr_fx.passes import embed_kept_patches, prune_tokens, splice_proposal
+from papr_fx.ops import (
+    choose_quads,
+    embed_patches,
+    embed_quads,
+    gather_tokens,
+    halve_quads,
+    join_quads,
+    kept_patches,
+    quad_members,
+    resize_map,
+    top_positions,
+)
+from papr_fx.passes import coarsen_background, embed_kept_patches, prune_tokens, splice_proposal
 from papr_fx.passes.embed_kept_patches import Embedding
 from papr_fx.tracing.fakes import scratch_copy
 from papr_fx.tracing.trace import OpenError, trace
@@ -90,6 +101,45 @@ def test_only_kept_patches_are_embedded():
     embed_kept_patches.rewrite(graph, found, site, keep)
     prune_tokens.rewrite(graph, site, keep)
     assert_becomes(before, graph, Expected(), IMAGES)
+
+
+class ExpectedQuads(Before):
+    """The same with a coarse background: patches and quads are embedded once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.papr_proposal = Brightness()
+
+    def forward(self, x: Tensor) -> Tensor:
+        psm = resize_map(self.papr_proposal(x), (2, 3))
+        keep = choose_quads(psm, 0.5, 1)
+        quads = quad_members((2, 3), keep)
+        halved = halve_quads(x, (2, 3), (2, 2))
+        both = embed_quads(x, kept_patches(keep, 1), self.embed, halved, quads)
+        patches, copies = both[0], both[1]
+        first = self.first.expand(patches.shape[0], -1, -1)
+        stream = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
+        table = self.table
+        stream = stream + table
+        coarse = torch.cat([first, copies.flatten(2).transpose(1, 2)], 1) + table
+        stream = gather_tokens(join_quads(stream, coarse, quads, 1), keep)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.read(stream)
+
+
+def test_a_coarse_background_embeds_each_once():
+    before = Before()
+    found, site = embedding(before)
+    graph = site.stream.graph
+    (conv,) = [node for node in graph.nodes if node.name == "embed"]
+    selection = splice_proposal.Selection((2, 3), 0.5, 1, coarse=True)
+    keep = splice_proposal.rewrite(graph, splice_proposal.find_site(graph), conv, selection)
+    twice = coarsen_background.find_site(site, "BCHW")
+    coarsened = coarsen_background.rewrite(graph, twice, site, keep, (2, 3), conv)
+    embed_kept_patches.rewrite(graph, found, site, keep, coarsened)
+    prune_tokens.rewrite(graph, site, keep, coarsened.tokens)
+    assert_becomes(before, graph, ExpectedQuads(), IMAGES)
 
 
 class Inside(Before):

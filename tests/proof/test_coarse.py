@@ -50,7 +50,7 @@ FAULTS = {
 def test_only_this_part_finds_wrong_cells(fault, monkeypatch):
     module, name, wrong = FAULTS[fault]
     monkeypatch.setattr(module, name, wrong)
-    found = failures(case_of(positioned(ODD, "rotary"), background="coarse"))
+    found = failures(case_of(positioned(ODD, "rotary"), background="coarse", narrow=False))
     assert list(found) == ["coarse background"]
     assert "something reads the image or a position elsewhere" in found["coarse background"]
 

@@ -44,9 +44,9 @@ def test_what_is_not_proved_is_computed_whole(monkeypatch):
     assert torch.equal(gm(x), papr_fx.transform(model, toy_proposal(), 0.5, narrow=False, verify=False)(x))
 
 
-def wrong_patch(graph, found, site, keep, rewrite=embed_kept_patches.rewrite):
+def wrong_patch(graph, found, site, keep, coarsened=None, rewrite=embed_kept_patches.rewrite):
     """As the pass does it, but with the indices of tokens, the class token counted, for those of patches."""
-    rewrite(graph, found, site, keep)
+    rewrite(graph, found, site, keep, coarsened)
     node = find(graph, Kind.EMBEDDING)
     with graph.inserting_before(node):
         first = graph.create_node("call_method", "narrow", (keep, 1, 0, graph.call_method("size", (node.args[1], 1))))
@@ -58,6 +58,20 @@ def test_only_narrowing_finds_a_wrong_patch(monkeypatch):
     found = failures(case_of(ToyViT(CLASS)))
     assert list(found) == ["narrowing"]
     assert "with what nobody seems to read left out, the output is off by" in found["narrowing"]
+
+
+def wrong_quad(graph, found, site, keep, coarsened=None, rewrite=embed_kept_patches.rewrite):
+    """As the pass does it, but the quads are those of images that were not halved."""
+    rewrite(graph, found, site, keep, coarsened)
+    node = find(graph, Kind.EMBEDDING)
+    images, patches, conv, _, *rest = node.args
+    node.args = (images, patches, conv, images, *rest)
+
+
+def test_only_narrowing_finds_a_wrong_quad(monkeypatch):
+    assert not failures(case_of(ToyViT(CLASS), background="coarse"))
+    monkeypatch.setattr(embed_kept_patches, "rewrite", wrong_quad)
+    assert list(failures(case_of(ToyViT(CLASS), background="coarse"))) == ["narrowing"]
 
 
 class Ignored(ToyViT):
