@@ -29,6 +29,7 @@ from papr_fx.proposals.named import LITE0_STATISTICS, lite0
 from .record import environment, write
 from .saliency_vit import Saliency, backbone, read_weights
 from .trained_maps import Detail, PsmAndDetail, centre, off_centre
+from .trained_plot import draw
 
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BACKGROUNDS = ("drop", "coarse")
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--off-centre", action="store_true", help="move the subjects of all photographs towards the corners")
     parser.add_argument("--images", type=int, help="at most as many test images")
     parser.add_argument("--saliency-images", type=int, default=40, help="test images whose saliency maps are compared")
+    parser.add_argument("--plot", type=Path, help="a PNG file for the probe's accuracy")
     parser.add_argument("--out", type=Path, default=Path("out/trained_vit.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -211,6 +213,8 @@ def main() -> None:
     rows = list(measure(models, judges, test, arguments.maps, arguments.z))
     print(table(rows, judges))
     write(arguments.out, rows, seed=0)
+    if arguments.plot:
+        draw(arguments.plot, rows, with_error(dense["probe"], 100)[0])
 
 
 if __name__ == "__main__":

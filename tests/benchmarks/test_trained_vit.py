@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks import saliency_vit, trained_vit
 from benchmarks.trained_maps import Detail, PsmAndDetail, centre, off_centre
+from benchmarks.trained_plot import draw
 from benchmarks.trained_vit import Judges, Photographs, correlation, knn, measure, overlap, table, with_error
 
 from ..models import Shape, ToyViT, enliven, toy_proposal
@@ -30,7 +31,7 @@ class Dense(nn.Module):
         return self.conv(tokens[:, 1:].transpose(1, 2).reshape(x.shape[0], 8, 4, 4)).sigmoid()
 
 
-def test_rows_of_toy_models(monkeypatch):
+def test_rows_of_toy_models(monkeypatch, tmp_path):
     monkeypatch.setattr(trained_vit, "lite0", toy_proposal)
     monkeypatch.setattr(trained_vit, "LITE0_STATISTICS", trained_vit.STATISTICS)
     models = enliven(ToyViT(SHAPE)).eval(), enliven(Dense()).eval()
@@ -49,6 +50,9 @@ def test_rows_of_toy_models(monkeypatch):
         assert "cosine - drop" not in drop
     assert all(rows[2][key] > rows[0][key] for key in ("cosine", "correlation"))  # more tokens
     assert table(rows, judges).count("\n") == 9
+    draw(tmp_path / "curve.png", rows, 50.0, "k-NN")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (840, 480)
     same = judges.scores(features, maps)
     assert {key: with_error(values)[0] for key, values in same.items()} == pytest.approx(dict.fromkeys(same, 1.0))
 
