@@ -103,7 +103,7 @@ def _copied_value(value: object, memo: dict[int, Any]) -> object:
     """What `copy.deepcopy` gives, sooner for what most attributes of a module are: numbers, names and empty containers."""
     if type(value) in _IMMUTABLE:
         return value
-    if type(value) in _CONTAINERS and not value and not getattr(value, "__dict__", None) and id(value) not in memo:
+    if type(value) in _CONTAINERS and not value and not getattr(value, "__dict__", None):
         return memo.setdefault(id(value), type(value)())
     return copy.deepcopy(value, memo)
 
