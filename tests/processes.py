@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -25,8 +26,15 @@ def run_processes(call: Callable[..., object], *given: object, folder: Path, cou
     processes = [context.Process(target=_run, args=(call, given, folder, rank, environment)) for rank in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running], timeout=300)
+        ended = [process for process in running if process.exitcode is not None]
+        if not ended or any(process.exitcode for process in ended):  # the others would wait for it
+            for process in running:
+                process.kill()
+        for process in ended:
+            running.remove(process)
     return [process.exitcode for process in processes]
 
 
