@@ -124,5 +124,6 @@ def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if macs_with(middle) > macs else (low, middle)
-    macs_with(low)
+    if low not in tried:
+        macs_with(low)
     return min(tried.values(), key=lambda pair: abs(pair[0] - macs))[1]

@@ -15,7 +15,7 @@ from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
 
 MODELS = {
-    "ViT": lambda: (ToyViT(Shape()), (3, *Shape().image)),
+    "ViT": lambda: (ToyViT(Shape(depth=1)), (3, *Shape().image)),
     "rotary ViT": lambda: (positioned(Shape(), "rotary"), (3, *Shape().image)),
     "biased ViT": lambda: (positioned(Shape(), "bias"), (3, *Shape().image)),
     "ViT of any size": lambda: (

@@ -2,8 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,11 @@ from papr_fx.tracing.numerics import relative_error
 
 from .models import Shape, ToyViT, images, toy_proposal
 from .models.hierarchical import FAMILIES
+from .processes import run_processes
 
 PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
 MODELS = {
-    "ViT": lambda: (ToyViT(Shape()), images(Shape(), 3, dtype=torch.float32)),
+    "ViT": lambda: (ToyViT(Shape(depth=1)), images(Shape(), 3, dtype=torch.float32)),
     "rotary ViT": lambda: (timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=56), torch.randn(3, 3, 56, 56)),
     "ConvNeXt": lambda: (FAMILIES["ConvNeXt"].model().float(), torch.randn(3, 3, 64, 64)),
     "Swin": lambda: (FAMILIES["Swin"].model().float(), torch.randn(3, 3, 64, 64)),
@@ -78,12 +77,13 @@ def test_recipe(name, kind, tmp_path):
         assert torch.equal(model(batch), dense)  # whatever was done to the result
 
 
+def run_block(block):
+    exec(compile(block, str(PAGE), "exec"), {})
+
+
 def test_training_on_two_processes(tmp_path):
     (block,) = (blocks[0] for name, blocks in recipes().items() if name.startswith("Training"))
-    (tmp_path / "train.py").write_text(block)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    assert run_processes(run_block, block, folder=tmp_path, count=2) == [0, 0], (tmp_path / "out0.txt").read_text()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     torch.manual_seed(0)
     before = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=10).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -14,7 +15,7 @@ from ..errors import ArgumentError, first_line
 from ..versions import FakeTensorMode
 from .caches import remove_fakes
 from .captures import forget_captures, is_capture
-from .results import fake_mode
+from .results import fake_mode, fake_of
 from .sharded import plain_modules, stand_in_for_shards
 from .surroundings import without_log
 
@@ -22,6 +23,7 @@ from .surroundings import without_log
 TRACED_BATCH = 2
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 # What the code of a model raises for inputs that it does not take.
 MODEL_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError)
@@ -94,9 +96,16 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
     copies = {module: object.__new__(type(module)) for module in plain}
     memo.update({id(module): copied for module, copied in copies.items()})
     for module, copied in copies.items():
-        vars(copied).update(
-            {name: value if type(value) in _IMMUTABLE else copy.deepcopy(value, memo) for name, value in vars(module).items()}
-        )
+        vars(copied).update({name: _copied_value(value, memo) for name, value in vars(module).items()})
+
+
+def _copied_value(value: object, memo: dict[int, Any]) -> object:
+    """What `copy.deepcopy` gives, sooner for what most attributes of a module are: numbers, names and empty containers."""
+    if type(value) in _IMMUTABLE:
+        return value
+    if type(value) in _CONTAINERS and not value and not getattr(value, "__dict__", None):
+        return memo.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, memo)
 
 
 def _plain_modules(module: nn.Module, seen: set[nn.Module]) -> Generator[nn.Module]:
@@ -168,7 +177,7 @@ def fake_parameters(root: nn.Module, mode: FakeTensorMode) -> Generator[None]:
     own = [module._parameters for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [dict(parameters) for parameters in own]
     for parameters in own:
-        fakes = {name: mode.from_tensor(p) for name, p in parameters.items() if p is not None and type(p) in plain}
+        fakes = {name: fake_of(p, mode) for name, p in parameters.items() if p is not None and type(p) in plain}
         parameters.update(cast("dict[str, nn.Parameter]", fakes))
     try:
         yield

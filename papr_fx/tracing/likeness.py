@@ -7,7 +7,7 @@ for all of them: one is enough.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +22,10 @@ _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, type, Enum, FunctionType, BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
+# Most values are of these. Whether others are plain takes longer to find out.
+_SIMPLE = frozenset({type(None), bool, int, float, str})
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
+_KNOWN = (nn.Module, fx.Node)
 _LARGEST = 1 << 20  # bytes of a tensor whose content is compared
 _DEEPEST = 8  # of containers in containers, which may hold themselves
 
@@ -50,11 +54,15 @@ def form_of(
         of_tensor: The form of a tensor, if that is another.
         depth: In how many containers `value` lies.
     """
+    if type(value) in _SIMPLE:
+        return type(value), value  # True is 1
     if isinstance(value, Tensor):
         return (of_tensor or _form)(value)
+    if type(value) in _CONTAINERS and not value and not getattr(value, "__dict__", None):
+        return (type(value),)
     if isinstance(value, _PLAIN):
-        return type(value), value  # True is 1
-    if isinstance(value, nn.Module | fx.Node) and value in known:
+        return type(value), value
+    if isinstance(value, _KNOWN) and value in known:
         return type(value), known[value]
     if isinstance(value, set | frozenset):
         return type(value), frozenset(form_of(part, known, of_tensor, depth + 1) for part in cast("set[object]", value))

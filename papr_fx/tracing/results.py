@@ -39,12 +39,14 @@ class _Session:
         numbers: Numbers of kinds of modules.
         known: Results, by what they follow from.
         changing: Kinds of modules whose calls change what they hold.
+        held: Fakes of parameters, by their ids.
     """
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     numbers: dict[Hashable, int] = field(default_factory=dict)
     known: dict[Hashable, Result] = field(default_factory=dict)
     changing: set[int | None] = field(default_factory=set)
+    held: dict[int, Tensor] = field(default_factory=dict)
 
 
 _session: ContextVar[_Session | None] = ContextVar("_session", default=None)
@@ -63,6 +65,15 @@ def shared_results() -> Generator[None]:
 def fake_mode() -> FakeTensorMode:
     """The mode for the next fake run."""
     return (_session.get() or _Session()).mode
+
+
+def fake_of(parameter: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake of a parameter, of this mode. Runs that share results share it too: a mode finds its fakes while they are held."""
+    fake = mode.from_tensor(parameter)
+    session = _session.get()
+    if session is not None and session.mode is mode:
+        session.held[id(fake)] = fake
+    return fake
 
 
 class ReshapedError(TraceError):

@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import papr_fx
+from papr_fx.cli import counting
 from papr_fx.cli.main import main
 from papr_fx.cli.options import merge_of, merging
+from papr_fx.evaluation import evaluate
 
 from ..labelled import counted, networks, options, rows_of, weights
-
-ROOT = Path(__file__).parents[2]
+from ..processes import run_processes
 
 
 @pytest.fixture(scope="module")
@@ -149,54 +148,44 @@ def test_checkpoints_run_no_code(labelled, tmp_path, capsys, monkeypatch):
     assert not Path("harm").exists()
 
 
-def run(*arguments, check=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
-
-
-# Two batches a chunk: with three processes, the second chunk is the last one and is not full.
-SHORT_CHUNKS = """
-import sys
-from papr_fx.evaluation import evaluate
-from papr_fx.cli.main import main
-evaluate._CHUNK = 2
-sys.exit(main(sys.argv[1:]))
-"""
+def in_short_chunks(arguments):
+    """Two batches a chunk: with three processes, the second chunk is the last one and is not full."""
+    evaluate._CHUNK = 2
+    return main(arguments)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, processes):
     """41 divides by neither; the last process has fewer samples."""
     results = tmp_path / "a.csv"
-    script = tmp_path / "run.py"
-    script.write_text(SHORT_CHUNKS)
-    done = run("-m", "torch.distributed.run", "--nproc-per-node", processes, script, *options(labelled, results))
-    assert done.stdout.count("| 0.50 |") == 1
+    given = options(labelled, results, "--z", "1.0,0.5")
+    assert run_processes(in_short_chunks, given, folder=tmp_path, count=processes) == [0] * processes
+    printed = [(tmp_path / f"out{rank}.txt").read_text() for rank in range(processes)]
+    assert [text.count("| 0.50 |") for text in printed] == [1, *[0] * (processes - 1)]
     lines = results.read_text().splitlines()
     found = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
-    assert [(float(row["z"]), float(row["top1"]), float(row["agreement"])) for row in found] == [row[:3] for row in expected]
+    counts = [(float(row["z"]), float(row["top1"]), float(row["agreement"])) for row in found]
+    assert counts == [row[:3] for row in expected if row[0] >= 0.5]
     assert {row["count"] for row in found} == {"41"}
 
 
-KILLED = """
-import os, signal, sys
-from papr_fx.cli import counting
-from papr_fx.cli.main import main
-write = counting.write_part
-def and_die(*given):
-    write(*given)
-    os.kill(os.getpid(), signal.SIGKILL)
-counting.write_part = and_die
-main(sys.argv[1:])
-"""
+def and_die(arguments):
+    """Kills the process when it has written its first part."""
+    write = counting.write_part
+
+    def write_and_die(*given):
+        write(*given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    counting.write_part = write_and_die
+    main(arguments)
 
 
 def test_killed_and_resumed(labelled, tmp_path, capsys):
     whole, results = tmp_path / "whole.json", tmp_path / "a.json"
     small = ("--batch-size", 1, "--z", 0.5)
     assert main(options(labelled, whole, *small)) == 0
-    assert run("-c", KILLED, *options(labelled, results, *small), check=False).returncode == -signal.SIGKILL
+    assert run_processes(and_die, options(labelled, results, *small), folder=tmp_path) == [-signal.SIGKILL]
     part = tmp_path / "a.json.part"
     assert not results.exists()
     assert json.loads(part.read_text())["progress"]["done"] == 32
@@ -207,8 +196,8 @@ def test_killed_and_resumed(labelled, tmp_path, capsys):
     assert "other settings (files)" in capsys.readouterr().err
     known = json.loads(part.read_text())["settings"]["files"]["checkpoint"][1]
     os.utime(labelled / "model.pth", ns=(known, known))
-    done = run("-m", "papr_fx", *options(labelled, results, *small))
-    assert "continuing after 32 of 41 samples" in done.stdout
+    assert main(options(labelled, results, *small)) == 0
+    assert "continuing after 32 of 41 samples" in capsys.readouterr().out
     assert counted(results) == counted(whole)
     assert [row["z"] for row in rows_of(results)] == [1.0, 0.5]
     assert not part.exists()
@@ -253,7 +242,7 @@ def test_what_cannot_be_written_is_told_before_the_work(labelled, tmp_path, caps
 
 
 def test_arguments(labelled, capsys):
-    assert main(["eval", "nowhere", "--proposal", "test_resnet"]) == 2
+    assert main(["eval", "nowhere", "--model", "test_vit", "--proposal", "test_resnet"]) == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["eval", "nowhere", "--z", "1.5"])

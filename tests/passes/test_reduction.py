@@ -261,14 +261,14 @@ def test_macs_of_the_paper(name, r, expected):
 @pytest.mark.parametrize(
     "merge",
     [
-        pytest.param(papr_fx.Merge(2), id="merge"),
+        pytest.param(papr_fx.Merge(2, "all"), id="merge"),
         *(pytest.param(reduction, id=name, marks=pytest.mark.slow) for name, (reduction, _) in PEERS.items()),
     ],
 )
 @torch.no_grad()
 def test_compiled(merge):
-    model = ToyViT(Shape(depth=DEPTH)).eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=merge)
+    model = ToyViT(Shape(depth=2)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.8, merge=merge, verify=False)
     torch.compiler.reset()
     x = images(model.shape, 2, dtype=torch.float32)
     assert relative_error(torch.compile(gm, fullgraph=True)(x), gm(x)) < 1e-4

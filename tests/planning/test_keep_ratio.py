@@ -79,7 +79,7 @@ def test_keep_ratios_that_were_compiled_are_not_compiled_again():
 def test_restored_grids_of_bfloat16_are_those_of_the_kept_tokens(compiled):
     """The choice is made again; it must give the kept tokens in the same order."""
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=0, global_pool="").eval()
-    gm = papr_fx.transform(model.bfloat16(), timm.create_model("test_resnet").eval(), 0.5, verify=False)
+    gm = papr_fx.transform(model.bfloat16(), toy_proposal(), 0.5, verify=False)
     images = torch.randn(16, 3, 64, 64, dtype=torch.bfloat16)
     runner = torch.compile(gm) if compiled else gm
     with torch.no_grad():

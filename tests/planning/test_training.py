@@ -120,7 +120,7 @@ def swin() -> nn.Module:
 
 
 MAKERS = {
-    "ViT": lambda: (ToyViT(Shape()), images(Shape(), 4, dtype=torch.float32), {}),
+    "ViT": lambda: (ToyViT(Shape(depth=1)), images(Shape(), 4, dtype=torch.float32), {}),
     "merged ViT": lambda: (ToyViT(Shape(depth=4)), images(Shape(), 4, dtype=torch.float32), {"merge": papr_fx.Merge(2)}),
     "ConvNeXt": lambda: (convnext(), torch.randn(4, 3, 64, 64), {}),
     "Swin": lambda: (swin(), torch.randn(4, 3, 64, 64), {}),

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from papr_fx.tracing.fakes import fake_like, faking, scratch_copy
+from papr_fx.tracing.results import shared_results
 
 
 def tied():
@@ -89,3 +91,36 @@ def test_copies_share_parameters_and_keep_the_rest_apart():
     assert torch.equal(copied[0].running_mean, model[0].running_mean)
     assert copied[1].notes["of"][0] is copied[0] is not model[0]
     assert copied.train()[0].training is not model.eval()[0].training
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, list, set])
+def test_empty_containers_stay_shared_and_apart(kind):
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    model[0].own, model[0].seen = kind(), kind()
+    model[1].seen = model[0].seen
+    copied = scratch_copy(model)
+    assert type(copied[0].seen) is kind
+    assert copied[0].seen is copied[1].seen is not model[0].seen
+    assert copied[0].own is not copied[0].seen
+
+
+def test_empty_containers_keep_what_is_noted_on_them():
+    model = nn.Identity()
+    model.seen = OrderedDict()
+    model.seen.note = [1]
+    copied = scratch_copy(model)
+    assert copied.seen.note == [1]
+    assert copied.seen.note is not model.seen.note
+
+
+def test_runs_that_share_results_share_fake_parameters():
+    model = tied()
+    seen = []
+    with shared_results():
+        for root in (scratch_copy(model), scratch_copy(model)):
+            mode, _ = fake_like(torch.zeros(1, 4), 2)
+            with faking(mode, root):
+                seen.append([id(parameter) for parameter in root.parameters()])
+    assert seen[0] == seen[1]
+    with faking(fake_like(torch.zeros(1, 4), 2)[0], root):
+        assert not {id(parameter) for parameter in root.parameters()} & {*seen[0]}
