@@ -48,7 +48,7 @@ def print_verdicts(variants: Sequence[Variant], found: Progress, kind: str) -> N
     for variant in variants:
         if variant.twin is not None:
             versus = compared(found, variant.name, cast(PrunedModule, variant.module))
-            print(f"z={variant.z:g}: {versus.said(kind)}")
+            print(f"z={variant.z:g}: {versus.said(kind)} (map - random: {versus} points)")
 
 
 def speed_key(subject: Subject) -> str:

@@ -2,8 +2,8 @@
 
 Both see every image, so the answers are compared image by image (McNemar's test). Of n images, the map wins those that are
 right with it and wrong with the random one, and loses those of which the opposite holds. The difference of the accuracies is
-(wins - losses) / n, and its standard error sqrt(wins + losses + 1) / n: where the map does nothing, each image that differs is a
-toss of a coin. The 1 stands for what a few images that all agree do not show.
+(wins - losses) / n, and its standard error sqrt(wins + losses + 1) / n: if the map does nothing, each of these images is a toss
+of a coin. The 1 keeps a few images, on all of which both are right or wrong, from counting as certainty.
 
 - "better": the difference is more than two standard errors.
 - "no better": it is not, and two standard errors above it are less than 5 points.
@@ -58,13 +58,16 @@ class Versus:
         return "no better" if self.difference + 2 * self.error < _POINTS else "too few"
 
     def said(self, kind: str = "images") -> str:
-        """A sentence for the reader of the results; `kind` is what the samples are called."""
-        found = f"map - random = {self.difference:+.1f} points, standard error {self.error:.1f}"
+        """The verdict as a sentence for the reader of the results; `kind` is what the samples are called."""
         if self.verdict == "better":
-            return f"on these {kind} the map is better than chance ({found})"
+            return f"on these {kind} the map is better than chance"
         if self.verdict == "no better":
-            return f"on these {kind} the map is no better than chance: use {self.remedy} ({found})"
-        return f"too few {kind} to tell whether the map is better than chance ({found})"
+            return f"on these {kind} the map is no better than chance: use {self.remedy}"
+        return f"too few {kind} to tell whether the map is better than chance"
+
+    def __str__(self) -> str:
+        """Its figures, in points."""
+        return f"{self.difference:+.1f} +- {self.error:.1f}"
 
 
 def with_random_map(gm: PrunedModule, z: float) -> PrunedModule:
@@ -86,7 +89,7 @@ def remedy(gm: PrunedModule) -> str:
 
 
 def compared(progress: Progress, name: str, gm: PrunedModule) -> Versus:
-    """What an evaluation counted of a variant and its twin: right answers, or without classes agreement with the dense model."""
+    """What an evaluation counted of a variant and its twin: right answers; without classes, agreement with the dense model."""
     counts = progress.counts[name]
     if counts.labelled:
         return Versus(counts.labelled, counts.wins, counts.losses, remedy(gm))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def pool_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
     """
     maps = significance.to(wide(significance))
     if any(size % count for size, count in zip(maps.shape[1:], grid, strict=True)):
-        pool = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
+        pool: Any = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
         return pool(maps.unsqueeze(1), tuple(grid)).squeeze(1)
     cells = maps
     for axis, count in reversed([*enumerate(grid, 1)]):

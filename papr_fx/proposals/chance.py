@@ -24,7 +24,7 @@ class ChanceNet(SignificanceNet):
     fine = True  # coarser grids take means over their cells, so that they agree with finer ones
 
     def __init__(self, layout: str, cell: tuple[int, ...]) -> None:
-        """Takes the axes of images or clips, BCHW, BCTHW or BTCHW, and the sizes of a cell, (rows, columns) with frames first."""
+        """Takes the axes of images or clips, BCHW, BCTHW or BTCHW, and the (frames,) rows and columns of a cell."""
         super().__init__(nn.Identity(), nn.Identity(), Preparation(layout))
         self.cell = cell
 
