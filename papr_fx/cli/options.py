@@ -260,6 +260,6 @@ def add_random(command: argparse.ArgumentParser) -> None:
         "--no-random",
         dest="random",
         action="store_false",
-        help="do not measure a random map beside the chosen one, which tells whether the map helps on these data; it costs one "
-        "more run of the pruned model for each image and keep ratio",
+        help="do not measure a random map beside the chosen one; that tells whether the map helps on these data (tune: with "
+        "--max-drop) and costs one more run of the pruned model for each image and keep ratio",
     )

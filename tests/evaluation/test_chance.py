@@ -1,6 +1,7 @@
 """A map beside a random one: what is counted, what the verdict says, and the twin that is run."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import papr_fx
+from papr_fx.cli.results import print_verdicts, row_of
 from papr_fx.evaluation.chance import Versus, compared, remedy, with_random_map
-from papr_fx.evaluation.counts import Counts
+from papr_fx.evaluation.counts import Counts, Progress
 from papr_fx.evaluation.evaluate import RunSettings, evaluate
 from papr_fx.evaluation.runner import Runner
+from papr_fx.evaluation.variants import Variant
 from papr_fx.proposals.chance import scattered, seeds
 
 from ..models import Shape, ToyViT, images, toy_proposal
@@ -175,6 +178,29 @@ def test_without_classes_agreement_is_compared():
     found = evaluate(runners, Unknown(range(40)), RunSettings("dense", 16, 0, twins={"map": "random"}))
     assert (found.counts["map"].wins, found.counts["map"].labelled) == (0, 0)
     assert compared(found, "map", gm) == Versus(40, 40 - found.counts["random"].agree, 0, remedy(gm))
+
+
+def test_what_eval_prints_and_writes(capsys):
+    gm = papr_fx.transform(ToyViT(Shape()).eval(), toy_proposal(), 0.3, verify=False)
+    variant, dense = Variant(gm, 10**9, 0.3, twin=gm), Variant(gm, 10**9)
+    counts = {"wins": 20, "losses": 81, "labelled": 300, "seconds": 1.0}
+    found = Progress(300, 300, {variant.name: Counts(top1=147, **counts), variant.twin_name: Counts(300, top1=208)})
+    found.counts[dense.name] = Counts(300, 245, seconds=1.0)
+    row = row_of(SimpleNamespace(views=False), variant, found)
+    assert {key: row[key] for key in row if key.startswith(("random", "map", "verdict", "top1"))} == {
+        "top1": 49.0,
+        "random_top1": 69.333,
+        "random_agreement": 0.0,
+        "map_gain": -20.333,
+        "map_gain_error": 3.367,
+        "verdict": "no better",
+    }
+    assert "verdict" not in row_of(SimpleNamespace(views=False), dense, found)
+    print_verdicts([dense, variant], found, "images")
+    assert capsys.readouterr().out == (
+        'z=0.3: on these images the map is no better than chance: use background="coarse", another proposal, or a map of your '
+        "own (map - random: -20.3 +- 3.4 points)\n"
+    )
 
 
 @pytest.mark.parametrize("background", ["auto", "coarse"])
