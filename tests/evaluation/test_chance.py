@@ -224,10 +224,14 @@ def test_a_twin_of_tokens_keeps_by_chance(background):
     assert ("coarse" in remedy(gm)) == (background == "auto")
 
 
-def test_a_twin_of_clips():
-    model = ClipViT((3, 3, 4), 1).eval()
-    gm = papr_fx.transform(model, clip_proposal(), 0.5, example_input=torch.zeros(1, 3, 6, 12, 12), verify=False)
+@pytest.mark.parametrize("saliency", ["psm", "motion"])
+def test_a_twin_of_clips(saliency):
+    """Also where the map needs no proposal."""
+    proposal = clip_proposal() if saliency == "psm" else None
     clips = torch.randn(2, 3, 6, 12, 12)
+    gm = papr_fx.transform(
+        ClipViT((3, 3, 4), 1).eval(), proposal, 0.5, example_input=clips[:1], saliency=saliency, verify=False
+    )
     assert torch.equal(papr_fx.significance(with_random_map(gm, 0.5), clips), scattered(seeds(clips), [3, 3, 4]))
 
 
