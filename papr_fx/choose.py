@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
+from .evaluation.chance import Versus, remedy, with_random_map
 from .evaluation.timing import median_times
 from .planning.module import PrunedModule, sibling
 from .review.report import report
@@ -33,23 +34,40 @@ class Point(NamedTuple):
     value: float
 
 
+class RandomPoint(NamedTuple):
+    """What a random map gave at one keep ratio.
+
+    Attributes:
+        z: The keep ratio.
+        value: The drop in accuracy (or in agreement with the dense model) with a random map.
+        versus: The chosen map against the random one, image by image.
+    """
+
+    z: float
+    value: float
+    versus: Versus
+
+
 class KeepRatio(float):
     """A keep ratio, with the points that were measured to find it.
 
     Attributes:
         curve: One point per keep ratio that was tried, in ascending order.
+        random: The same for a random map; empty unless it was measured.
     """
 
     curve: tuple[Point, ...]
+    random: tuple[RandomPoint, ...]
 
-    def __new__(cls, z: float, curve: Iterable[Point]) -> KeepRatio:
+    def __new__(cls, z: float, curve: Iterable[Point], random: Iterable[RandomPoint] = ()) -> KeepRatio:
         """Makes a keep ratio from a number and its points."""
         ratio = super().__new__(cls, z)
         ratio.curve = tuple(sorted(curve))
+        ratio.random = tuple(sorted(random, key=lambda point: point.z))
         return ratio
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KeepRatio, (float(self), self.curve)
+        return KeepRatio, (float(self), self.curve, self.random)
 
 
 def choose_keep_ratio(
@@ -60,6 +78,7 @@ def choose_keep_ratio(
     max_drop: float | None = None,
     speedup: float | None = None,
     gmacs: float | None = None,
+    random: bool = False,
     **options: Any,
 ) -> KeepRatio:
     """Finds a keep ratio for exactly one target, by bisection over few ratios.
@@ -74,11 +93,13 @@ def choose_keep_ratio(
         speedup: Finds the largest ratio at which a batch runs this many times as fast as the dense model, both eager.
         gmacs: Finds the largest ratio at which an image takes at most this many multiply-accumulates, in 1e9, the proposal
             included.
+        random: Whether to measure a random map beside the chosen one, at every ratio that is tried for `max_drop`: it tells
+            whether the map helps on these images. Then each of them goes through one pruned model more.
         **options: Further options of `transform`.
 
     Returns:
-        The ratio, a float with the measured points as its `curve`. It is 1.0 if the dense model already meets `speedup` or
-        `gmacs`, or if no smaller ratio meets `max_drop`.
+        The ratio, a float with the measured points as its `curve`, and those of a random map as `random`. It is 1.0 if the
+        dense model already meets `speedup` or `gmacs`, or if no smaller ratio meets `max_drop`.
 
     Raises:
         ArgumentError: There is not exactly one target, or it cannot be reached.
@@ -98,13 +119,15 @@ def choose_keep_ratio(
     try:
         proved = transform(model, proposal, 0.5, **options)
         if name == "max_drop":
-            return _by_drop(model, proved, loader, value)
+            return _by_drop(model, proved, loader, value, random=random and options.get("saliency") != "random")
         return _by_macs(model, proved, value) if name == "gmacs" else _by_speed(model, proved, loader, value)
     finally:
         set_flags(model, flags)
 
 
-def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float) -> KeepRatio:
+def _by_drop(
+    model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allowed: float, *, random: bool = False
+) -> KeepRatio:
     """The smallest ratio whose drop in accuracy is allowed."""
     dense: list[Tensor] = []
     right = total = 0
@@ -115,14 +138,26 @@ def _by_drop(model: nn.Module, proved: PrunedModule, loader: Iterable[Any], allo
         total += len(answers)
     if not total:
         raise ArgumentError("choose_keep_ratio: the loader holds no images, or none with a class (tune: --no-labels)")
+    by_chance: list[RandomPoint] = []
 
     def drop(z: float) -> float:
-        pruned, still_right = sibling(proved, z=z), 0
+        pruned = sibling(proved, z=z)
+        twin = with_random_map(proved, z) if random else None
+        still_right = wins = losses = 0
         for (images, labels), answers in zip(_batches(loader, proved), dense, strict=True):
-            still_right += int((_answers(pruned, images) == (answers if labels is None else labels)).sum())
+            truth = answers if labels is None else labels
+            found = _answers(pruned, images) == truth
+            still_right += int(found.sum())
+            if twin is not None:
+                other = _answers(twin, images) == truth
+                wins, losses = wins + int((found & ~other).sum()), losses + int((other & ~found).sum())
+        if twin is not None:
+            versus = Versus(total, wins, losses, remedy(proved))
+            by_chance.append(RandomPoint(z, (right - still_right + wins - losses) / total, versus))
         return (right - still_right) / total
 
-    return _bisected(drop, lambda found: found <= allowed, least=True)
+    found = _bisected(drop, lambda value: value <= allowed, least=True)
+    return KeepRatio(found, found.curve, by_chance)
 
 
 def _by_macs(model: nn.Module, proved: PrunedModule, most: float) -> KeepRatio:

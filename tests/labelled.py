@@ -42,8 +42,9 @@ def weights(folder):
     return [*MODEL, "--checkpoint", folder / "model.pth", "--proposal-checkpoint", folder / "proposal.pth"]
 
 
-def options(folder, results, *more):
+def options(folder, results, *more, random=False):
     given = ["eval", folder, *weights(folder), "--z", "1.0,0.5,0.3", "--workers", 0, "--batch-size", 4]
+    given += [] if random else ["--no-random"]
     return [str(part) for part in [*given, "--results-file", results, *more]]
 
 
@@ -53,4 +54,10 @@ def rows_of(path):
 
 def counted(path):
     keys = ("z", "top1", "top5", "agreement", "gmacs", "count", "unreadable")
-    return [{key: row[key] for key in keys} for row in rows_of(path)]
+    return [{key: row[key] for key in keys} | compared(row) for row in rows_of(path)]
+
+
+def compared(row):
+    """What a row says of a random map."""
+    keys = ("random_top1", "random_agreement", "map_gain", "map_gain_error", "verdict")
+    return {key: row[key] for key in keys if key in row}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import papr_fx
-from papr_fx.choose import KeepRatio, Point
+from papr_fx.choose import KeepRatio, Point, RandomPoint
+from papr_fx.evaluation.chance import Versus, with_random_map
 
 from .models import Shape, ToyViT, images, toy_proposal
 
@@ -48,6 +49,35 @@ def test_choosing_by_accuracy(labels):
     assert papr_fx.choose_keep_ratio(model, toy_proposal(), data, max_drop=1.0) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_random_map_is_measured_beside_the_chosen_one(labels):
+    """Against a plain loop over images, at each ratio; the ratio found and its curve are the same without."""
+    torch.manual_seed(0)
+    model = ToyViT(Shape(image=(16, 24), pool="avg")).eval()
+    x = [torch.randn(8, 3, 16, 24) for _ in range(3)]
+    data = [(batch, torch.randint(7, (8,))) for batch in x] if labels else x
+    target = {"max_drop": 0.25 if labels else 1.0, "verify": False}
+    z = papr_fx.choose_keep_ratio(model, toy_proposal(), data, random=True, **target)
+    alone = papr_fx.choose_keep_ratio(model, toy_proposal(), data, **target)
+    assert (z, z.curve, alone.random) == (alone, alone.curve, ())
+    assert [point.z for point in z.random] == [point.z for point in z.curve]
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, verify=False)
+    pixels, dense = torch.cat(x), model(torch.cat(x)).argmax(1)
+    truth = torch.cat([found for _, found in data]) if labels else dense
+    for point, (ratio, drop) in zip(z.random[:2], z.curve[:2], strict=True):
+        twin = with_random_map(gm, ratio)
+        papr_fx.set_keep_ratio(gm, ratio)
+        wins = losses = 0
+        for image, label in zip(pixels, truth, strict=True):
+            found, other = (int(form(image[None]).argmax()) == int(label) for form in (gm, twin))
+            wins, losses = wins + (found and not other), losses + (other and not found)
+        assert (point.versus.images, point.versus.wins, point.versus.losses) == (24, wins, losses)
+        assert point.value == pytest.approx(drop + (wins - losses) / 24)
+        assert "coarse" in point.versus.remedy
+    none = papr_fx.choose_keep_ratio(model, toy_proposal(), data, max_drop=1.0, random=True, saliency="random", verify=False)
+    assert none.random == ()
+
+
 def test_choosing_by_speed(monkeypatch):
     from papr_fx import choose
 
@@ -81,10 +111,11 @@ def test_flags_of_every_module_are_as_before():
 
 
 def test_a_keep_ratio_is_copied_and_pickled_with_its_curve():
-    ratio = KeepRatio(0.5, [Point(0.5, 1.0), Point(0.05, 2.0)])
+    ratio = KeepRatio(0.5, [Point(0.5, 1.0), Point(0.05, 2.0)], [RandomPoint(0.5, 1.0, Versus(9, 2, 1))])
     for again in (copy.copy(ratio), copy.deepcopy(ratio), pickle.loads(pickle.dumps(ratio))):
         assert again == 0.5
         assert again.curve == (Point(0.05, 2.0), Point(0.5, 1.0))
+        assert again.random == ratio.random
 
 
 def test_a_curve_holds_what_was_measured():

@@ -36,7 +36,9 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
     progress = from_first(lambda: read_part(arguments.results_file, identity)) if arguments.results_file else None
     if progress and is_first():
         print(f"{part_of(arguments.results_file)}: continuing after {progress.done} of {len(data)} samples")
-    runners = {variant.name: _runner(variant.module, arguments, subject) for variant in variants}
+    modules = {variant.name: variant.module for variant in variants}
+    twins = {variant.twin_name: variant.twin for variant in variants if variant.twin is not None}
+    runners = {name: _runner(module, arguments, subject) for name, module in (modules | twins).items()}
     settings = RunSettings(
         variants[0].name,
         batch_size(arguments, subject),
@@ -45,6 +47,7 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
         arguments.channels_last,
         _real_labels(arguments, data),
         arguments.strict,
+        {variant.name: variant.twin_name for variant in variants if variant.twin is not None},
     )
 
     def save(found: Progress) -> None:

@@ -12,8 +12,8 @@ from .counting import counted
 from .data import kind_of
 from .distributed import is_first, started
 from .networks import described, proposal_of, subject_of
-from .options import add_data, add_networks, add_run, merge_of, merging, ratios
-from .results import finish, row_of, speed_key
+from .options import add_data, add_networks, add_random, add_run, merge_of, merging, ratios
+from .results import finish, print_verdicts, row_of, speed_key
 
 
 def add_eval(command: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     add_data(command)
     add_networks(command)
     add_run(command)
+    add_random(command)
     command.add_argument(
         "--z", type=ratios, default=(1.0, 0.7, 0.5), help="keep ratios, separated by commas (default: 1.0,0.7,0.5)"
     )
@@ -43,16 +44,18 @@ def run_eval(arguments: argparse.Namespace) -> None:
         evaluated = [variants.dense(subject)]
         if changed := [z for z in arguments.z if z < 1 or merge]:
             proposal, options = proposal_of(arguments, subject)
-            evaluated += variants.pruned(subject, proposal, changed, merge=merge, **options)
+            evaluated += variants.pruned(subject, proposal, changed, merge=merge, twins=arguments.random, **options)
         found = counted(arguments, subject, evaluated)
         if not is_first():
             return
     config = {key: subject.config[key] for key in ("crop_pct", "interpolation") if key in subject.config}
     shape = {"img_size": subject.shape[-1], **config}
     rows = [{"model": arguments.model, **row_of(subject, variant, found), **shape} for variant in evaluated]
-    shown = ["z", *(["r"] if merge else []), "top1", "top5", "top1_real", "agreement", "gmacs", speed_key(subject)]
-    table = [{key: row[key] for key in shown if key in row} for row in rows]
+    random = ("random_top1", "random_agreement")
+    shown = ["z", *(["r"] if merge else []), "top1", "top5", "top1_real", "agreement", *random, "gmacs", speed_key(subject)]
+    table = [{key: row.get(key) for key in shown if any(key in other for other in rows)} for row in rows]
     networks = described(arguments, subject, arguments.model, arguments.proposal)
     print(f"{networks}: {found.total} {kind_of(subject)} of {arguments.data}")
     print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
+    print_verdicts(evaluated, found, kind_of(subject))
     finish(arguments, rows, found.failed)

@@ -252,3 +252,14 @@ def add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--plot", type=Path, help=".png file to write: accuracy against GMACs")
     command.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be read")
+
+
+def add_random(command: argparse.ArgumentParser) -> None:
+    """Adds `--no-random`."""
+    command.add_argument(
+        "--no-random",
+        dest="random",
+        action="store_false",
+        help="do not measure a random map beside the chosen one; that tells whether the map helps on these data (tune: with "
+        "--max-drop) and costs one more run of the pruned model for each image and keep ratio",
+    )

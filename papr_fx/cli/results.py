@@ -5,30 +5,50 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from ..evaluation.counts import Progress, count_parameters
+from ..evaluation.chance import compared
+from ..evaluation.counts import Counts, Progress, count_parameters
 from ..evaluation.results import part_of, write_rows
 from ..evaluation.subject import Subject
 from ..evaluation.variants import Variant
+from ..planning.module import PrunedModule
 
 
 def row_of(subject: Subject, variant: Variant, found: Progress) -> dict[str, Any]:
     """The results of one variant: percentages, GMACs, samples per second of one process, millions of parameters."""
     counts = found.counts[variant.name]
-    row: dict[str, Any] = {"z": variant.z, "r": variant.r}
-    if counts.labelled:
-        row |= {word: round(100 * getattr(counts, word) / counts.labelled, 3) for word in ("top1", "top5")}
-    if counts.real_total:
-        row["top1_real"] = round(100 * counts.real / counts.real_total, 3)
+    row: dict[str, Any] = {"z": variant.z, "r": variant.r, **_shares(counts, found.total)}
+    if variant.twin is not None:
+        versus = compared(found, variant.name, cast(PrunedModule, variant.module))
+        shares = _shares(found.counts[variant.twin_name], found.total)
+        row |= {f"random_{word}": shares[word] for word in ("top1", "agreement") if word in shares}
+        row |= {"map_gain": round(versus.difference, 3), "map_gain_error": round(versus.error, 3), "verdict": versus.verdict}
     return row | {
-        "agreement": round(100 * counts.agree / found.total, 3),
         "gmacs": variant.macs / 1e9,
         speed_key(subject): found.total / counts.seconds,
         "param_count": round(count_parameters(variant.module) / 1e6, 2),
         "count": found.total,
         "unreadable": len(found.failed),
     }
+
+
+def _shares(counts: Counts, total: int) -> dict[str, float]:
+    """What was counted, as percentages."""
+    shares: dict[str, float] = {}
+    if counts.labelled:
+        shares |= {word: round(100 * getattr(counts, word) / counts.labelled, 3) for word in ("top1", "top5")}
+    if counts.real_total:
+        shares["top1_real"] = round(100 * counts.real / counts.real_total, 3)
+    return {**shares, "agreement": round(100 * counts.agree / total, 3)}
+
+
+def print_verdicts(variants: Sequence[Variant], found: Progress, kind: str) -> None:
+    """Says of each variant that has a twin whether its map is better than a random one."""
+    for variant in variants:
+        if variant.twin is not None:
+            versus = compared(found, variant.name, cast(PrunedModule, variant.module))
+            print(f"z={variant.z:g}: {versus.said(kind)} (map - random: {versus} points)")
 
 
 def speed_key(subject: Subject) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Subset
 
-from ..choose import choose_keep_ratio
+from ..choose import KeepRatio, choose_keep_ratio
 from ..errors import ArgumentError
+from ..evaluation.chance import Versus
 from ..evaluation.subject import Subject
-from .data import batch_size, samples_of
+from .data import batch_size, kind_of, samples_of
 from .distributed import process_count, started
 from .networks import described, proposal_of, subject_of
-from .options import add_data, add_networks, positive_int
+from .options import add_data, add_networks, add_random, positive_int
 from .results import print_failed
 
 
@@ -33,6 +35,7 @@ def add_tune(command: argparse.ArgumentParser) -> None:
         "--samples", type=positive_int, default=1000, help="images or videos to try each ratio on (default: %(default)s)"
     )
     command.add_argument("--no-labels", action="store_true", help="count agreement with the dense model, not right answers")
+    add_random(command)
 
 
 def run_tune(arguments: argparse.Namespace) -> None:
@@ -46,12 +49,34 @@ def run_tune(arguments: argparse.Namespace) -> None:
         proposal, options = proposal_of(arguments, subject)
         targets = {key: getattr(arguments, key) for key in ("max_drop", "speedup", "gmacs")}
         loader = _Subsample(arguments, subject) if arguments.data else []
-        z = choose_keep_ratio(subject.model, proposal, loader, **targets, example_input=subject.example, **options)
+        random = {"random": arguments.random and arguments.max_drop is not None}
+        z = choose_keep_ratio(subject.model, proposal, loader, **targets, **random, example_input=subject.example, **options)
     (name,) = (key for key, value in targets.items() if value is not None)
-    print(tabulate(z.curve, headers=["z", name.replace("_", " ")], floatfmt=(".4f", ".3f"), tablefmt="github"))
+    _print_curve(z, name.replace("_", " "), subject)
     print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
     if isinstance(loader, _Subsample):
         print_failed(sorted(loader.failed))
+
+
+def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
+    """Prints what was measured at each ratio, and whether the map was better there than a random one."""
+    table: list[list[Any]] = [[*point] for point in z.curve]
+    headers, ratios = ["z", name], dict[str, list[str]]()
+    for row, point in zip(table, z.random, strict=False):  # one for each ratio, or none at all
+        versus = _of_samples(point.versus, subject)
+        row += [point.value, str(versus), versus.verdict]
+        ratios.setdefault(versus.said(kind_of(subject)), []).append(f"{point.z:g}")
+    if z.random:
+        headers += ["with a random map", "map - random, points", "the map is"]
+    print(tabulate(table, headers=headers, floatfmt=(".4f", ".3f", ".3f"), tablefmt="github"))
+    for sentence, where in ratios.items():
+        print(f"z={', '.join(where)}: {sentence}")
+
+
+def _of_samples(versus: Versus, subject: Subject) -> Versus:
+    """Views of one video tell no more than one of them in the worst case, so they count as one sample together."""
+    views = subject.shape[0] if subject.views else 1
+    return replace(versus, images=versus.images / views, wins=versus.wins / views, losses=versus.losses / views)
 
 
 class _Subsample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..proposals.network import SignificanceNet
 
@@ -21,6 +21,10 @@ class Counts:
         real: Samples whose first class is among ImageNet's reassessed labels.
         real_total: Samples that have such labels.
         seconds: Time that the variant took, without reading data.
+        wins: Labelled samples that are right here, and wrong with a random map.
+        losses: Labelled samples that are wrong here, and right with a random map.
+        wins_agree: Samples that agree with the dense model here, and do not with a random map.
+        losses_agree: Samples that do not agree with it here, and do with a random map.
     """
 
     labelled: int = 0
@@ -30,6 +34,26 @@ class Counts:
     real: int = 0
     real_total: int = 0
     seconds: float = 0.0
+    wins: int = 0
+    losses: int = 0
+    wins_agree: int = 0
+    losses_agree: int = 0
+
+    def compare(self, found: Tensor, twin: Tensor, labels: Tensor, dense: Tensor) -> None:
+        """Adds wins and losses of a batch.
+
+        Args:
+            found: The class that this variant ranks first of each sample, (B,).
+            twin: The same of its twin with a random map.
+            labels: The classes; negative where a sample has none, and then it counts for agreement only.
+            dense: What the dense model ranks first.
+        """
+        right, other = found == labels, twin == labels
+        self.wins += int((right & ~other).sum())
+        self.losses += int((other & ~right).sum())
+        agrees, other = found == dense, twin == dense
+        self.wins_agree += int((agrees & ~other).sum())
+        self.losses_agree += int((other & ~agrees).sum())
 
     def add(self, other: Counts) -> None:
         """Adds the counts of another run."""

@@ -41,6 +41,7 @@ class RunSettings:
         channels_last: Memory layout of the images.
         real_labels: The labels of a sample by its index, where several may be right.
         strict: Whether a sample that cannot be read ends the run.
+        twins: The variant with a random map, by the name of the variant that is compared with it, image by image.
     """
 
     dense: str
@@ -50,6 +51,7 @@ class RunSettings:
     channels_last: bool = False
     real_labels: Callable[[int], Sequence[int]] | None = None
     strict: bool = False
+    twins: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,11 @@ class _Tally:
             self.warm.add(tuple(pixels.shape))
             for runner in self.variants.values():
                 runner(pixels)
-        dense = self.settings.dense
-        first = self._add(part, dense, pixels, labels, indices)
-        for name in self.variants:
-            if name != dense:
-                best = self._add(part, name, pixels, labels, indices)
-                part.counts[name].agree += int((best == first).sum())
-        part.counts[dense].agree += len(first)
+        best = {name: self._add(part, name, pixels, labels, indices) for name in self.variants}
+        for name, found in best.items():
+            part.counts[name].agree += int((found == best[self.settings.dense]).sum())
+        for name, twin in self.settings.twins.items():
+            part.counts[name].compare(best[name], best[twin], labels, best[self.settings.dense])
 
     def _add(self, part: Progress, name: str, pixels: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Adds the counts of one variant; returns the class (B,) that it ranks first."""

@@ -60,7 +60,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[
         write_whole(path, json.dumps({"settings": dict(settings), "rows": [dict(row) for row in rows]}, indent=2) + "\n")
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)  # a row may lack some: they stay empty
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue())

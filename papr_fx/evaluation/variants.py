@@ -17,6 +17,7 @@ from ..review.report import report
 from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.macs import count_module_macs
 from ..transform import transform
+from .chance import with_random_map
 from .models import proposal_for
 from .subject import Subject
 
@@ -31,6 +32,7 @@ class Variant:
         z: Keep ratio; 1 for the dense model.
         r: Tokens merged per block: one number, or how they are spread, as `--merge` takes it.
         coarse: Whether patches that are not kept become coarse tokens.
+        twin: The same model with a random map, if it is to be compared with that.
     """
 
     module: nn.Module
@@ -38,11 +40,17 @@ class Variant:
     z: float = 1.0
     r: int | str = 0
     coarse: bool = False
+    twin: nn.Module | None = None
 
     @property
     def name(self) -> str:
         """A name that no other variant of the model has."""
         return f"z={self.z:g} r={self.r}" + (" coarse" if self.coarse else "")
+
+    @property
+    def twin_name(self) -> str:
+        """The name of its twin."""
+        return f"{self.name} random"
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,13 @@ def dense(subject: Subject) -> Variant:
 
 
 def pruned(
-    subject: Subject, proposal: nn.Module | None, ratios: Sequence[float], *, merge: Reduction | None = None, **options: Any
+    subject: Subject,
+    proposal: nn.Module | None,
+    ratios: Sequence[float],
+    *,
+    merge: Reduction | None = None,
+    twins: bool = False,
+    **options: Any,
 ) -> list[Variant]:
     """The model pruned at each keep ratio. A model on the meta device has no values, so it is not proved.
 
@@ -107,6 +121,7 @@ def pruned(
         proposal: A ConvNet; None where the map needs none.
         ratios: Keep ratios in (0, 1].
         merge: Token reduction in the blocks, if any.
+        twins: Whether each gets a twin with a random map, where there is a map and it is not random itself.
         **options: Further options of `transform`.
 
     Raises:
@@ -121,5 +136,6 @@ def pruned(
     found: list[Variant] = []
     for z in ratios:
         module = sibling(gm, z=z)
-        found.append(Variant(module, report(module).total_macs, z, r, options.get("background") == "coarse"))
+        twin = with_random_map(gm, z) if twins and z < 1 and options.get("saliency") != "random" else None
+        found.append(Variant(module, report(module).total_macs, z, r, options.get("background") == "coarse", twin))
     return found

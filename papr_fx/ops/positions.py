@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +28,23 @@ def resize_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def pool_map(significance: Tensor, grid: Sequence[int]) -> Tensor:
-    """Averages maps as fine as their clips over the tubelets of a token grid.
+    """Averages maps as fine as their images or clips over the patches or tubelets of a token grid.
 
     Args:
-        significance: Maps (B, T, H, W).
-        grid: (frames, rows, columns) of the token grid.
+        significance: Maps (B, H, W); (B, T, H, W) for clips.
+        grid: (rows, columns) of the token grid; (frames, rows, columns) for clips.
 
     Returns:
         (B, *grid), float32 or the wider dtype of `significance`.
     """
     maps = significance.to(wide(significance))
-    frames, rows, columns = grid
-    if maps.shape[1] % frames or maps.shape[2] % rows or maps.shape[3] % columns:
-        return F.adaptive_avg_pool3d(maps.unsqueeze(1), (frames, rows, columns)).squeeze(1)
-    cells = maps.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (frames, -1))
-    return cells.mean((2, 4, 6))  # the same, in operations that ONNX has
+    if any(size % count for size, count in zip(maps.shape[1:], grid, strict=True)):
+        pool: Any = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
+        return pool(maps.unsqueeze(1), tuple(grid)).squeeze(1)
+    cells = maps
+    for axis, count in reversed([*enumerate(grid, 1)]):
+        cells = cells.unflatten(axis, (count, -1))
+    return cells.mean([2 * axis for axis in range(1, len(grid) + 1)])  # the same, in operations that ONNX has
 
 
 def keep_count(positions: int, z: float, others: int = 0) -> int:

@@ -8,7 +8,6 @@ sources take batches, and use neither hooks nor a backward pass through the trun
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ProposalError
 from ..ops import wide
 from .cams import ClassActivation, GradCAM, ScoreCAM, class_weights
+from .chance import scattered, seeds
 from .split import Halves
 
 Named = Literal["psm", "expected-cam", "cam", "gradcam", "scorecam", "random"]
@@ -27,8 +27,6 @@ Moving = Literal[
 Saliency = Named | Moving | Callable[[Tensor], Tensor]
 NAMES: tuple[Named, ...] = get_args(Named)
 CLIP_NAMES: tuple[Moving, ...] = get_args(Moving)  # for clips only
-
-_PRIME = 2**31 - 1  # its square fits int64
 
 
 def checked_saliency(saliency: object) -> Saliency:
@@ -127,14 +125,7 @@ class _Random(nn.Module):
     def forward(self, features: Tensor, images: Tensor, trunk: nn.Module) -> Tensor:
         coarse = features.shape[1:] if self.axis is None else features.movedim(self.axis, 1).shape[2:]
         grid = [8 * size for size in coarse]  # finer than the tokens' grid: neighbours stay unrelated after resizing
-        numbers = torch.arange(1, math.prod(grid) + 1, device=features.device)
-        # Integers throughout: floats would be rounded differently on each device.
-        means = (2**20 * images.flatten(2).mean(2, dtype=torch.float64)).round().long()
-        seed = (means * torch.arange(1, images.shape[1] + 1, device=means.device)).sum(1, keepdim=True) % _PRIME
-        mixed = (48271 * seed + 69621 * numbers) % _PRIME
-        for _ in range(3):
-            mixed = (mixed * mixed + numbers + seed) % _PRIME
-        return (mixed.double() / _PRIME).view(-1, *grid)
+        return scattered(seeds(images), grid)
 
 
 class _Function(nn.Module):

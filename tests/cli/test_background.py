@@ -71,7 +71,7 @@ def test_bench_counts_the_second_embedding(tmp_path):
 
 def test_eval_counts_coarse_variants(labelled, tmp_path, capsys):
     file = tmp_path / "results.json"
-    given = ["--model", TINY, *PROPOSAL, "--num-classes", "7", "--z", "1.0,0.5", "--workers", "0"]
+    given = ["--model", TINY, *PROPOSAL, "--num-classes", "7", "--z", "1.0,0.5", "--workers", "0", "--no-random"]
     assert main(["eval", str(labelled), *given, "--background", "coarse", "--results-file", str(file)]) == 0
     assert "proposal test_resnet (random weights), background coarse" in capsys.readouterr().out
     (row,) = [row for row in json.loads(file.read_text())["rows"] if row["z"] == 0.5]

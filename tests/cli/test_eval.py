@@ -1,6 +1,5 @@
 """`papr-fx eval`: counts against a plain loop, the same on many processes and after interruptions; what it refuses."""
 
-import argparse
 import json
 import os
 import signal
@@ -15,10 +14,10 @@ from timm.data import create_transform, resolve_data_config
 import papr_fx
 from papr_fx.cli import counting
 from papr_fx.cli.main import main
-from papr_fx.cli.options import merge_of, merging
 from papr_fx.evaluation import evaluate
+from papr_fx.evaluation.chance import with_random_map
 
-from ..labelled import counted, networks, options, rows_of, weights
+from ..labelled import compared, counted, networks, options, rows_of, weights
 from ..processes import run_processes
 
 
@@ -28,33 +27,47 @@ def expected(labelled):
     model, proposal = networks(labelled)
     config = resolve_data_config({}, model=model)
     preprocess = create_transform(**config, is_training=False)
-    rows = []
+    files = sorted((labelled / "validation").glob("*/*.png"))
+    truth = [int(path.parent.name[-1]) for path in files]
+
+    @torch.no_grad()
+    def answers(form):
+        return [int(form(preprocess(opened).unsqueeze(0)).argmax()) for opened in pictures]
+
+    def share(found, wanted):
+        return round(100 * sum(a == b for a, b in zip(found, wanted, strict=True)) / len(files), 3)
+
+    pictures, rows = [Image.open(path).convert("RGB") for path in files], []
+    dense = answers(model)
     for z in (1.0, 0.5, 0.3):
         statistics = ((config["mean"], config["std"]), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
         gm = papr_fx.transform(model, proposal, z, input_stats=statistics)
-        top1 = agree = count = 0
-        for path in sorted((labelled / "validation").glob("*/*.png")):
-            with torch.no_grad(), Image.open(path) as opened:
-                x = preprocess(opened.convert("RGB")).unsqueeze(0)
-                top1 += int(gm(x).argmax()) == int(path.parent.name[-1])
-                agree += int(gm(x).argmax()) == int(model(x).argmax())
-                count += 1
-        rows.append((z, round(100 * top1 / count, 3), round(100 * agree / count, 3), papr_fx.report(gm).total_macs / 1e9))
+        found, random = answers(gm), {}
+        if z < 1:
+            twin = answers(with_random_map(gm, z))
+            gains = [(a == label) - (b == label) for a, b, label in zip(found, twin, truth, strict=True)]
+            random = {"random_top1": share(twin, truth), "random_agreement": share(twin, dense)}
+            random |= {"map_gain": round(100 * sum(gains) / 41, 3)}
+            random |= {"map_gain_error": round(100 * (sum(map(abs, gains)) + 1) ** 0.5 / 41, 3)}
+        rows.append((z, share(found, truth), share(found, dense), papr_fx.report(gm).total_macs / 1e9, random))
     return rows
 
 
 def test_counts_are_those_of_a_plain_loop(labelled, expected, tmp_path, capsys):
     results = tmp_path / "a.json"
-    assert main(options(labelled, results, "--plot", tmp_path / "a.png")) == 0
+    assert main(options(labelled, results, "--plot", tmp_path / "a.png", random=True)) == 0
     found = rows_of(results)
     assert [(row["z"], row["top1"], row["agreement"]) for row in found] == [row[:3] for row in expected]
+    assert [compared(row) for row in found] == [row[4] | ({"verdict": "too few"} if row[4] else {}) for row in expected]
     assert [row["gmacs"] for row in found] == pytest.approx([row[3] for row in expected])
     assert found[0]["agreement"] == 100.0
     assert len({row["agreement"] for row in found}) == 3
     assert all(row["top1"] < row["top5"] < 100 and row["count"] == 41 and row["unreadable"] == 0 for row in found)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 500
-    assert "| 0.30 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 0.30 |" in printed
+    assert printed.count("too few images to tell whether the map is better than chance (map - random: ") == 2
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.json"}
 
 
@@ -77,38 +90,6 @@ def test_merging(labelled, tmp_path):
         assert row["top1"] == round(100 * right / 41, 3)
         assert row["gmacs"] == papr_fx.report(gm).total_macs / 1e9
     assert found[1]["gmacs"] < found[0]["gmacs"]
-
-
-@pytest.mark.parametrize(
-    ("text", "merge"),
-    [
-        ("8", papr_fx.Merge(8)),
-        ("8:late", papr_fx.Merge(8, schedule="late")),
-        ("8:share", papr_fx.Merge(8, schedule="share")),
-        ("4,4,8,8", papr_fx.Merge([4, 4, 8, 8])),
-    ],
-)
-def test_what_merge_takes(text, merge):
-    assert merge_of(merging(text)) == merge
-    assert merge.words == text
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("0", "must be at least 1"),
-        ("0,0", "must be at least 1"),
-        ("-1", "0 or more"),
-        ("a", "must be a whole number, not 'a'"),
-        ("4,", "must be a whole number, not ''"),
-        ("8:early", "schedule must be one of 'constant', 'late', 'share'"),
-        ("8:", "schedule must be one of"),
-        ("4,8:late", "spreads one r"),
-    ],
-)
-def test_what_merge_refuses(text, reason):
-    with pytest.raises(argparse.ArgumentTypeError, match=reason):
-        merging(text)
 
 
 def test_merging_by_a_schedule(labelled, tmp_path, capsys):
@@ -158,7 +139,7 @@ def in_short_chunks(arguments):
 def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, processes):
     """41 divides by neither; the last process has fewer samples."""
     results = tmp_path / "a.csv"
-    given = options(labelled, results, "--z", "1.0,0.5")
+    given = options(labelled, results, "--z", "1.0,0.5", random=True)
     assert run_processes(in_short_chunks, given, folder=tmp_path, count=processes) == [0] * processes
     printed = [(tmp_path / f"out{rank}.txt").read_text() for rank in range(processes)]
     assert [text.count("| 0.50 |") for text in printed] == [1, *[0] * (processes - 1)]
@@ -167,6 +148,10 @@ def test_many_processes_count_each_sample_once(labelled, expected, tmp_path, pro
     counts = [(float(row["z"]), float(row["top1"]), float(row["agreement"])) for row in found]
     assert counts == [row[:3] for row in expected if row[0] >= 0.5]
     assert {row["count"] for row in found} == {"41"}
+    assert [compared(row) for row in found[1:]] == [
+        {**{key: str(value) for key, value in row[4].items()}, "verdict": "too few"} for row in expected[1:] if row[0] >= 0.5
+    ]
+    assert set(compared(found[0]).values()) == {""}
 
 
 def and_die(arguments):
@@ -184,21 +169,24 @@ def and_die(arguments):
 def test_killed_and_resumed(labelled, tmp_path, capsys):
     whole, results = tmp_path / "whole.json", tmp_path / "a.json"
     small = ("--batch-size", 1, "--z", 0.5)
-    assert main(options(labelled, whole, *small)) == 0
-    assert run_processes(and_die, options(labelled, results, *small), folder=tmp_path) == [-signal.SIGKILL]
+    assert main(options(labelled, whole, *small, random=True)) == 0
+    assert run_processes(and_die, options(labelled, results, *small, random=True), folder=tmp_path) == [-signal.SIGKILL]
     part = tmp_path / "a.json.part"
     assert not results.exists()
     assert json.loads(part.read_text())["progress"]["done"] == 32
-    assert main(options(labelled, results, "--z", 0.5, "--seed", 1)) == 2
+    assert main(options(labelled, results, *small, "--seed", 1, random=True)) == 2
     assert "other settings (seed)" in capsys.readouterr().err
-    (labelled / "model.pth").touch()  # another file of that name
     assert main(options(labelled, results, *small)) == 2
+    assert "other settings (random)" in capsys.readouterr().err
+    (labelled / "model.pth").touch()  # another file of that name
+    assert main(options(labelled, results, *small, random=True)) == 2
     assert "other settings (files)" in capsys.readouterr().err
     known = json.loads(part.read_text())["settings"]["files"]["checkpoint"][1]
     os.utime(labelled / "model.pth", ns=(known, known))
-    assert main(options(labelled, results, *small)) == 0
+    assert main(options(labelled, results, *small, random=True)) == 0
     assert "continuing after 32 of 41 samples" in capsys.readouterr().out
     assert counted(results) == counted(whole)
+    assert "random_top1" in rows_of(whole)[1]
     assert [row["z"] for row in rows_of(results)] == [1.0, 0.5]
     assert not part.exists()
 

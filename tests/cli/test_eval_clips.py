@@ -9,13 +9,14 @@ import transformers
 
 import papr_fx
 from papr_fx.cli.main import main
+from papr_fx.evaluation.chance import with_random_map
 from papr_fx.video import average_views
 
 from ..labelled_clips import MEAN, STD, WORDS, views_of
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path, batch_size):
+def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path, batch_size, capsys):
     torch.save(timm_state(), tmp_path / "proposal.pth")
     results = tmp_path / "a.json"
     data, folder = labelled_clips / "kinetics", labelled_clips / "model"
@@ -29,7 +30,8 @@ def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path,
     statistics = ((MEAN, STD), (proposal.pretrained_cfg["mean"], proposal.pretrained_cfg["std"]))
     gm = papr_fx.transform(model, proposal, 0.5, input_stats=statistics, proposal_size=64)
     paths = [labelled_clips / "kinetics" / "val" / WORDS[i % 3] / f"{i}.mp4" for i in range(7) if i != 4]
-    best = {path: [int(average_views(form, views_of(path)).argmax()) for form in (model, gm)] for path in paths}
+    forms = (model, gm, with_random_map(gm, 0.5))
+    best = {path: [int(average_views(form, views_of(path)).argmax()) for form in forms] for path in paths}
     rows = json.loads(results.read_text())["rows"]
     assert [row["count"] for row in rows] == [6, 6]
     assert [row["unreadable"] for row in rows] == [1, 1]
@@ -38,6 +40,12 @@ def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path,
         agree = sum(found[place] == found[0] for found in best.values())
         assert (row["top1"], row["agreement"]) == (round(100 * right / 6, 3), round(100 * agree / 6, 3))
         assert row["videos_per_sec"] > 0
+    right = [found[2] == WORDS.index(path.parent.name) for path, found in best.items()]
+    agree = [found[2] == found[0] for found in best.values()]
+    assert rows[1]["random_top1"] == round(100 * sum(right) / 6, 3)
+    assert rows[1]["random_agreement"] == round(100 * sum(agree) / 6, 3)
+    assert rows[1]["map_gain"] == pytest.approx(rows[1]["top1"] - rows[1]["random_top1"], abs=0.002)
+    assert "too few videos to tell" in capsys.readouterr().out
 
 
 def test_motion_needs_no_proposal(labelled_clips, tmp_path, capsys):
@@ -45,7 +53,7 @@ def test_motion_needs_no_proposal(labelled_clips, tmp_path, capsys):
     results = tmp_path / "a.json"
     data, folder = labelled_clips / "kinetics", labelled_clips / "model"
     given = ["eval", data, "--model", folder, "--saliency", "motion", "--z", "0.5", "--temporal-views", 1]
-    given += ["--spatial-views", 1, "--frame-step", 2, "--workers", 0, "--results-file", results]
+    given += ["--spatial-views", 1, "--frame-step", 2, "--workers", 0, "--no-random", "--results-file", results]
     assert main([str(part) for part in given]) == 0
     assert "no proposal: motion" in capsys.readouterr().out
     model = transformers.VideoMAEForVideoClassification.from_pretrained(folder).eval()

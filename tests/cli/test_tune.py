@@ -1,11 +1,14 @@
 """`papr-fx tune`: which samples it takes, what it prints, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from papr_fx.choose import KeepRatio
+from papr_fx.choose import KeepRatio, Point, RandomPoint
 from papr_fx.cli import tune
 from papr_fx.cli.main import main
+from papr_fx.evaluation.chance import Versus
 
 from ..labelled import weights
 
@@ -27,6 +30,36 @@ def test_tune_takes_samples_from_all_of_the_data(labelled, monkeypatch, size, sa
     assert sum(map(len, seen)) == min(size, samples)
 
 
+def test_tune_says_where_the_map_is_no_better(labelled, monkeypatch, capsys):
+    """Ratios of one verdict share a sentence."""
+    remedy, asked = 'background="coarse", another proposal, or a map of your own', {}
+    curve = [Point(0.05, 0.4), Point(0.3, 0.3), Point(0.5, 0.2)]
+    versus = [Versus(300, 20, 81, remedy), Versus(300, 20, 50, remedy), Versus(300, 90, 20, remedy)]
+    random = [RandomPoint(z, 0.25, found) for (z, _), found in zip(curve, versus, strict=True)]
+    monkeypatch.setattr(tune, "choose_keep_ratio", lambda *_, **given: asked.update(given) or KeepRatio(0.5, curve, random))
+    given = ["tune", str(labelled), *map(str, weights(labelled)), "--workers", "0", "--max-drop", "0.2"]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert f"\nz=0.05, 0.3: on these images the map is no better than chance: use {remedy}\n" in printed
+    assert "\nz=0.5: on these images the map is better than chance\n" in printed
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| 0")]
+    assert lines[0] == ["0.0500", "0.400", "0.250", "-20.3 +- 3.4", "no better"]
+    assert asked["random"]
+    assert main([*given, "--no-random"]) == 0
+    assert not asked["random"]
+
+
+def test_views_of_a_video_count_as_one_sample(capsys):
+    """Six views of each of 50 videos: three hundred answers, of which at worst six are always alike."""
+    subject = SimpleNamespace(views=True, shape=(6, 4, 3, 32, 32))
+    found = KeepRatio(0.5, [Point(0.5, 0.2)], [RandomPoint(0.5, 0.3, Versus(300, 60, 30))])
+    assert found.random[0].versus.verdict == "better"
+    tune._print_curve(found, "max drop", subject)
+    printed = capsys.readouterr().out
+    assert "z=0.5: too few videos to tell whether the map is better than chance" in printed
+    assert "| +10.0 +- 8.0 " in printed
+
+
 def test_tune_needs_no_data_for_macs(labelled, capsys):
     given = [str(part) for part in ["tune", *weights(labelled), "--gmacs", 1]]
     assert main(given) == 0
@@ -36,7 +69,7 @@ def test_tune_needs_no_data_for_macs(labelled, capsys):
 
 
 def test_tune_names_what_it_left_out(damaged, capsys, monkeypatch):
-    given = ["tune", damaged, *weights(damaged), "--workers", 0, "--max-drop", 1]
+    given = ["tune", damaged, *weights(damaged), "--workers", 0, "--max-drop", 1, "--no-random"]
     assert main([str(part) for part in given]) == 0
     printed = capsys.readouterr().err
     assert "3 could not be read" in printed
@@ -56,4 +89,5 @@ def test_tune(labelled, target, capsys):
         assert "0.02 GMACs cannot be reached" in printed.err
     else:
         assert code == 0
+        assert "| the map is   |" in printed.out
         assert 0.05 <= float(printed.out.splitlines()[-1].removeprefix("z = ")) <= 1

@@ -89,6 +89,7 @@ def test_pool_map_averages_over_cells(grid):
         (a, b), (c, d), (e, f) = edges
         assert torch.allclose(found[(slice(None), *cell)], maps[:, a:b, c:d, e:f].mean((1, 2, 3)), rtol=0, atol=1e-14)
     assert ops.pool_map(maps.half(), grid).dtype == torch.float32
+    assert torch.allclose(ops.pool_map(maps[:, 0], grid[1:]), ops.pool_map(maps[:, :1], (1, *grid[1:]))[:, 0])  # of images
 
 
 def test_resize_map_keeps_corners_and_orientation():
