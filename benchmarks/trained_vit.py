@@ -144,7 +144,6 @@ def measure(
             for background, (classifier, dense_model) in gms.items():
                 for gm in (classifier, dense_model):
                     papr_fx.set_keep_ratio(gm, z)
-                torch.manual_seed(0)  # for the random map
                 title = f"{name} {background} {z:g}"
                 found = judges.scores(outputs(classifier, test.images, title), outputs(dense_model, shown, title))
                 row: dict[str, Any] = {"map": name, "z": z, "background": background}
