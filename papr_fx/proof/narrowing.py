@@ -35,10 +35,10 @@ def check(case: Case) -> None:
     """
     if not case.rewrite.narrows:
         return
-    whole = case.rewrite.graph_on(narrow=False) if case.rewrite.mode.reduces else None
+    whole = case.rewrite.graph_on(narrow=False, fuse=False) if case.rewrite.mode.reduces else None
     expected = _run(case, whole) if whole else case.kept_output
     try:
-        error = relative_error(_run(case, case.rewrite.graph_on(narrow=True)), expected)
+        error = relative_error(_run(case, case.rewrite.graph_on(fuse=False)), expected)
         controls = {what: relative_error(_run(case, graph), expected) for what, graph in _others(case)}
     except PrecisionError as error:
         raise NarrowingError(f"narrowing: {error}. Pass narrow=False") from error
@@ -57,14 +57,14 @@ def check(case: Case) -> None:
 
 def _others(case: Case) -> Iterator[tuple[str, fx.Graph]]:
     """Graphs in which other rows are computed, or other patches embedded."""
-    graph = case.rewrite.graph_on(narrow=True)
+    graph = case.rewrite.graph_on(fuse=False)
     rows = find_all(graph, Kind.ROWS)
     for node in rows:
         value, axis, start, count = cast("tuple[fx.Node, int, int, int]", node.args)
         node.args = (value, axis, start + 1, count)
     if rows:
         yield "rows", graph
-    graph = case.rewrite.graph_on(narrow=True)
+    graph = case.rewrite.graph_on(fuse=False)
     embeddings = find_all(graph, Kind.EMBEDDING)
     for node in embeddings:
         images, patches, conv = node.args
