@@ -133,7 +133,7 @@ def _fit(queries: fx.Node, keys: fx.Node, values: fx.Node) -> bool:
     if any(len(shape) != 4 for shape in shapes) or len({node.meta.get("dtype") for node in (queries, keys, values)}) > 1:
         return False
     first, second, third = shapes
-    return second == third and first[:2] == second[:2] and first[3] == second[3]
+    return second == third and first[:2] == second[:2] and first[-1:] == second[-1:]
 
 
 def _is_whole(site: FuseSite, nodes: dict[str, fx.Node]) -> bool:

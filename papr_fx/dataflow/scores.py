@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from ..ops import is_watched
-from ..tracing.graphs import attribute, shape_of
+from ..tracing.graphs import attribute, nodes_by_name, shape_of
 
 PRODUCTS = (operator.matmul, torch.matmul, "matmul")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -134,7 +134,7 @@ def _scores(node: fx.Node, scores: tuple[int, ...]) -> Scores | None:
     if node.target in PRODUCTS:
         return Scores(node.name) if shape == scores and not node.kwargs else None
     if node.target in _VIEWS:
-        return _with(node, 0, scores)
+        return _before(node, 0, scores)
     if node.kwargs or len(node.args) != 2:
         return None
     if node.target in _ADDITIONS:
@@ -144,14 +144,11 @@ def _scores(node: fx.Node, scores: tuple[int, ...]) -> Scores | None:
     return _multiplied(node, 1, scores) if node.target in _DIVISIONS else None
 
 
-def _with(node: fx.Node, place: int, scores: tuple[int, ...], **more: tuple[Term, ...]) -> Scores | None:
-    """The scores that a node reads at a place, and what the node adds to them."""
+def _before(node: fx.Node, place: int, scores: tuple[int, ...]) -> Scores | None:
+    """The scores that a node reads at a place. The node is on their path."""
     given = node.args[place]
     found = _scores(given, scores) if isinstance(given, fx.Node) else None
-    if found is None:
-        return None
-    parts = {name: (*getattr(found, name), *terms) for name, terms in {**more, "path": (node.name,)}.items()}
-    return Scores(**{**vars(found), **parts})
+    return found and replace(found, path=(*found.path, node.name))
 
 
 def _added(node: fx.Node, place: int, shape: tuple[int, ...], scores: tuple[int, ...]) -> Scores | None:
@@ -165,17 +162,21 @@ def _added(node: fx.Node, place: int, shape: tuple[int, ...], scores: tuple[int,
     windows = len(shape) == 5
     if windows and ((len(own) == 5 and own[0] != 1) or len(own) < 4 or own[-4] != shape[1]):
         return None
-    kind = "per_window" if windows else "terms"
-    found = _with(node, 1 - place, scores, **{kind: (Term(node.name, place),)})
-    return found if found is None or _is_small(found, node.graph, scores) else None
+    found = _before(node, 1 - place, scores)
+    if found is None:
+        return None
+    added = (Term(node.name, place),)
+    kinds = (found.terms, found.per_window + added) if windows else (found.terms + added, found.per_window)
+    found = replace(found, terms=kinds[0], per_window=kinds[1])
+    return found if _is_small(found, node.graph) else None
 
 
-def _is_small(found: Scores, graph: fx.Graph, scores: tuple[int, ...]) -> bool:
+def _is_small(found: Scores, graph: fx.Graph) -> bool:
     """Whether, if something is added per window, all else that is added is the same for each image."""
     if not found.per_window:
         return True
-    nodes = {node.name: node for node in graph.nodes}
-    shapes = [shape_of(nodes[term.node].args[term.place]) or () for term in found.terms]  # pyright: ignore[reportArgumentType]
+    nodes = nodes_by_name(graph)
+    shapes = [shape_of(cast(fx.Node, nodes[term.node].args[term.place])) or () for term in found.terms]
     return all(len(shape) < 4 or shape[0] == 1 for shape in shapes)
 
 
@@ -188,8 +189,10 @@ def _multiplied(node: fx.Node, place: int, scores: tuple[int, ...]) -> Scores | 
             return None
         if isinstance(by, fx.Node) and by.meta.get("dtype") != node.meta.get("dtype"):
             return None
-    found = _with(node, 1 - place, scores, factors=(Term(node.name, place),))
-    return None if found is None or found.terms or found.per_window else found
+    found = _before(node, 1 - place, scores)
+    if found is None or found.terms or found.per_window:
+        return None
+    return replace(found, factors=(*found.factors, Term(node.name, place)))
 
 
 def _is_form(shape: Sequence[int], scores: Sequence[int]) -> bool:
@@ -220,4 +223,4 @@ def _drops_nothing(node: fx.Node, root: nn.Module) -> bool:
     if node.target is not F.dropout:
         return False
     given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return given.get("p") == 0 or given.get("training") is False
+    return any(name in given and given[name] in off for name, off in (("p", (0,)), ("training", (False,))))
