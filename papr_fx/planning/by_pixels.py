@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..dataflow.moves import residual_of
 from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
-from ..errors import NoSiteError, PaprError, TraceError
-from ..ops import TokenRows, is_watched
+from ..errors import NoSiteError, TraceError
+from ..ops import TokenRows
 from ..passes import fuse_attention, prune_pixels
 from ..passes.fuse_attention import Fusing
 from ..passes.prune_pixels import PixelSite, Skipped
@@ -27,6 +27,7 @@ from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, nodes_by_name, same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from . import inputs
+from .attentions import attentions_in, composite, with_attentions
 from .ends import tokens_behind
 from .example import Example
 from .modes import PixelPlan, Refused, Target
@@ -34,7 +35,7 @@ from .module import PrunedModule
 from .plan import Plan
 from .reads import check_batch_reads
 from .signature import Signature
-from .sizes import grids_follow, taken_sizes, takes_others
+from .sizes import grids_follow, taken_sizes
 
 
 class _Found(NamedTuple):
@@ -71,17 +72,9 @@ def prune_by_pixels(
     opened = _opened(request, planner.cache)
     for name in opened.needed:
         inputs.check_no_hooks(request.model.get_submodule(name), f"model.{name}")
-    whole = opened._replace(attentions=frozenset())
-    if opened.attentions <= opened.needed:
-        return planner.pruned(opened)
-    try:
-        fused = planner.pruned(opened)
-    except PaprError:  # of code that only fusing asks to trace through: it stays whole then
-        return planner.pruned(whole)
-    if fused.plan.target.dynamic or not takes_others(scratch_copy(request.model).eval(), *request[1:]):
-        return fused
-    other = planner.pruned(whole)  # a module may follow the size of the images where its recorded code does not
-    return other if other.plan.target.dynamic else fused
+    return with_attentions(
+        request, opened.attentions - opened.needed, lambda names: planner.pruned(opened._replace(attentions=names))
+    )
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule, blocks: Sequence[str]) -> bool:
@@ -178,18 +171,8 @@ def _opened(request: inputs.Request, cache: VerdictCache) -> _Opened:
         ]
         visible += site.placing.moves.path if site.placing.moves else ()
         opened.update(owner for name in visible for owner in owners[name] if owner not in whole)
-    needed = _composite(model, opened)
-    attentions: set[str] = set()
-    for site in fuse_attention.find_sites(traced.graph, traced.root(model)):
-        around = _composite(model, (owner for name in site.nodes for owner in owners[name]))
-        if not any(is_watched(model.get_submodule(name)) for name in around - needed):
-            attentions |= around
-    return _Opened(frozenset(needed), frozenset(attentions), found.skipped)
-
-
-def _composite(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of some modules that hold others; without the model itself."""
-    return {name for name in names if name and any(True for _ in model.get_submodule(name).children())}
+    needed = composite(model, opened)
+    return _Opened(frozenset(needed), attentions_in(model, traced, needed), found.skipped)
 
 
 def _find(request: inputs.Request, traced: Traced, cache: VerdictCache, *, training: bool) -> _Found:

@@ -12,7 +12,7 @@ from papr_fx.passes.kinds import Kind
 from papr_fx.planning.module import PrunedModule, shell
 from papr_fx.tracing.roles import find_all
 
-from ..models import toy_proposal
+from ..models import Shape, ToyViT, toy_proposal
 from ..models.windows import ToyWindows, WindowAttention, WindowBlock
 
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -161,3 +161,23 @@ def test_fusing_costs_no_size_of_images(kind, count):
     gm = pruned(kind())
     assert gm.plan.target.dynamic == (kind is AnySize)
     assert fused(gm) == count
+
+
+def unfused_vit() -> nn.Module:
+    return ToyViT(Shape(pool="cls", fused=False)).eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "written"), [({}, 1), ({"narrow": False}, 0), ({"background": "coarse", "narrow": False}, 0)]
+)
+def test_attention_of_tokens(options, written):
+    """In the last block, where one row of queries is computed, it stays written out."""
+    gm = pruned(unfused_vit(), **options)
+    assert fused(gm) == len(gm.plan.eval.blocks) - written
+    x = torch.randn(2, 3, *Shape().image)
+    torch.testing.assert_close(gm(x), written_out(gm)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_proof_holds_for_tokens():
+    gm = papr_fx.transform(unfused_vit(), toy_proposal(), 0.5, narrow=False)
+    assert papr_fx.report(gm).fused == 2
