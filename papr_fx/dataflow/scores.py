@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..ops import is_watched
+from ..tracing.fakes import MODEL_ERRORS
 from ..tracing.graphs import attribute, nodes_by_name, shape_of
 
 PRODUCTS = (operator.matmul, torch.matmul, "matmul")
@@ -95,6 +96,19 @@ def scaled(node: fx.Node) -> Term | None:
     return None
 
 
+def _returns_first(node: fx.Node) -> bool:
+    """Whether a function gives its first argument back as it is, such as one that adds a mask if there is one."""
+    if node.op != "call_function" or node.all_input_nodes != [*node.args[:1]]:
+        return False
+    given = torch.empty(shape_of(node.all_input_nodes[0]) or (), device="meta")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: given)
+    try:
+        found = cast(Callable[..., Any], node.target)(*args, **kwargs)
+    except MODEL_ERRORS:
+        return False
+    return found is given and given._version == 0  # in place, it would be another
+
+
 def is_number(value: object) -> bool:
     """Whether an argument of a node is a number, or a node whose value is one."""
     if isinstance(value, fx.Node):
@@ -133,7 +147,7 @@ def _scores(node: fx.Node, scores: tuple[int, ...]) -> Scores | None:
         return None
     if node.target in PRODUCTS:
         return Scores(node.name) if shape == scores and not node.kwargs else None
-    if node.target in _VIEWS:
+    if node.target in _VIEWS or _returns_first(node):
         return _before(node, 0, scores)
     if node.kwargs or len(node.args) != 2:
         return None

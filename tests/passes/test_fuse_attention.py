@@ -85,7 +85,16 @@ def two_masks(own, q, k):
     return (own.mask.abs().view(4, 1, 4, 4) + scores).flatten(0, 1) + own.bias
 
 
-FORMS = [positions, in_place, per_image, cosine, sizes, shared_queries, two_masks]
+@fx.wrap
+def with_mask(scores, mask):
+    return scores if mask is None else scores + mask
+
+
+def without_mask(own, q, k):
+    return with_mask(positions(own, q, k), None)
+
+
+FORMS = [without_mask, positions, in_place, per_image, cosine, sizes, shared_queries, two_masks]
 
 
 def typed(own, scores):
@@ -154,7 +163,16 @@ def read_twice(own, q, k):
     return scores + scores.amax(-1, keepdim=True)
 
 
-MISSES = [scaled_later, filled, both_kinds, other_windows, per_image_and_window, flat, by_einsum, read_twice]
+@fx.wrap
+def clamped(scores, mask):
+    return scores.clamp_(-1.0)
+
+
+def changed_in_place(own, q, k):
+    return clamped(positions(own, q, k), None)
+
+
+MISSES = [changed_in_place, scaled_later, filled, both_kinds, other_windows, per_image_and_window, flat, by_einsum, read_twice]
 
 
 @pytest.mark.parametrize("scores", MISSES)
