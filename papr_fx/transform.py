@@ -22,6 +22,7 @@ from .planning import inputs
 from .planning.by_pixels import keeps_space, prune_by_pixels
 from .planning.by_tokens import TokenOptions, prune_by_tokens
 from .planning.module import PrunedModule, checked_z
+from .proof.fusing import FusingError
 from .proof.narrowing import NarrowingError
 from .proof.prove import prove
 from .proposals.build import ImageSpec, ProposalOptions, build_proposal, check_proposal
@@ -217,13 +218,16 @@ class _Pipeline:
 def _prove(model: nn.Module, gm: PrunedModule) -> None:
     """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left.
 
-    Where it cannot be proved that nobody reads the rows that are left out, they are computed.
+    Where it cannot be proved that nobody reads the rows that are left out, they are computed. Where fused attention cannot be
+    proved, it is written out.
     """
     while True:
         try:
             prove(model, gm)
         except NarrowingError as error:
-            gm.compute_all_rows(str(error))
+            gm.follow(gm.plan.computing_all_rows(str(error)))
+        except FusingError as error:
+            gm.follow(gm.plan.writing_out(str(error)))
         except SiteError as error:
             if not error.additions or not gm.leave_dense(error.additions, str(error)):
                 raise

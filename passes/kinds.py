@@ -21,3 +21,4 @@ class Kind(Enum):
     PATCHES = "the kept patches, without other tokens"
     PLACES = "which token stands for each place of the grid"
     RESTORED = "tokens that are back in their places"
+    FUSED = "an attention that was written out"

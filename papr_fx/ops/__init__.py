@@ -4,6 +4,7 @@ None reads a tensor's content on the host, and every count is a Python integer, 
 They must not know of graphs, models or plans.
 """
 
+from .attention import attention_mask
 from .columns import linear_columns, split_columns
 from .layers import is_plain, is_watched
 from .patches import embed_patches, embed_quads, is_touching, patch_grid
@@ -64,6 +65,7 @@ __all__ = [
     "QuadCounts",
     "TokenRows",
     "add_quads",
+    "attention_mask",
     "attention_weights",
     "choose_quads",
     "choose_tokens",

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from ..dataflow.moves import residual_of
 from ..dataflow.positionwise import PositionwiseProbe, VerdictCache
 from ..errors import NoSiteError, TraceError
 from ..ops import TokenRows
-from ..passes import prune_pixels
+from ..passes import fuse_attention, prune_pixels
+from ..passes.fuse_attention import Fusing
 from ..passes.prune_pixels import PixelSite, Skipped
 from ..proposals.network import SignificanceNet
 from ..tracing.asked import casts_images, with_questions
@@ -25,6 +27,7 @@ from ..tracing.fakes import scratch_copy
 from ..tracing.graphs import cut, nodes_by_name, same_graph, shape_of
 from ..tracing.trace import Traced, trace
 from . import inputs
+from .attentions import attentions_in, composite, with_attentions
 from .ends import tokens_behind
 from .example import Example
 from .modes import PixelPlan, Refused, Target
@@ -42,6 +45,20 @@ class _Found(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
+class _Opened(NamedTuple):
+    """Which modules to trace through.
+
+    Attributes:
+        needed: Qualified names of those that hold parts of an operator, and other things.
+        attentions: The same of those that hold attention that can be one call.
+        skipped: The residual branches that are not sites.
+    """
+
+    needed: frozenset[str]
+    attentions: frozenset[str]
+    skipped: tuple[Skipped, ...]
+
+
 def prune_by_pixels(
     request: inputs.Request, proposal: Callable[[], SignificanceNet], z: float, background: str
 ) -> PrunedModule:
@@ -51,44 +68,13 @@ def prune_by_pixels(
         NoSiteError: No residual branch can be pruned; the message names the nearest miss.
         TraceError: The model's forward cannot be recorded.
     """
-    model, images, layout = request
-    cache = VerdictCache()
-    opened, skipped = _opened(request, cache)
-    for name in opened:
-        inputs.check_no_hooks(model.get_submodule(name), f"model.{name}")
-
-    record = partial(trace, opened=lambda _, name: name in opened)
-    traced = record(model, images)
-    check_batch_reads(traced, model, images)
-    in_training = record(model, images, training=True).beside(traced)
-    found = _find(request, traced, cache, training=False)
-    if not found.sites:
-        raise _no_site(model, found.skipped)
-    dense = train_dense = with_questions(traced.graph, model, images, record)
-    if not same_graph(in_training.graph, traced.graph):
-        train_dense = with_questions(in_training.graph, model, images, partial(record, training=True))
-    eval_plan = PixelPlan(dense, found.sites, skipped, background, training=False)
-    train_plan = _training_plan(eval_plan, train_dense, _find(request, in_training, cache, training=True))
-    root = traced.root(model, in_training)
-    grids = [(site.rows, site.placing.origin) for site in found.sites]
-    step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
-    odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
-    taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
-    dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
-    target = Target(z, layout, dynamic)
-    name = type(model).__name__
-    example = Example.of(model, images)
-    signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
-    floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
-    if floating:
-        signature = signature.casting(example.like, integers=integers)
-    plan = Plan(name, eval_plan, train_plan, frozenset(opened), example, target, signature)
-    plan.mode(model.training)  # refuses a mode that cannot be pruned
-    root.papr_proposal = network = proposal()
-    try:
-        return PrunedModule(root, plan.seeing(network))
-    except TraceError as error:
-        raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
+    planner = _Planner(request, proposal, z, background, VerdictCache())
+    opened = _opened(request, planner.cache)
+    for name in opened.needed:
+        inputs.check_no_hooks(request.model.get_submodule(name), f"model.{name}")
+    return with_attentions(
+        request, opened.attentions - opened.needed, lambda names: planner.pruned(opened._replace(attentions=names))
+    )
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule, blocks: Sequence[str]) -> bool:
@@ -103,16 +89,65 @@ def keeps_space(model: nn.Module, gm: PrunedModule, blocks: Sequence[str]) -> bo
     return any(isinstance(module, nn.Conv2d | nn.Conv3d) and prod(module.kernel_size) > 1 for module in inside)
 
 
+@dataclass(frozen=True)
+class _Planner:
+    """Plans a model for a choice of modules that are traced through. See `prune_by_pixels`."""
+
+    request: inputs.Request
+    proposal: Callable[[], SignificanceNet]
+    z: float
+    background: str
+    cache: VerdictCache
+
+    def pruned(self, opened: _Opened) -> PrunedModule:
+        """The planned model."""
+        model, images, layout = self.request
+        through = opened.needed | opened.attentions
+        record = partial(trace, opened=lambda _, name: name in through)
+        traced = record(model, images)
+        check_batch_reads(traced, model, images)
+        in_training = record(model, images, training=True).beside(traced)
+        found = _find(self.request, traced, self.cache, training=False)
+        if not found.sites:
+            raise _no_site(model, found.skipped)
+        dense = train_dense = with_questions(traced.graph, model, images, record)
+        if not same_graph(in_training.graph, traced.graph):
+            train_dense = with_questions(in_training.graph, model, images, partial(record, training=True))
+        eval_plan = PixelPlan(dense, found.sites, opened.skipped, self.background, training=False)
+        train_plan = _training_plan(eval_plan, train_dense, _find(self.request, in_training, self.cache, training=True))
+        root = traced.root(model, in_training)
+        grids = [(site.rows, site.placing.origin) for site in found.sites]
+        step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
+        odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
+        taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
+        dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
+        target = Target(self.z, layout, dynamic)
+        name = type(model).__name__
+        example = Example.of(model, images)
+        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
+        if floating:
+            signature = signature.casting(example.like, integers=integers)
+        plan = Plan(name, eval_plan, train_plan, frozenset(through), example, target, signature)
+        plan = replace(plan, fusing=Fusing(fuse_attention.find_sites(traced.graph, root)))
+        plan.mode(model.training)  # refuses a mode that cannot be pruned
+        root.papr_proposal = network = self.proposal()
+        try:
+            return PrunedModule(root, plan.seeing(network))
+        except TraceError as error:
+            raise NoSiteError(f"the pixel operators of {plan.name} do not run on a subset of the positions: {error}") from error
+
+
 def _training_plan(eval_plan: PixelPlan, dense: fx.Graph, found: _Found) -> PixelPlan | Refused:
     if not found.sites:
         return Refused(f"none of its pixel operators is position-wise in training: {found.skipped[-1].reason}")
     return PixelPlan(dense, found.sites, found.skipped, eval_plan.background, training=True)
 
 
-def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tuple[Skipped, ...]]:
+def _opened(request: inputs.Request, cache: VerdictCache) -> _Opened:
     """Which modules to trace through: those that hold parts of an operator and other things. All others stay whole.
 
-    Also what is skipped, seen with every module traced through, so that reasons name the smallest part.
+    Everything is found with every module traced through, so that reasons name the smallest part.
     """
     model = request.model
     traced = trace(model, request.images, lambda module, _: any(True for _ in module.children()))
@@ -136,7 +171,8 @@ def _opened(request: inputs.Request, cache: VerdictCache) -> tuple[set[str], tup
         ]
         visible += site.placing.moves.path if site.placing.moves else ()
         opened.update(owner for name in visible for owner in owners[name] if owner not in whole)
-    return {name for name in opened if name and any(True for _ in model.get_submodule(name).children())}, found.skipped
+    needed = composite(model, opened)
+    return _Opened(frozenset(needed), attentions_in(model, traced, needed), found.skipped)
 
 
 def _find(request: inputs.Request, traced: Traced, cache: VerdictCache, *, training: bool) -> _Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from ..errors import NoSiteError, PaprError, TraceError
 from ..proposals.network import SignificanceNet
 from ..tracing.trunk import Trunk
 from . import inputs
+from .attentions import attentions_of_blocks, with_attentions
 from .left_out import Attempt
 from .modes import TokenOptions
 from .module import PrunedModule
@@ -28,21 +30,39 @@ def prune_by_tokens(
         NoSiteError: There is no token stream, or its blocks do not run on fewer tokens.
         TraceError: The model's forward cannot be recorded.
     """
-    reason = ""
-    attempts = ((True, True), (True, False), (False, True))
-    for rows, patches in attempts if options.narrow else ():
-        attempt = Attempt(rows, patches, reason)
-        try:
-            gm = _pruned(TokenPlanner(request, trunk, options, attempt), proposal)
-        except PaprError as error:
-            if not attempt.opened and not attempt.found:
-                raise
-            reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
-        else:
-            if gm.plan.narrows or not attempt.opened:
-                return gm
-            reason = attempt.reason or reason
-    return _pruned(TokenPlanner(request, trunk, options, Attempt(whole=reason)), proposal)
+    found = _Candidate(request, trunk, proposal, options)
+    attentions: frozenset[str] = frozenset()
+    if trunk.blocks and not trunk.spatial and options.merge is None:
+        attentions = attentions_of_blocks(request, trunk.blocks)
+    return with_attentions(request, attentions, found.pruned)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What is to be pruned. See `prune_by_tokens`."""
+
+    request: inputs.Request
+    trunk: Trunk
+    proposal: Callable[[], SignificanceNet]
+    options: TokenOptions
+
+    def pruned(self, attentions: frozenset[str]) -> PrunedModule:
+        """The result, with those modules traced through for their attention."""
+        reason = ""
+        attempts = ((True, True), (True, False), (False, True))
+        for rows, patches in attempts if self.options.narrow else ():
+            attempt = Attempt(rows, patches, reason)
+            try:
+                gm = _pruned(TokenPlanner(self.request, self.trunk, self.options, attempt, attentions), self.proposal)
+            except PaprError as error:
+                if not attempt.opened and not attempt.found:
+                    raise
+                reason = str(error).splitlines()[0]  # it may be the model's own: then it is raised below
+            else:
+                if gm.plan.narrows or not attempt.opened:
+                    return gm
+                reason = attempt.reason or reason
+        return _pruned(TokenPlanner(self.request, self.trunk, self.options, Attempt(whole=reason), attentions), self.proposal)
 
 
 def _pruned(planner: TokenPlanner, proposal: Callable[[], SignificanceNet]) -> PrunedModule:

@@ -84,14 +84,13 @@ class PrunedModule(fx.GraphModule):
         mode = plan.mode(self.training)
         if not isinstance(mode, PixelPlan) or not mode.sites:
             return False
-        self._compiled = {}  # they follow the old plan
-        self._follow(plan, self.training)
+        self.follow(plan)
         return True
 
-    def compute_all_rows(self, reason: str) -> None:
-        """Computes all rows of the last tokens, for this reason."""
+    def follow(self, plan: Plan) -> None:
+        """Rewrites the graph as another plan says, in place."""
         self._compiled = {}  # they follow the old plan
-        self._follow(self.plan.computing_all_rows(reason), self.training)
+        self._follow(plan, self.training)
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode.

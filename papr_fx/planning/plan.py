@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from ..errors import NoSiteError
-from ..passes import reduce_tokens
+from ..passes import fuse_attention, reduce_tokens
+from ..passes.fuse_attention import Fusing
 from ..passes.kinds import Kind
 from ..passes.reduction import Reduction
 from ..proposals.network import SignificanceNet
@@ -34,6 +35,7 @@ class Plan:
         signature: The arguments that the module is called with.
         output: What the module returns: "logits", as the model's forward does, or "features".
         fallback: Why a model was pruned by pixels although tokens come first; empty otherwise.
+        fusing: Where attention that is written out becomes one call, in eval mode.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Plan:
     signature: Signature
     output: str = "logits"
     fallback: str = ""
+    fusing: Fusing = field(default_factory=Fusing)
 
     @property
     def z(self) -> float:
@@ -69,6 +72,8 @@ class Plan:
     @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
+        if self.fusing.sites:
+            return False
         if self.train is self.eval:
             return True
         if not isinstance(self.train, PixelPlan) or not isinstance(self.eval, PixelPlan):
@@ -114,6 +119,10 @@ class Plan:
         """The same plan of a token model without narrowing, for this reason."""
         return self._each(lambda mode: mode.computing_all(reason) if isinstance(mode, TokenPlan) else mode)
 
+    def writing_out(self, reason: str = "") -> Plan:
+        """The same plan with attention as it is written, for this reason."""
+        return replace(self, fusing=Fusing(reason=reason))
+
     def without(self, additions: Collection[str], reason: str) -> Plan:
         """The same plan of a hierarchical model, except that the operators that feed `additions` stay dense."""
         return self._each(lambda mode: mode.without(additions, reason) if isinstance(mode, PixelPlan) else mode)
@@ -136,6 +145,9 @@ class Plan:
     def prune(self, graph: fx.Graph, training: bool, stage: Stage = lambda name, graph: None) -> fx.Graph:
         """Rewrites a traced graph of the model, in place, and returns it."""
         self.mode(training).prune(graph, self.target, stage)
+        if self.fusing.sites and self.z < 1 and not training:
+            fuse_attention.rewrite(graph, self.fusing.sites)
+            stage("fuse_attention", graph)
         graph.lint()
         return graph
 

@@ -61,6 +61,12 @@ def taken_sizes(
     return taken
 
 
+def takes_others(model: nn.Module, images: Tensor, layout: str) -> bool:
+    """Whether a model, a scratch copy in eval mode, runs on images of any other size, as far as can be seen."""
+    shapes = [shape for group in _other_sizes(images, layout, ()) for shape in group]
+    return images.is_meta or any(_output(model, {}, images.new_zeros(shape)) is not None for shape in shapes)
+
+
 def counts_follow(
     part: fx.GraphModule, images: Tensor, shapes: Iterable[tuple[int, ...]], rows: TokenRows, layout: str
 ) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from ..dataflow.layouts import MixingError
 from ..dataflow.repairs import Repairs
 from ..errors import ArgumentError, NoSiteError, TraceError
-from ..passes import coarsen_background, gather_positions, prune_tokens, reduce_tokens
+from ..passes import coarsen_background, fuse_attention, gather_positions, prune_tokens, reduce_tokens
+from ..passes.fuse_attention import Fusing
 from ..passes.prune_tokens import TokenSite
 from ..passes.reduce_tokens import ReductionSites
 from ..tracing.asked import casts_images, with_questions
@@ -48,12 +49,14 @@ class TokenPlanner:
         trunk: Its blocks.
         options: How it is pruned.
         attempt: What is to be left out because nobody reads it.
+        attentions: Modules to trace through because they hold attention that can be one call.
     """
 
     request: inputs.Request
     trunk: Trunk
     options: TokenOptions
     attempt: Attempt
+    attentions: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class TokenPlanner:
             raise NoSiteError(f"{self.name} has no repeated blocks: sought composite modules (modules of modules), found none")
         if self.trunk.spatial:
             raise prune_tokens.no_tokens(self.trunk.spatial)
-        opened = ancestors_of(self.blocks)
+        opened = ancestors_of(self.blocks) | self.attentions
         while True:
             try:
                 return self._plan(opened)
@@ -106,7 +109,9 @@ class TokenPlanner:
             signature = signature.casting(example.like, integers=integers)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
         target = Target(self.options.z, layout, bool(taken))
-        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature)
+        merged = self.options.merge is not None  # a reduction looks at attentions itself
+        fusing = Fusing(() if merged else fuse_attention.find_sites(traced.graph, traced.root(model)))
+        plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature, fusing=fusing)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]
 

@@ -40,11 +40,11 @@ def check(case: Case) -> None:
     """
     if not case.rewrite.narrows:
         return
-    kept = _kept(case)
-    whole = case.rewrite.graph_on(narrow=False) if case.rewrite.mode.reduces or case.rewrite.coarse else None
+    kept, reduces = _kept(case), case.rewrite.mode.reduces
+    whole = case.rewrite.graph_on(narrow=False, fuse=False) if reduces or case.rewrite.coarse else None
     expected = _run(case, whole, kept) if whole else case.kept_output
     try:
-        error = relative_error(_run(case, case.rewrite.graph_on(narrow=True), kept), expected)
+        error = relative_error(_run(case, case.rewrite.graph_on(fuse=False), kept), expected)
         controls = {what: relative_error(_run(case, graph, kept), expected) for what, graph in _others(case)}
     except PrecisionError as error:
         raise NarrowingError(f"narrowing: {error}. Pass narrow=False") from error
@@ -63,14 +63,14 @@ def check(case: Case) -> None:
 
 def _others(case: Case) -> Iterator[tuple[str, fx.Graph]]:
     """Graphs in which other rows are computed, or other patches embedded."""
-    graph = case.rewrite.graph_on(narrow=True)
+    graph = case.rewrite.graph_on(fuse=False)
     rows = find_all(graph, Kind.ROWS)
     for node in rows:
         value, axis, start, count = cast("tuple[fx.Node, int, int, int]", node.args)
         node.args = (value, axis, start + 1, count)
     if rows:
         yield "rows", graph
-    graph = case.rewrite.graph_on(narrow=True)
+    graph = case.rewrite.graph_on(fuse=False)
     embeddings = find_all(graph, Kind.EMBEDDING)
     for node in embeddings:
         images, patches, *rest = node.args

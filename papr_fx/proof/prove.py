@@ -14,7 +14,8 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 9. Coarse background (`coarse`), if there is one: a coarse token is what equal tokens of its patches would be.
 10. Merging (`reduction`), if tokens are merged: the output is that of the dense graph that averages merged tokens.
 11. Narrowing, if rows or patches are left out that nobody reads: the output is that of the graph that computes them.
-12. Training, if the model's code differs in training mode: its graph is that of the model there.
+12. Fusing, if attention that is written out becomes one call: the output is that of the graph that writes it out.
+13. Training, if the model's code differs in training mode: its graph is that of the model there.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -32,6 +33,7 @@ from ..tracing.numerics import exact_float32
 from . import (
     coarse,
     control,
+    fusing,
     geometry,
     hidden_keys,
     lengths,
@@ -98,5 +100,6 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         coarse.check(case)
         reduction.check(case)
         narrowing.check(case)
+        fusing.check(case)
         training.check(case)
     return Proof(noise, order, effect, case.tolerance)

@@ -46,7 +46,7 @@ class Rewrite:
 
     @cached_property
     def _pruning(self) -> Plan:
-        return self.plan.reducing(None).computing_all_rows().at(self.z)
+        return self.plan.reducing(None).computing_all_rows().writing_out().at(self.z)
 
     @property
     def mode(self) -> ModePlan:
@@ -65,8 +65,8 @@ class Rewrite:
 
     @property
     def differs_in_training(self) -> bool:
-        """Whether there is another graph for training mode."""
-        return not self.plan.one_graph and not isinstance(self.plan.train, Refused)
+        """Whether there is another graph for training mode. That attention is written out there does not count."""
+        return not self.plan.writing_out().one_graph and not isinstance(self.plan.train, Refused)
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
@@ -104,6 +104,11 @@ class Rewrite:
         return isinstance(self.mode, TokenPlan) and self.mode.narrows
 
     @property
+    def fuses(self) -> bool:
+        """Whether attention that is written out becomes one call."""
+        return bool(self.plan.fusing.sites) and not self.training
+
+    @property
     def reduced_additions(self) -> list[str]:
         """The residual additions after which tokens are reduced; empty without a reduction."""
         mode = self.mode
@@ -126,12 +131,13 @@ class Rewrite:
         return self.plan.dense_graph(self.training)
 
     def pruned_graph(self) -> fx.Graph:
-        """The rewritten graph without reduction and narrowing. The chosen indices are further inputs."""
+        """The rewritten graph without reduction, narrowing and fusing. The chosen indices are further inputs."""
         return self._with_choices(self._pruning.rewrite(self.training))
 
-    def graph_on(self, *, narrow: bool) -> fx.Graph:
-        """The same with its reduction, and with narrowing or without."""
+    def graph_on(self, *, narrow: bool = True, fuse: bool = True) -> fx.Graph:
+        """The same with its reduction, and with narrowing and fusing or without."""
         plan = self.plan if narrow else self.plan.computing_all_rows()
+        plan = plan if fuse else plan.writing_out()
         z = min(plan.z, 0.9) if self.mode.reduces else self.z  # as planned: a smaller one may leave too few tokens to reduce
         return self._with_choices(plan.at(z).rewrite(self.training))
 

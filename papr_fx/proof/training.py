@@ -1,4 +1,4 @@
-"""Part 12, training: the graph for training mode is the model in that mode."""
+"""Part 13, training: the graph for training mode is the model in that mode."""
 
 from __future__ import annotations
 

@@ -80,6 +80,8 @@ class Report:
         restored: Where tokens are put back in their places: the module that lays them out as their grid (of code outside
             modules, the node), and the grid; once per layout.
         restore: What dropped places hold there: "nearest", the nearest kept token, or "zero".
+        fused: How many attentions that the model writes out are one call each.
+        written_out: Why none is, where the proof refused that.
     """
 
     model: str
@@ -100,6 +102,8 @@ class Report:
     all_patches: str = ""
     restored: tuple[tuple[str, tuple[int, ...]], ...] = ()
     restore: str = "nearest"
+    fused: int = 0
+    written_out: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -151,6 +155,10 @@ class Report:
             filled = "zero" if self.restore == "zero" else "their nearest kept token"
             where = f"`{first}`" + (f" and {more} more" if more else "")
             left = f"\nrestored: tokens to their grid {'x'.join(map(str, grid))} in {where}; dropped places hold {filled}{left}"
+        if self.fused:
+            left = f"\nfused: {self.fused} attentions that the model writes out are one call each{left}"
+        elif self.written_out:
+            left = f"\nnot fused: {self.written_out}{left}"
         if self.per_frame:
             left = f"\nproposal: a network of images, run on each frame independently{left}"
         if self.statistics:
@@ -195,6 +203,8 @@ def report(gm: fx.GraphModule) -> Report:
         *_left_out(module),
         restored=_restored(module),
         restore=plan.target.restore,
+        fused=len(find_all(rewritten, Kind.FUSED)),
+        written_out=plan.fusing.reason,
     )
 
 

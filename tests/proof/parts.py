@@ -9,6 +9,7 @@ import papr_fx
 from papr_fx.proof import (
     coarse,
     control,
+    fusing,
     geometry,
     hidden_keys,
     lengths,
@@ -36,6 +37,7 @@ PARTS = {
     "coarse background": coarse,
     "merging": reduction,
     "narrowing": narrowing,
+    "fusing": fusing,
     "training": training,
 }
 

@@ -1,0 +1,27 @@
+"""What a fused attention adds to its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+from torch import Tensor
+
+
+def attention_mask(queries: Tensor, terms: Sequence[Tensor], per_window: Sequence[Tensor] = ()) -> Tensor:
+    """The sum of all that is added to scores, as `F.scaled_dot_product_attention` takes it fastest: with four axes.
+
+    Terms are added while they are small. Only what differs between windows is repeated for each image.
+
+    Args:
+        queries: (B, heads, N, D), whose dtype the sum gets.
+        terms: Each of them broadcasts to the scores (B, heads, N, M). With `per_window`, they have no axis of images.
+        per_window: Each of them broadcasts to (1, windows, heads, N, M). B is a multiple of the windows.
+    """
+    if not per_window:
+        mask = reduce(add, terms)
+        return mask[(None,) * (4 - mask.ndim)].to(queries.dtype)
+    mask = reduce(add, [*per_window, *terms])[(None,) * (5 - max(term.ndim for term in (*per_window, *terms)))]
+    mask = mask.to(queries.dtype).flatten(0, 1)  # (windows, heads, N, M)
+    return mask.repeat(queries.shape[0] // mask.shape[0], 1, 1, 1)
