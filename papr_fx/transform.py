@@ -19,7 +19,7 @@ from .passes.prune_tokens import SeveralTrunksError
 from .passes.reduction import Reduction
 from .passes.restore_places import FILLS
 from .planning import inputs
-from .planning.by_pixels import keeps_space, prune_by_pixels
+from .planning.by_pixels import PixelOptions, keeps_space, prune_by_pixels
 from .planning.by_tokens import TokenOptions, prune_by_tokens
 from .planning.module import PrunedModule, checked_z
 from .proof.fusing import FusingError
@@ -52,6 +52,7 @@ def transform(
     merge: Reduction | None = None,
     output: Literal["logits", "features"] = "logits",
     narrow: bool = True,
+    fuse: bool = True,
     restore: Literal["nearest", "zero"] = "nearest",
     verify: bool = True,
 ) -> PrunedModule:
@@ -87,6 +88,8 @@ def transform(
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
         narrow: Whether to compute only those rows of the last tokens that are read: in most ViTs the class token's. Exact;
             `report` says where. Off at z=1.
+        fuse: Whether attention that is written out, as in the windows of Swin, becomes one call of
+            `scaled_dot_product_attention` in eval mode. Equal up to rounding. Off at z=1.
         restore: What dropped places hold where a model lays its tokens out as their grid for more than pooling, as dense heads
             do, or returns them so: "nearest", the nearest kept token, or "zero".
         verify: Whether to prove the rewrite on the model before returning it.
@@ -98,7 +101,7 @@ def transform(
             background also: patches see each other before the first block, as in a convolutional stem.
         VerifyError: The rewritten model failed its proof.
     """
-    options = _Options(checked_z(z), mode, background, merge, output, narrow, restore, verify).checked()
+    options = _Options(checked_z(z), mode, background, merge, output, narrow, fuse, restore, verify).checked()
     request = inputs.checked_request(model, output, example_input, with_weights=verify)
     size = inputs.checked_size(proposal_size, request.images)
     spec = ImageSpec.of(request.images, request.layout)
@@ -121,6 +124,7 @@ class _Options:
     merge: Reduction | None
     output: str
     narrow: bool
+    fuse: bool
     restore: str
     verify: bool
 
@@ -167,7 +171,9 @@ class _Pipeline:
     def _by_tokens(self, trunk: Trunk) -> PrunedModule:
         background = self.options.background
         coarse, restore = background == "coarse", self.options.restore
-        wanted = TokenOptions(self._planning_z, self.options.merge, self.options.narrow, coarse, restore)
+        wanted = TokenOptions(
+            self._planning_z, self.options.merge, self.options.narrow, coarse, restore, fuse=self.options.fuse
+        )
         try:
             with no_collection():
                 return prune_by_tokens(self.request, trunk, self.network, wanted)
@@ -189,7 +195,8 @@ class _Pipeline:
 
     def _by_pixels(self) -> PrunedModule:
         with no_collection():
-            return prune_by_pixels(self.request, self.network, self._planning_z, self.options.background)
+            options = PixelOptions(self._planning_z, self.options.background, self.options.fuse)
+            return prune_by_pixels(self.request, self.network, options)
 
     def _instead(self, error: NoSiteError | VerifyError, trunk: Trunk) -> PrunedModule:
         """The model pruned by pixels, where it cannot be pruned by tokens because of `error`; otherwise raises that."""

@@ -129,7 +129,8 @@ def run_shell(code, data, out):
 
 def run_python(code, given):
     code = code.replace("pretrained=True", "pretrained=False")
-    code = code.replace('"vit_base_patch16_224.augreg_in21k_ft_in1k"', '"test_vit", depth=1')
+    depth = 3 if "features_only" in code else 1  # timm takes features from the last three blocks
+    code = code.replace('"vit_base_patch16_224.augreg_in21k_ft_in1k"', f'"test_vit", depth={depth}')
     small = "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48"
     code = code.replace("mobileone_s0.apple_in1k", "test_resnet").replace("VideoMAEConfig()", f"VideoMAEConfig({small})")
     if "test_vit" in code:

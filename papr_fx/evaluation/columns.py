@@ -137,7 +137,11 @@ def _small(architecture: Architecture) -> nn.Module:
     """The architecture with a few blocks, if their number can be chosen; otherwise as it is."""
     if architecture.library != "torchvision":
         try:
-            return replace(architecture, depth=_BLOCKS).create()
+            model = replace(architecture, depth=_BLOCKS).create()
+            with torch.no_grad():
+                model.eval()(architecture.images(model))
         except MODEL_ERRORS:  # its builder takes no depth, or counts on more
             pass
+        else:
+            return model
     return architecture.create()

@@ -8,6 +8,8 @@ from operator import add
 
 from torch import Tensor
 
+from ..errors import ArgumentError
+
 
 def attention_mask(queries: Tensor, terms: Sequence[Tensor], per_window: Sequence[Tensor] = ()) -> Tensor:
     """The sum of all that is added to scores, as `F.scaled_dot_product_attention` takes it fastest: with four axes.
@@ -18,7 +20,17 @@ def attention_mask(queries: Tensor, terms: Sequence[Tensor], per_window: Sequenc
         queries: (B, heads, N, D), whose dtype the sum gets.
         terms: Each of them broadcasts to the scores (B, heads, N, M). With `per_window`, they have no axis of images.
         per_window: Each of them broadcasts to (1, windows, heads, N, M). B is a multiple of the windows.
+
+    Raises:
+        ArgumentError: One has no content: a module that is not called owns it, and who offloads weights brings those of modules
+            that are.
     """
+    if not queries.is_meta and any(term.is_meta for term in (*terms, *per_window)):
+        raise ArgumentError(
+            "sought what attention adds to its scores, found a tensor without content (meta device): its module is not called, "
+            "so its weights were not brought. Pass fuse=False to transform, which leaves attention to its module, or bring all "
+            "weights at the start (accelerate: preload_module_classes)"
+        )
     if not per_window:
         mask = reduce(add, terms)
         return mask[(None,) * (4 - mask.ndim)].to(queries.dtype)

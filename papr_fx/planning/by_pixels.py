@@ -59,22 +59,34 @@ class _Opened(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-def prune_by_pixels(
-    request: inputs.Request, proposal: Callable[[], SignificanceNet], z: float, background: str
-) -> PrunedModule:
-    """Builds the model whose pixel operators run on `z` of the positions, below 1. Not yet proved.
+@dataclass(frozen=True)
+class PixelOptions:
+    """How pixel operators are pruned.
+
+    Attributes:
+        z: Keep ratio, below 1.
+        background: What dropped positions hold afterwards: "keep", "zero" or "auto".
+        fuse: Whether attention that is written out becomes one call.
+    """
+
+    z: float
+    background: str
+    fuse: bool = True
+
+
+def prune_by_pixels(request: inputs.Request, proposal: Callable[[], SignificanceNet], options: PixelOptions) -> PrunedModule:
+    """Builds the model whose pixel operators run on some of the positions. Not yet proved.
 
     Raises:
         NoSiteError: No residual branch can be pruned; the message names the nearest miss.
         TraceError: The model's forward cannot be recorded.
     """
-    planner = _Planner(request, proposal, z, background, VerdictCache())
+    planner = _Planner(request, proposal, options, VerdictCache())
     opened = _opened(request, planner.cache)
     for name in opened.needed:
         inputs.check_no_hooks(request.model.get_submodule(name), f"model.{name}")
-    return with_attentions(
-        request, opened.attentions - opened.needed, lambda names: planner.pruned(opened._replace(attentions=names))
-    )
+    attentions = opened.attentions - opened.needed if options.fuse else frozenset[str]()
+    return with_attentions(request, attentions, lambda names: planner.pruned(opened._replace(attentions=names)))
 
 
 def keeps_space(model: nn.Module, gm: PrunedModule, blocks: Sequence[str]) -> bool:
@@ -95,8 +107,7 @@ class _Planner:
 
     request: inputs.Request
     proposal: Callable[[], SignificanceNet]
-    z: float
-    background: str
+    options: PixelOptions
     cache: VerdictCache
 
     def pruned(self, opened: _Opened) -> PrunedModule:
@@ -113,7 +124,7 @@ class _Planner:
         dense = train_dense = with_questions(traced.graph, model, images, record)
         if not same_graph(in_training.graph, traced.graph):
             train_dense = with_questions(in_training.graph, model, images, partial(record, training=True))
-        eval_plan = PixelPlan(dense, found.sites, opened.skipped, self.background, training=False)
+        eval_plan = PixelPlan(dense, found.sites, opened.skipped, self.options.background, training=False)
         train_plan = _training_plan(eval_plan, train_dense, _find(self.request, in_training, self.cache, training=True))
         root = traced.root(model, in_training)
         grids = [(site.rows, site.placing.origin) for site in found.sites]
@@ -121,7 +132,7 @@ class _Planner:
         odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
         taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
         dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
-        target = Target(self.z, layout, dynamic)
+        target = Target(self.options.z, layout, dynamic)
         name = type(model).__name__
         example = Example.of(model, images)
         signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
@@ -129,7 +140,8 @@ class _Planner:
         if floating:
             signature = signature.casting(example.like, integers=integers)
         plan = Plan(name, eval_plan, train_plan, frozenset(through), example, target, signature)
-        plan = replace(plan, fusing=Fusing(fuse_attention.find_sites(traced.graph, root)))
+        if self.options.fuse:
+            plan = replace(plan, fusing=Fusing(fuse_attention.find_sites(traced.graph, root)))
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         root.papr_proposal = network = self.proposal()
         try:

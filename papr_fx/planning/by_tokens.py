@@ -32,7 +32,7 @@ def prune_by_tokens(
     """
     found = _Candidate(request, trunk, proposal, options)
     attentions: frozenset[str] = frozenset()
-    if trunk.blocks and not trunk.spatial and options.merge is None:
+    if options.fuse and trunk.blocks and not trunk.spatial and options.merge is None:
         attentions = attentions_of_blocks(request, trunk.blocks)
     return with_attentions(request, attentions, found.pruned)
 

@@ -87,6 +87,7 @@ class TokenOptions:
         narrow: Whether to leave out rows that nobody reads.
         coarse: Whether patches that are not kept become coarse tokens.
         restore: What dropped places hold where tokens are laid out as their grid.
+        fuse: Whether attention that is written out becomes one call.
     """
 
     z: float
@@ -94,6 +95,7 @@ class TokenOptions:
     narrow: bool
     coarse: bool = False
     restore: str = "nearest"
+    fuse: bool = True
 
 
 @dataclass(frozen=True)

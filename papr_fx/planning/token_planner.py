@@ -109,8 +109,8 @@ class TokenPlanner:
             signature = signature.casting(example.like, integers=integers)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
         target = Target(self.options.z, layout, bool(taken))
-        merged = self.options.merge is not None  # a reduction looks at attentions itself
-        fusing = Fusing(() if merged else fuse_attention.find_sites(traced.graph, traced.root(model)))
+        fuses = self.options.fuse and self.options.merge is None  # a reduction looks at attentions itself
+        fusing = Fusing(fuse_attention.find_sites(traced.graph, traced.root(model)) if fuses else ())
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature, fusing=fusing)
         plan.mode(model.training)  # refuses a mode that cannot be pruned
         return traced.root(model, in_training), plan, [traced.recorded, in_training.recorded]

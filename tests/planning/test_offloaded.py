@@ -73,7 +73,7 @@ def pruned(request):
     build, shape = MODELS[request.param]
     x = torch.randn(2, *shape)
     model = enliven(build()).eval()
-    return papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1], verify=False), x
+    return papr_fx.transform(model, toy_proposal(), 0.5, example_input=x[:1], fuse=False, verify=False), x
 
 
 @torch.no_grad()
@@ -98,6 +98,14 @@ def test_an_offloaded_module(pruned):
         papr_fx.set_keep_ratio(module, 0.25)
     assert relative_error(gm(x), plain(x)) < 1e-6
     assert relative_error(copied(x), plain(x)) < 1e-6
+
+
+def test_fused_attention_that_lost_its_bias_is_refused():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    gm = offload(papr_fx.transform(enliven(swin()).eval(), toy_proposal(), 0.5, example_input=x[:1], verify=False))
+    with pytest.raises(papr_fx.ArgumentError, match="its module is not called.*fuse=False"), torch.no_grad():
+        gm(x)
 
 
 def test_nothing_of_the_proposal_is_a_parameter():
