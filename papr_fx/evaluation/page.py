@@ -102,6 +102,6 @@ def head(torch_version: str, z: float) -> str:
         "blocks, if that keeps its structure. The others are transformed without weights. If the smallest is refused, so\n"
         "are the others.\n\n"
         "Narrowed: rows that nobody reads are left out. bfloat16: one of each structure, with two blocks where their\n"
-        "number can be chosen, is transformed in bfloat16 and run; converted to float32 it gives about the same. What is\n"
-        "empty there was not tried; `make coverage-columns` fills it in.\n\n"
+        "number can be chosen, is transformed in bfloat16 and run; converted to float32 it gives about the same, or the\n"
+        "dense model is as far off. What is empty there was not tried; `make coverage-columns` fills it in.\n\n"
     )

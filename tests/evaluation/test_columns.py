@@ -41,7 +41,7 @@ class Fixed(ToyViT):
 
 
 class Fade(ToyViT):
-    """Has no precision to spare."""
+    """Has no precision to spare, dense or pruned."""
 
     def __init__(self) -> None:
         super().__init__(SHAPE)
@@ -55,12 +55,18 @@ def row(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "narrowed", "half"), [("class", "yes", "yes"), ("mean", "no", "yes"), ("fade", "no", "off by")]
+    ("name", "narrowed", "half"), [("class", "yes", "yes"), ("mean", "no", "yes"), ("fade", "no", "yes")]
 )
 def test_what_is_said(name, narrowed, half):
     found = columns.tried(row(name), 0.5)
     assert found.narrowed == narrowed
     assert found.bfloat16.startswith(half)
+
+
+def test_further_off_than_the_dense_model(monkeypatch):
+    errors = iter([0.5, 0.2])
+    monkeypatch.setattr(columns, "_rounding", lambda _: next(errors))
+    assert columns.tried(row("mean"), 0.5).bfloat16 == "off by 5e-01"
 
 
 def test_what_does_not_run_in_bfloat16():
