@@ -54,9 +54,7 @@ def row(name):
     return Row(Toy("timm", "toy", name), "tokens", "logits", 1, "17 -> 9", "proved")
 
 
-@pytest.mark.parametrize(
-    ("name", "narrowed", "half"), [("class", "yes", "yes"), ("mean", "no", "yes"), ("fade", "no", "yes")]
-)
+@pytest.mark.parametrize(("name", "narrowed", "half"), [("class", "yes", "yes"), ("mean", "no", "yes"), ("fade", "no", "yes")])
 def test_what_is_said(name, narrowed, half):
     found = columns.tried(row(name), 0.5)
     assert found.narrowed == narrowed
