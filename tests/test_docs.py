@@ -76,7 +76,12 @@ WORDS = {
     "--proposal x3d_m": "--proposal x3d_s --workers 0",
     "eva02_tiny*": "test_vit*",
 }
-SMALL = {"eval": "--workers 0", "tune": "--workers 0", "reproduce": "--workers 0"}
+SMALL = {
+    "eval": "--workers 0",
+    "tune": "--workers 0",
+    "reproduce": "--workers 0",
+    "bench": "--proposal test_resnet --num-bench-iter 2",
+}
 SMALL_MODEL = {"vit_base_patch16_224": "test_vit", "deit_small_patch16_224": "vit_tiny_patch16_224"}
 SMALL_RUNS = {
     "examples.imagenet": "--proposal test_resnet --proposal-checkpoint {data}/mobileone_s0.pth --num-classes 2 --epochs 1 "

@@ -63,18 +63,19 @@ def test_a_proposal_without_classes_is_refused(saliency):
         papr_fx.transform(ToyViT(Shape()), flat, 0.5, saliency=saliency)
 
 
-LOWERED = ("scorecam",)  # it passes through the network again; without that, tests/test_transform.py lowers it
+# Of those that are lowered, "scorecam" passes through the network again; tests/test_transform.py lowers "psm".
+LOWERED = pytest.param("scorecam", "inductor", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("saliency", NAMES)
+@pytest.mark.parametrize(("saliency", "backend"), [*((name, "aot_eager") for name in NAMES), LOWERED])
 @torch.no_grad()
-def test_in_a_transformed_model(saliency):
+def test_in_a_transformed_model(saliency, backend):
     """Compiled in one graph, in autocast, copied, and the tokens kept are those of the map's best."""
     model = ToyViT(Shape(image=(16, 24))).eval()
     gm = papr_fx.transform(model, enliven(ConvNet()), 0.5, saliency=saliency)
     x = torch.randn(2, 3, 16, 24)
     torch.compiler.reset()
-    fast = torch.compile(gm, fullgraph=True, backend="inductor" if saliency in LOWERED else "aot_eager")
+    fast = torch.compile(gm, fullgraph=True, backend=backend)
     assert relative_error(fast(x), gm(x)) < 1e-4
     assert torch.equal(copy.deepcopy(gm)(x), gm(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
