@@ -225,14 +225,14 @@ class _Pipeline:
 def _prove(model: nn.Module, gm: PrunedModule) -> None:
     """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left.
 
-    Where it cannot be proved that nobody reads the rows that are left out, they are computed. Where fused attention cannot be
-    proved, it is written out.
+    Where it cannot be proved that nobody reads what is left out, all patches are embedded, then all rows computed. Where fused
+    attention cannot be proved, it is written out.
     """
     while True:
         try:
             prove(model, gm)
         except NarrowingError as error:
-            gm.follow(gm.plan.computing_all_rows(str(error)))
+            gm.follow(gm.plan.computing_more(str(error)))
         except FusingError as error:
             gm.follow(gm.plan.writing_out(str(error)))
         except SiteError as error:

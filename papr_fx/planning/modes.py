@@ -139,6 +139,10 @@ class TokenPlan:
         """The same plan with nothing left out, for this reason."""
         return replace(self, narrowing=Narrowing(reason=reason), embedding=Embedding(reason=reason))
 
+    def computing_more(self, reason: str) -> TokenPlan:
+        """The same plan with all patches embedded, for this reason; with nothing left out if they are already."""
+        return replace(self, embedding=Embedding(reason=reason)) if self.embedding.node else self.computing_all(reason)
+
     def site(self, graph: fx.Graph) -> TokenSite:
         """The token stream of a traced graph of the model."""
         return prune_tokens.find_site(graph, self.blocks, self.suffix)

@@ -119,6 +119,10 @@ class Plan:
         """The same plan of a token model without narrowing, for this reason."""
         return self._each(lambda mode: mode.computing_all(reason) if isinstance(mode, TokenPlan) else mode)
 
+    def computing_more(self, reason: str) -> Plan:
+        """The same plan of a token model with less left out, for this reason: at first with all patches embedded."""
+        return self._each(lambda mode: mode.computing_more(reason) if isinstance(mode, TokenPlan) else mode)
+
     def writing_out(self, reason: str = "") -> Plan:
         """The same plan with attention as it is written, for this reason."""
         return replace(self, fusing=Fusing(reason=reason))

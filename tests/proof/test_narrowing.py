@@ -60,6 +60,14 @@ def test_only_narrowing_finds_a_wrong_patch(monkeypatch):
     assert "with what nobody seems to read left out, the output is off by" in found["narrowing"]
 
 
+def test_rows_stay_narrowed_where_patches_are_not_proved(monkeypatch):
+    monkeypatch.setattr(embed_kept_patches, "rewrite", wrong_patch)
+    found = papr_fx.report(papr_fx.transform(ToyViT(CLASS).eval(), toy_proposal(), 0.5))
+    assert found.embedding == ""
+    assert found.all_patches.startswith("narrowing: with what nobody seems to read left out")
+    assert found.narrowed is not None
+
+
 def wrong_quad(graph, found, site, keep, coarsened=None, rewrite=embed_kept_patches.rewrite):
     """As the pass does it, but the quads are those of images that were not halved."""
     rewrite(graph, found, site, keep, coarsened)
