@@ -11,7 +11,7 @@ from ..evaluation import variants
 from .counting import counted
 from .data import kind_of
 from .distributed import is_first, started
-from .networks import described, proposal_of, subject_of
+from .networks import UNLEARNT, described, has_learnt, proposal_of, subject_of
 from .options import add_data, add_networks, add_random, add_run, merge_of, merging, ratios
 from .results import finish, print_verdicts, row_of, speed_key
 
@@ -58,4 +58,6 @@ def run_eval(arguments: argparse.Namespace) -> None:
     print(f"{networks}: {found.total} {kind_of(subject)} of {arguments.data}")
     print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
     print_verdicts(evaluated, found, kind_of(subject))
+    if arguments.random and not has_learnt(arguments, arguments.proposal):
+        print(UNLEARNT)
     finish(arguments, rows, found.failed)

@@ -18,6 +18,8 @@ from ..proposals.named import LITE0
 from ..proposals.saliency import needs_proposal
 from ..proposals.statistics import InputStats
 
+UNLEARNT = "note: the proposal has random weights: --pretrained or --proposal lite0 give it a map to judge"
+
 
 def model_of(arguments: argparse.Namespace) -> nn.Module:
     """The timm model of a command that reads no data set."""
@@ -64,13 +66,18 @@ def views_of(arguments: argparse.Namespace) -> Views:
     return Views(arguments.temporal_views, arguments.spatial_views, arguments.frame_step)
 
 
+def has_learnt(arguments: argparse.Namespace, proposal: str) -> bool:
+    """Whether the proposal has weights that were trained; what needs no proposal needs none."""
+    needed = needs_proposal(getattr(arguments, "saliency", "psm"))
+    return not needed or bool(arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0)
+
+
 def described(arguments: argparse.Namespace, subject: Subject, model: str, proposal: str) -> str:
     """The names of both networks, and which of them have random weights."""
     words = [model + ("" if subject.loaded else " (random weights; --pretrained loads real ones)")]
     if not needs_proposal(getattr(arguments, "saliency", "psm")):
         return f"{words[0]}, no proposal: {arguments.saliency}"
     background = getattr(arguments, "background", "auto")
-    loaded = arguments.pretrained or arguments.proposal_checkpoint or proposal == LITE0
-    words.append(f"proposal {proposal}" + ("" if loaded else " (random weights)"))
+    words.append(f"proposal {proposal}" + ("" if has_learnt(arguments, proposal) else " (random weights)"))
     words += [f"background {background}"] if background != "auto" else []
     return ", ".join(words)

@@ -17,7 +17,7 @@ from ..evaluation.chance import Versus
 from ..evaluation.subject import Subject
 from .data import batch_size, kind_of, samples_of
 from .distributed import process_count, started
-from .networks import described, proposal_of, subject_of
+from .networks import UNLEARNT, described, has_learnt, proposal_of, subject_of
 from .options import add_data, add_networks, add_random, positive_int
 from .results import print_failed
 
@@ -52,7 +52,9 @@ def run_tune(arguments: argparse.Namespace) -> None:
         random = {"random": arguments.random and arguments.max_drop is not None}
         z = choose_keep_ratio(subject.model, proposal, loader, **targets, **random, example_input=subject.example, **options)
     (name,) = (key for key, value in targets.items() if value is not None)
-    _print_curve(z, name.replace("_", " "), subject)
+    _print_curve(z, name.removeprefix("max_"), subject)
+    if z.random and not has_learnt(arguments, arguments.proposal):
+        print(UNLEARNT)
     print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
     if isinstance(loader, _Subsample):
         print_failed(sorted(loader.failed))
@@ -67,7 +69,7 @@ def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
         row += [point.value, str(versus), versus.verdict]
         ratios.setdefault(versus.said(kind_of(subject)), []).append(f"{point.z:g}")
     if z.random:
-        headers += ["with a random map", "map - random, points", "the map is"]
+        headers += [f"{name}, random map", "map - random, points", "verdict"]
     print(tabulate(table, headers=headers, floatfmt=(".4f", ".3f", ".3f"), tablefmt="github"))
     for sentence, where in ratios.items():
         print(f"z={', '.join(where)}: {sentence}")

