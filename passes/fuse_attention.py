@@ -24,7 +24,9 @@ Left alone:
     4. What is multiplied after something was added, anything else that is done to scores, and sums that are kept per image and
        per window. Keys that are not transposed there, queries, keys and values without exactly two axes of batch and heads, or
        of several dtypes.
-    5. What another pass has put something into, such as the last block where only some rows are computed.
+    5. Anything changed in place in between, by someone else, or a mask that the scores are added to in place. Functions of a
+       user, whatever they return.
+    6. What another pass has put something into, such as the last block where only some rows are computed.
 """
 
 from __future__ import annotations
@@ -42,8 +44,12 @@ from ..dataflow.scores import PRODUCTS, Scores, Term, is_division, is_number, sc
 from ..ops import attention_mask
 from ..tracing.checkpoints import lay_inside, regions_of
 from ..tracing.graphs import nodes_by_name, shape_of
+from ..tracing.results import is_in_place
 from ..tracing.roles import tag
 from .kinds import Kind
+
+# What `+=` and the like are in a graph. Methods such as `add_` end in an underscore.
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.setitem)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,17 @@ def _site(mixed: fx.Node, root: nn.Module) -> FuseSite | None:
         return None
     site = FuseSite(scores, source[1], mixed.name, given.name, scaled(queries))
     same = {regions_of(nodes[name]) for name in site.nodes}
-    return site if len(same) == 1 else None
+    return site if len(same) == 1 and not _changes_between(nodes, site) else None
+
+
+def _changes_between(nodes: dict[str, fx.Node], site: FuseSite) -> bool:
+    """Whether anything is changed in place while the attention is made: its call would read it later than the model does."""
+    node, last = nodes[site.nodes[0]], nodes[site.mixed]
+    while node is not last:
+        node = node.next
+        if node.name not in site.nodes and (is_in_place(node) or node.target in _IN_PLACE):
+            return True
+    return False
 
 
 def _fit(queries: fx.Node, keys: fx.Node, values: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import get_notrace_functions
 from torch import fx, nn
 
 from ..ops import is_watched
@@ -17,6 +18,7 @@ from ..tracing.graphs import attribute, nodes_by_name, shape_of
 
 PRODUCTS = (operator.matmul, torch.matmul, "matmul")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDS_IN_PLACE = (operator.iadd, "add_")
 _SCALINGS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _DIVISIONS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 _IN_PLACE = (operator.imul, operator.itruediv, "mul_", "div_")
@@ -71,7 +73,7 @@ def source_of_weights(weights: fx.Node, root: nn.Module) -> tuple[fx.Node, tuple
             return None
         if _is_softmax(node, root):
             return given, tuple(path)
-        if not _drops_nothing(node, root) and node.target not in _CASTS:
+        if not _drops_nothing(node, root) and not _is_cast(node):
             return None
         node = given
     return None
@@ -97,8 +99,11 @@ def scaled(node: fx.Node) -> Term | None:
 
 
 def _returns_first(node: fx.Node) -> bool:
-    """Whether a function gives its first argument back as it is, such as one that adds a mask if there is one."""
-    if node.op != "call_function" or node.all_input_nodes != [*node.args[:1]]:
+    """Whether a function of timm gives its first argument back as it is, such as one that adds a mask if there is one.
+
+    Functions of others may do something besides, or something else in another dtype.
+    """
+    if node.target not in get_notrace_functions() or node.all_input_nodes != [*node.args[:1]]:
         return False
     given = torch.empty(shape_of(node.all_input_nodes[0]) or (), device="meta")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: given)
@@ -152,7 +157,9 @@ def _scores(node: fx.Node, scores: tuple[int, ...]) -> Scores | None:
     if node.kwargs or len(node.args) != 2:
         return None
     if node.target in _ADDITIONS:
-        return _added(node, 1, shape, scores) or _added(node, 0, shape, scores)
+        # In place, it is the first argument that changes, which others may read if it is no product of this attention.
+        other = None if node.target in _ADDS_IN_PLACE else _added(node, 0, shape, scores)
+        return _added(node, 1, shape, scores) or other
     if node.target in _SCALINGS:
         return _multiplied(node, 1, scores) or _multiplied(node, 0, scores)
     return _multiplied(node, 1, scores) if node.target in _DIVISIONS else None
@@ -214,6 +221,12 @@ def _is_form(shape: Sequence[int], scores: Sequence[int]) -> bool:
     if tuple(shape) == tuple(scores):
         return True
     return len(shape) == 5 and tuple(shape[2:]) == tuple(scores[1:]) and shape[0] * shape[1] == scores[0]
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a node converts weights to another floating dtype."""
+    dtype = node.meta.get("dtype")
+    return node.target in _CASTS and dtype is not None and dtype.is_floating_point
 
 
 def _is_softmax(node: fx.Node, root: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -33,7 +34,14 @@ def attention_mask(queries: Tensor, terms: Sequence[Tensor], per_window: Sequenc
         )
     if not per_window:
         mask = reduce(add, terms)
-        return mask[(None,) * (4 - mask.ndim)].to(queries.dtype)
+        return _converted(mask[(None,) * (4 - mask.ndim)], queries.dtype)
     mask = reduce(add, [*per_window, *terms])[(None,) * (5 - max(term.ndim for term in (*per_window, *terms)))]
-    mask = mask.to(queries.dtype).flatten(0, 1)  # (windows, heads, N, M)
+    mask = _converted(mask, queries.dtype).flatten(0, 1)  # (windows, heads, N, M)
     return mask.repeat(queries.shape[0] // mask.shape[0], 1, 1, 1)
+
+
+def _converted(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in a dtype. What is out of its range stays finite, so that a row that is masked throughout keeps its weights."""
+    if mask.dtype == dtype or not dtype.is_floating_point:
+        return mask.to(dtype)
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)

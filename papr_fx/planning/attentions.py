@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
-from ..errors import PaprError, TraceError
+from ..errors import PaprError, TraceError, first_line
 from ..ops import is_watched
 from ..passes import fuse_attention
 from ..tracing.blocks import ancestors_of, is_inside
@@ -69,12 +69,21 @@ def with_attentions(
         return plan(nothing)
     try:
         fused = plan(attentions)
-    except PaprError:  # their code cannot be recorded, or no pass can follow it
-        return plan(nothing)
+    except PaprError as error:  # their code cannot be recorded, or no pass can follow it
+        return _written_out(plan(nothing), first_line(error))
     if fused.plan.target.dynamic or not takes_others(scratch_copy(request.model).eval(), *request[1:]):
         return fused
     whole = plan(nothing)  # a module may follow the size of the images where its recorded code does not
-    return whole if whole.plan.target.dynamic else fused
+    if not whole.plan.target.dynamic:
+        return fused
+    return _written_out(whole, "traced through, the modules of attention would take one size of images only")
+
+
+def _written_out(gm: PrunedModule, reason: str) -> PrunedModule:
+    """The module, which says why its attention stays as it is written."""
+    if not gm.plan.fusing.sites:
+        gm.plan = gm.plan.writing_out(reason)
+    return gm
 
 
 def composite(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -54,7 +54,7 @@ class PrunedModule(fx.GraphModule):
         self.recompile()
         self._compiled[plan.z, root.training] = _Compiled.of(self)
         self._model_class = type(root)
-        warn_of_hooks(self, plan.opened)
+        warn_of_hooks(self, plan.unheard)
         own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
         self.__setstate__(own)
 

@@ -70,6 +70,13 @@ class Plan:
         return any(isinstance(mode, TokenPlan) and mode.narrows for mode in (self.eval, self.train))
 
     @property
+    def unheard(self) -> frozenset[str]:
+        """Qualified names of the modules that nothing calls: those traced through, and parts of attention that is one call."""
+        fused = {name for site in self.fusing.sites for name in site.nodes}
+        called = self.eval.dense.find_nodes(op="call_module") if fused else ()
+        return self.opened | {str(node.target) for node in called if node.name in fused}
+
+    @property
     def one_graph(self) -> bool:
         """Whether training and eval mode have the same rewritten graph."""
         if self.fusing.sites:

@@ -1,6 +1,7 @@
-"""Warns of hooks that would never run: those put on modules that were traced through, which nothing calls.
+"""Warns of hooks that would never run: those put on modules that nothing calls.
 
-A trace takes the code of such a module into the graph. Its own hooks belong to a call that does not happen.
+A trace takes the code of a module into the graph, and attention that became one call takes its softmax and dropout with it.
+Their own hooks belong to a call that does not happen.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class UnheardHooks(OrderedDict[int, Callable[..., Any]]):
 
     def __setitem__(self, number: int, hook: Callable[..., Any]) -> None:
         warnings.warn(
-            f"`{self.name}` was traced through, so nothing calls it, and its hooks do not run: put them on modules inside it "
-            "that the graph calls (print(gm.graph)), or on the model before transform(), which keeps a module whole that has "
-            "hooks. narrow=False keeps the last block whole",
+            f"`{self.name}` was traced through, or is part of attention that became one call, so nothing calls it, and its "
+            "hooks do not run: put them on modules inside it that the graph calls (print(gm.graph)), or on the model before "
+            "transform(), which keeps a module whole that has hooks. fuse=False leaves attention as it is written, and "
+            "narrow=False the last block",
             HookWarning,
             stacklevel=3,
         )
@@ -45,14 +47,14 @@ class UnheardHooks(OrderedDict[int, Callable[..., Any]]):
         return type(self), (self.name, dict(self))
 
 
-def warn_of_hooks(root: nn.Module, opened: Iterable[str]) -> None:
+def warn_of_hooks(root: nn.Module, unheard: Iterable[str]) -> None:
     """Makes modules warn of hooks that are put on them from now on, or on copies of them.
 
     Args:
         root: A rewritten module.
-        opened: Qualified names of the modules in it that were traced through.
+        unheard: Qualified names of the modules in it that nothing calls.
     """
-    for name in opened:
+    for name in unheard:
         module = root.get_submodule(name)
         for table in _TABLES:
             setattr(module, table, UnheardHooks(name, getattr(module, table)))

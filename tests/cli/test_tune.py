@@ -89,5 +89,5 @@ def test_tune(labelled, target, capsys):
         assert "0.02 GMACs cannot be reached" in printed.err
     else:
         assert code == 0
-        assert "| the map is   |" in printed.out
+        assert "| verdict   |" in printed.out
         assert 0.05 <= float(printed.out.splitlines()[-1].removeprefix("z = ")) <= 1

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers.attention import maybe_add_mask
 from torch import Tensor, fx, nn
 
 from papr_fx.ops import attention_mask
@@ -85,13 +86,8 @@ def two_masks(own, q, k):
     return (own.mask.abs().view(4, 1, 4, 4) + scores).flatten(0, 1) + own.bias
 
 
-@fx.wrap
-def with_mask(scores, mask):
-    return scores if mask is None else scores + mask
-
-
 def without_mask(own, q, k):
-    return with_mask(positions(own, q, k), None)
+    return maybe_add_mask(positions(own, q, k), None)
 
 
 FORMS = [without_mask, positions, in_place, per_image, cosine, sizes, shared_queries, two_masks]
@@ -172,7 +168,45 @@ def changed_in_place(own, q, k):
     return clamped(positions(own, q, k), None)
 
 
-MISSES = [changed_in_place, scaled_later, filled, both_kinds, other_windows, per_image_and_window, flat, by_einsum, read_twice]
+@fx.wrap
+def with_mask(scores, mask):  # whose code may do more than return its argument
+    return scores if mask is None else scores + mask
+
+
+def by_a_users_function(own, q, k):
+    return with_mask(positions(own, q, k), None)
+
+
+def with_other_keys(own, q, k):
+    scores = positions(own, q, k)
+    k.mul_(2)
+    return scores
+
+
+def with_another_bias(own, q, k):
+    bias = own.bias.clone()
+    scores = (q * 0.7) @ k.transpose(-2, -1) + bias
+    bias.zero_()
+    return scores
+
+
+def added_to_the_bias(own, q, k):
+    return own.bias.repeat(q.shape[0], 1, 1, 1).add_((q * 0.7) @ k.transpose(-2, -1))
+
+
+CHANGED = [by_a_users_function, with_other_keys, with_another_bias, added_to_the_bias]
+MISSES = [
+    *CHANGED,
+    changed_in_place,
+    scaled_later,
+    filled,
+    both_kinds,
+    other_windows,
+    per_image_and_window,
+    flat,
+    by_einsum,
+    read_twice,
+]
 
 
 @pytest.mark.parametrize("scores", MISSES)
@@ -201,7 +235,11 @@ def converted(own, scores):
     return other_dtype(own, scores, scores).softmax(-1).double()
 
 
-@pytest.mark.parametrize("weights", [over_queries, dropped, rated, kept, converted])
+def whole(own, scores):
+    return scores.softmax(-1).to(torch.int64).to(scores.dtype)
+
+
+@pytest.mark.parametrize("weights", [over_queries, dropped, rated, kept, converted, whole])
 def test_weights_that_stay_as_they_are(weights):
     assert rewritten(ToyWindows(WindowAttention(weights=weights)))[1] == 0
 
@@ -282,5 +320,7 @@ def test_the_mask_takes_the_dtype_of_the_queries():
     assert (mask.shape, mask.dtype) == ((8, 2, 4, 4), torch.bfloat16)
     assert torch.equal(mask[:4], mask[4:])
     assert not torch.equal(mask[0], mask[1])
+    hidden = attention_mask(queries, (torch.full((2, 4, 4), torch.finfo(torch.float32).min),))
+    assert hidden.isfinite().all()  # a row that is masked throughout has even weights, and no weights of zero
     small = attention_mask(queries, (torch.randn(2, 4, 4),))
     assert (small.shape, small.dtype) == ((1, 2, 4, 4), torch.bfloat16)

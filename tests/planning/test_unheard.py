@@ -12,6 +12,7 @@ import torch
 import papr_fx
 
 from ..models import Shape, ToyViT, images, toy_proposal
+from ..models.windows import ToyWindows
 
 SHAPE = Shape(pool="cls")
 
@@ -44,9 +45,20 @@ HOOKS = {
 @pytest.mark.parametrize(("made", "kind"), [*(("itself", kind) for kind in HOOKS), *((made, "forward") for made in COPIES)])
 def test_a_hook_on_a_module_that_was_traced_through_warns(made, kind):
     gm = COPIES[made](pruned())
-    with pytest.warns(papr_fx.HookWarning, match=r"`blocks\.1` was traced through, so nothing calls it") as found:
+    with pytest.warns(papr_fx.HookWarning, match=r"`blocks\.1` was traced through.*so nothing calls it") as found:
         HOOKS[kind](gm.blocks[1], print)
     assert found[0].filename == __file__
+
+
+def test_a_hook_on_a_part_of_fused_attention_warns():
+    gm = papr_fx.transform(ToyWindows().float(), toy_proposal().float(), 0.5, verify=False)
+    with pytest.warns(papr_fx.HookWarning, match=r"dropout` was traced through, or is part of attention.*fuse=False"):
+        gm.get_submodule("blocks.0.attention.dropout").register_forward_hook(print)
+    plain = papr_fx.transform(ToyWindows().float(), toy_proposal().float(), 0.5, fuse=False, verify=False)
+    seen = []
+    plain.get_submodule("blocks.0.attention.dropout").register_forward_hook(lambda *_: seen.append(1))
+    plain(torch.randn(1, 3, 8, 8))
+    assert seen
 
 
 def ran(gm, module):

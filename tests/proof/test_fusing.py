@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import papr_fx
+from papr_fx.ops import attention_mask
 from papr_fx.passes import fuse_attention
 from papr_fx.passes.kinds import Kind
 from papr_fx.proof import fusing
@@ -55,6 +56,17 @@ def test_only_fusing_finds_a_fault(monkeypatch, fault):
     found = failures(case_of(model()))
     assert list(found) == ["fusing"]
     assert "with attention as one call, values are off by" in found["fusing"]
+
+
+def test_masks_of_other_images_are_found(monkeypatch):
+    """Repeated for each window instead of each image: one image alone would not show it."""
+
+    def repeated(queries, terms, per_window=()):
+        mask = attention_mask(queries[: per_window[0].shape[1]], terms, per_window)
+        return mask.repeat_interleave(queries.shape[0] // mask.shape[0], 0)
+
+    monkeypatch.setattr(fuse_attention, "attention_mask", repeated)
+    assert list(failures(case_of(model()))) == ["fusing"]
 
 
 def test_all_parts_hold_for_fused_attention():
