@@ -95,7 +95,7 @@ def copies(case: Alone) -> None:
     out = copied(case.x)
     out.sum().backward()
     assert out.dtype == torch.float32
-    assert torch.equal(out, case.pruned)
+    torch.testing.assert_close(out, case.pruned)  # with gradients, one call of attention takes another kernel
 
 
 @cache
