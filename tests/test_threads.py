@@ -44,6 +44,7 @@ class Alone:
         self.gm = self.transformed()
         with torch.no_grad():
             self.dense, self.pruned = self.model(self.x), self.gm(self.x)
+        self.differentiable = self.gm(self.x).detach()  # fused attention takes another kernel then, which rounds otherwise
         self.text = papr_fx.graph_diff(self.model, self.gm)
 
     def transformed(self) -> torch.fx.GraphModule:
@@ -95,7 +96,7 @@ def copies(case: Alone) -> None:
     out = copied(case.x)
     out.sum().backward()
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, case.pruned)  # with gradients, one call of attention takes another kernel
+    assert torch.equal(out, case.differentiable)
 
 
 @cache
