@@ -131,11 +131,11 @@ class _Planner:
         step = [side // count for side, count in zip(images.shape[-2:], grids[0][0].grid[-2:], strict=True)]  # of one position
         odd = (images.shape[-2] + step[0], images.shape[-1] + 3 * step[1])
         taken = taken_sizes(scratch_copy(model).eval(), lambda: traced.module(model), images, layout, odd)
-        dynamic = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
-        target = Target(self.options.z, layout, dynamic)
+        follows = bool(taken) and grids_follow(traced.module(model), images, taken, layout, grids)
+        target = Target(self.options.z, layout, tuple(taken) if follows else ())
         name = type(model).__name__
         example = Example.of(model, images)
-        signature = Signature.of(model) if dynamic else Signature.of(model).for_size(images.shape, layout)
+        signature = Signature.of(model) if follows else Signature.of(model).for_size(images.shape, layout)
         floating, integers = casts_images(traced.graph, model, images, record) if example.follows else (False, False)
         if floating:
             signature = signature.casting(example.like, integers=integers)

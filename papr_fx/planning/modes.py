@@ -65,16 +65,21 @@ class Target:
     Attributes:
         z: Keep ratio in (0, 1].
         layout: Axes of the images by letter: BCHW; BCTHW or BTCHW for clips.
-        dynamic: Whether the model takes several image sizes, so that grids are read at run time.
+        sizes: Shapes of images of other sizes that the model takes, one of each kind that was tried; empty if it takes one.
         fine: Whether the map is as fine as the clips, and is averaged over tubelets.
         restore: What dropped places hold where tokens are laid out as their grid: the nearest token, or zero.
     """
 
     z: float
     layout: str
-    dynamic: bool
+    sizes: tuple[tuple[int, ...], ...] = ()
     fine: bool = False
     restore: str = "nearest"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether grids are read at run time."""
+        return bool(self.sizes)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class TokenPlanner:
         if floating:
             signature = signature.casting(example.like, integers=integers)
         eval_plan, train_plan = self._asking(eval_plan, train_plan, record)
-        target = Target(self.options.z, layout, bool(taken))
+        target = Target(self.options.z, layout, tuple(taken))
         fuses = self.options.fuse and self.options.merge is None  # a reduction looks at attentions itself
         fusing = Fusing(fuse_attention.find_sites(traced.graph, traced.root(model)) if fuses else ())
         plan = Plan(self.name, eval_plan, train_plan, frozenset(opened), example, target, signature, fusing=fusing)

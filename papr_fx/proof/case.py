@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,7 @@ class Case:
         images: Random images, (B, ...).
         values: Parameters at unit scale, by name.
         random: Draws the orders and the probes.
+        own: The graph that the module itself runs, by its mode, if that chooses positions.
         orders: For each choice, all cells of its grid in random order, (B, n).
         probes: For each grid of the streams, the cells where the image is changed.
     """
@@ -56,6 +57,7 @@ class Case:
     images: Tensor
     values: dict[str, Tensor]
     random: torch.Generator
+    own: Mapping[bool, fx.Graph] = field(default_factory=dict[bool, fx.Graph])
     orders: tuple[Tensor, ...] = ()
     probes: tuple[tuple[TokenRows, list[int]], ...] = ()
 
@@ -67,7 +69,8 @@ class Case:
         images = torch.randn((batch, *example.shape[1:]), generator=random, device=example.device, dtype=dtype)
         values = redraw(model, random, dtype)
         root = aliased_copy(shell(gm)).eval()
-        return cls(aliased_copy(model).eval(), root, Rewrite(gm.plan, z, False), images, values, random)._drawn()
+        own = {gm.training: gm.graph} if gm.plan.z < 1 else {}
+        return cls(aliased_copy(model).eval(), root, Rewrite(gm.plan, z, False), images, values, random, own)._drawn()
 
     def in_training(self) -> Case | None:
         """The case of training mode; None where the graph is the same or does not exist.
@@ -151,6 +154,20 @@ class Case:
         pruned.graph.eliminate_dead_code()
         pruned.recompile()
         return pruned
+
+    @property
+    def own_z(self) -> float:
+        """The keep ratio of `own_graph`: the module's, or one at which positions are chosen."""
+        plan = self.rewrite.plan
+        return plan.z if plan.z < 1 else 0.9 if self.rewrite.mode.reduces else self.rewrite.z
+
+    @cached_property
+    def own_graph(self) -> fx.Graph:
+        """A copy of the graph that the module itself runs in this mode, or would run."""
+        graph = self.own.get(self.rewrite.training) or self.rewrite.plan.at(self.own_z).rewrite(self.rewrite.training)
+        plain = fx.Graph()
+        plain.output(plain.graph_copy(graph, {}))
+        return plain
 
     @cached_property
     def expected(self) -> Any:

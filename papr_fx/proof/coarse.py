@@ -126,7 +126,7 @@ class _Cells(NamedTuple):
     def of(cls, case: Case, keep: Tensor) -> _Cells:
         """The cells of kept rows."""
         rows = case.rewrite.choices[0].rows
-        members = [[rows.prefix + patch for patch in cell] for cell in _patches_of_cells(rows.grid)]
+        members = [[rows.prefix + patch for patch in cell] for cell in patches_of_cells(rows.grid)]
         means = torch.eye(rows.count, device=keep.device, dtype=case.images.dtype).repeat(len(keep), 1, 1)
         coarse = torch.zeros((len(keep), rows.count), dtype=torch.bool, device=keep.device)
         seen = keep.clone()
@@ -144,7 +144,7 @@ class _Cells(NamedTuple):
         return cls(coarse, means, hidden, seen)
 
 
-def _patches_of_cells(grid: Sequence[int]) -> list[list[int]]:
+def patches_of_cells(grid: Sequence[int]) -> list[list[int]]:
     """The patches of each cell of 2 x 2, in order."""
     *frames, rows, columns = grid
     cells: dict[tuple[int, ...], list[int]] = {}

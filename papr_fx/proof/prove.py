@@ -16,6 +16,8 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 11. Narrowing, if rows or patches are left out that nobody reads: the output is that of the graph that computes them.
 12. Fusing, if attention that is written out becomes one call: the output is that of the graph that writes it out.
 13. Training, if the model's code differs in training mode: its graph is that of the model there.
+14. Choice: the module itself keeps the positions that its map says, and returns what follows from these.
+15. Sizes, if the model takes images of several: all this holds for another size.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -31,6 +33,7 @@ from torch import nn
 from ..planning.module import PrunedModule
 from ..tracing.numerics import exact_float32
 from . import (
+    choice,
     coarse,
     control,
     fusing,
@@ -42,6 +45,7 @@ from . import (
     reduction,
     regions,
     restoring,
+    sizes,
     traced,
     training,
 )
@@ -102,4 +106,6 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         narrowing.check(case)
         fusing.check(case)
         training.check(case)
+        choice.check(case)
+        sizes.check(case)
     return Proof(noise, order, effect, case.tolerance)

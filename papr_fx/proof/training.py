@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing.numerics import forked_random, relative_error
-from . import coarse, geometry, narrowing, reduction, traced
+from . import choice, coarse, geometry, narrowing, reduction, traced
 from .case import Case, ComparisonError
 from .places import reorder
 
@@ -44,12 +44,14 @@ def check(case: Case) -> None:
     coarse.check(trained)
     reduction.check(trained)
     narrowing.check(trained)
+    choice.check(trained)
 
 
 def _check_same_trace(case: Case, trained: Case) -> None:
     """Where only backgrounds differ: what the traced graph does was checked in eval mode."""
     traced.compare(case.expected, trained.expected, trained.rewrite.name)
     _compare(trained, trained.run_pruned(trained.orders), trained.permuted)
+    choice.check(trained)
 
 
 def _compare(trained: Case, permuted: Any, expected: Any) -> None:

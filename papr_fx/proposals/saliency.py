@@ -72,7 +72,7 @@ def build_map(saliency: Saliency, halves: Halves, sample: Tensor, name: str) -> 
             raise ProposalError(f"saliency: the proposal ({name}) returns one map, so there are no features to weigh")
         return _Identity()
     if saliency == "psm":
-        return _Mean(axis)
+        return Mean(axis)
     if not isinstance(saliency, str):
         own = copy.deepcopy(saliency) if isinstance(saliency, nn.Module) else saliency
         with torch.no_grad():
@@ -104,7 +104,7 @@ class _Identity(nn.Module):
         return features.to(wide(features))
 
 
-class _Mean(nn.Module):
+class Mean(nn.Module):
     """The mean over channels (PaPr, Eq. 2)."""
 
     def __init__(self, axis: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import papr_fx
 from papr_fx.proof import (
+    choice,
     coarse,
     control,
     fusing,
@@ -18,6 +19,7 @@ from papr_fx.proof import (
     reduction,
     regions,
     restoring,
+    sizes,
     traced,
     training,
 )
@@ -39,7 +41,13 @@ PARTS = {
     "narrowing": narrowing,
     "fusing": fusing,
     "training": training,
+    "choice": choice,
+    "sizes": sizes,
 }
+
+
+# The parts that run the module as it is, so that they find nearly everything that others find.
+OF_THE_WHOLE = ("choice", "sizes")
 
 
 def case_of(model: nn.Module, **options) -> Case:
@@ -58,6 +66,11 @@ def failures(case: Case) -> dict[str, str]:
             found[name] = str(error)
     assert all(message.startswith(f"{name}: ") for name, message in found.items())
     return found
+
+
+def found_by_one(case: Case) -> list[str]:
+    """The parts that refuse a case, besides those that run the module as it is."""
+    return [name for name in failures(case) if name not in OF_THE_WHOLE]
 
 
 class PicksAToken(ToyViT):

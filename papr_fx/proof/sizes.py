@@ -1,0 +1,79 @@
+"""Part 15, sizes: what holds for the traced image size holds for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import VerifyError
+from ..ops import TokenRows
+from ..planning.modes import Choice
+from ..tracing.graphs import cut, nodes_by_name
+from ..tracing.numerics import relative_error, tensors_of
+from . import choice
+from .case import Case, ComparisonError
+from .rewrite import Stream
+
+
+def check(case: Case) -> None:
+    """Runs the graph on one image of another size: with all positions kept the output must be the model's.
+
+    Its grid must be that of the dense graph at this size, and it must keep what its map says there (see `choice`).
+
+    Fault: rows and columns of the grid exchanged, or a size of the traced images that stayed in the graph. The other parts do
+    not find it: they use the traced size.
+    Example: a grid that is read as (columns, rows): on images of 8 x 24 it is (8, 4) in place of (4, 8).
+    Does nothing for a model that takes one size.
+
+    Raises:
+        VerifyError: Another grid, another choice or another output.
+    """
+    if not case.rewrite.plan.target.sizes:
+        return
+    shape = min(case.rewrite.plan.target.sizes, key=prod)
+    images = torch.randn(shape, generator=case.random, device=case.images.device, dtype=case.images.dtype)
+    graph = case.rewrite.dense_graph()
+    nodes, streams = nodes_by_name(graph), list(case.rewrite.streams)
+    values = tensors_of(case.run(cut(case.root, graph, *(nodes[stream.node] for stream in streams)), images))
+    grids = {s.rows.grid: _grid(case, s, value.shape, shape) for s, value in zip(streams, values, strict=True)}
+    indices = [_all_rows(c, grids[c.rows.grid], images.device) for c in case.rewrite.choices]
+    error = relative_error(case.run(case.pruned, images, *indices), case.run(case.model, images))
+    if not error <= case.tolerance:
+        raise ComparisonError(
+            f"sizes: on images {tuple(shape)}, with all positions kept, the output is off by {error:.1e} (relative; "
+            f"{case.tolerance:.0e} is allowed)"
+        )
+    try:
+        choice.compare(case, images, grids)
+    except VerifyError as error:
+        raise type(error)(f"sizes: on images {tuple(shape)}, {error}") from error
+
+
+def _grid(case: Case, stream: Stream, value: Sequence[int], images: Sequence[int]) -> tuple[int, ...]:
+    """The grid of a stream whose value has this shape on images of that one.
+
+    Raises:
+        VerifyError: Tokens are not as many as patches of the traced size lie in the images.
+    """
+    layout, rows = case.rewrite.image_layout, stream.rows
+    if "H" in stream.layout:
+        return tuple(value[stream.layout.index(letter)] for letter in "THW" if letter in stream.layout)
+    axes = [layout.index(letter) for letter in "THW" if letter in layout]
+    traced = case.images.shape
+    grid = tuple(images[axis] * count // traced[axis] for axis, count in zip(axes, rows.grid, strict=True))
+    count = value[stream.layout.index("N")]
+    if prod(grid) + rows.others != count:
+        raise VerifyError(
+            f"sizes: on images {tuple(images)} `{stream.node}` holds {count} positions, where {rows.grid} "
+            f"on {tuple(traced)} would become {grid} and {rows.others} others"
+        )
+    return grid
+
+
+def _all_rows(choice: Choice, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """All rows of a grid, (1, N), other tokens included."""
+    rows = TokenRows(grid, choice.rows.prefix, choice.rows.suffix)
+    return rows.index(torch.arange(rows.cells, device=device).unsqueeze(0))

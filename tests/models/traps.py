@@ -1,0 +1,296 @@
+"""Models of which a wrong rewrite would go unseen if nobody looked: each holds one trap. Most of them must be refused."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vits import Attention, Block, Shape, ToyViT, enliven
+
+
+class Behind(ToyViT):
+    """Two tokens behind the patches, with a bias for each pair of tokens, and a head on the last one."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.last = nn.Parameter(torch.zeros(1, 2, 8))
+        self.pos = nn.Parameter(torch.zeros(1, 19, 8))
+        self.blocks = nn.ModuleList(Block(8, _Biased(19)) for _ in range(2))
+        enliven(self)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        first, last = (part.expand(x.shape[0], -1, -1) for part in (self.first, self.last))
+        return torch.cat([first, self.patches(x), last], dim=1) + self.pos
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, -1])
+
+
+class _Biased(Attention):
+    """Adds a bias for each pair of tokens."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(8, 2, True)
+        self.bias = nn.Parameter(torch.randn(1, 2, count, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).reshape(b, n, c))
+
+
+class Between(ToyViT):
+    """A token in the middle of the patches."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        patches = self.patches(x)
+        return torch.cat([patches[:, :8], self.first.expand(x.shape[0], -1, -1), patches[:, 8:]], dim=1) + self.pos
+
+
+class Mixed(ToyViT):
+    """Mixes its tokens by a sum over those before, as no attention does."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return super().tokens(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return super().classify(x.cumsum(1))
+
+
+class Batched(ToyViT):
+    """Reads the batch size as a Python number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if len(x) < 3 else 2.0)
+
+
+class Counted(ToyViT):
+    """Reads the number of tokens as a Python number, behind its blocks."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return super().classify(x) * (2.0 if x.shape[1] > 12 else 1.0)
+
+
+class Drawing(ToyViT):
+    """Draws random numbers of a fixed size in training."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        tokens = super().tokens(x)
+        return tokens * torch.rand(8) if self.training else tokens
+
+
+class Sliced(ToyViT):
+    """Takes its patches as the last sixteen tokens."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, -16:].mean(1))
+
+
+class Causal(Attention):
+    """Sees the tokens before each token alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+def causal() -> nn.Module:
+    """A ViT of causal attention, whose last token is read."""
+    model = ToyViT(Shape(pool="cls"))
+    for block in model.blocks:
+        block.attn = Causal(8, 2, True)
+    return enliven(model)
+
+
+class Twins(nn.Module):
+    """Two trunks beside each other."""
+
+    img_size = 8, 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = ToyViT(Shape(pool="cls")), ToyViT(Shape(pool="avg"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
+
+
+class Overlapping(ToyViT):
+    """Embeds patches by windows that overlap."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.proj = nn.Conv2d(3, 8, 5, (2, 3), padding=(2, 1))
+        enliven(self)
+
+
+class Normalised(ToyViT):
+    """Normalises the embeddings of all patches together."""
+
+    def patches(self, x: Tensor) -> Tensor:
+        return F.layer_norm(super().patches(x), (16, 8))
+
+
+class Decoding(ToyViT):
+    """A second reader of the embeddings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.head(self.patches(x).amax(1))
+
+
+class Changing(ToyViT):
+    """Changes its images in place, and its tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x.mul_(0.5)
+        x = self.tokens(x)
+        x.add_(1)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
+
+
+class Sized(ToyViT):
+    """Takes any image size, and keeps a number of the traced one."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape(pool="cls"))
+        self.table = nn.Parameter(torch.zeros(1, 8, 4, 4))
+        enliven(self)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        grid = self.proj(x)
+        table = F.interpolate(self.table, grid.shape[2:], mode="bilinear")
+        tokens = (grid + table).flatten(2).transpose(1, 2)
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), tokens], dim=1)
+
+
+class Ranked(Sized):
+    """The same, and divides by the width of its images as a Python number."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return super().classify(x) / int(self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.width = x.shape[-1]
+        return super().forward(x)
+
+
+class Training(ToyViT):
+    """Has other code in training mode: a second head on the mean of its tokens."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        found = super().classify(x)
+        return found + self.head(x.mean(1)) * 0.5 if self.training else found
+
+
+class Dropped(ToyViT):
+    """Drops every second patch itself in training."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        tokens = super().tokens(x)
+        return torch.cat([tokens[:, :1], tokens[:, 1::2]], dim=1) if self.training else tokens
+
+
+class Columns(ToyViT):
+    """Lays its patches out as their grid in column order, and convolves them there."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.conv = nn.Conv2d(8, 7, 3)
+        enliven(self)
+
+    def classify(self, x: Tensor) -> Tensor:
+        grid = self.norm(x)[:, 1:].transpose(1, 2).reshape(x.shape[0], 8, 4, 4)
+        return self.conv(grid).amax((2, 3))
+
+
+class Pooled(ToyViT):
+    """Lays its patches out as their grid, which it only averages."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 1:].reshape(x.shape[0], 4, 4, 8).mean((1, 2)))
+
+
+class Gridded(ToyViT):
+    """Returns its features as a grid beside the logits."""
+
+    def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().classify(x), x[:, 1:].unflatten(1, (4, 4))
+
+
+class SequenceFirst(ToyViT):
+    """Runs its blocks on tokens (N, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        layers = (nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(2))
+        self.blocks = nn.ModuleList(layers)
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x).transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x.transpose(0, 1))
+
+
+class Separate(Attention):
+    """Queries, keys and values by one layer, in an order of its own, and a residual in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        k, v, q = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+def separate() -> nn.Module:
+    """A ViT of such attention, with a class and a register token."""
+    model = ToyViT(Shape(prefix=2, pool="cls"))
+    for block in model.blocks:
+        block.attn = Separate(8, 2, True)
+    return enliven(model)
+
+
+class HalfNorm(nn.Module):
+    """A block of a convolution, and of an MLP behind a norm whose statistics follow the batch in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mlp = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.conv(x))
+        return x + self.mlp(x)
+
+
+class ConvNet(nn.Module):
+    """Images (B, 3, 16, 24) through a stem and such blocks on one grid."""
+
+    img_size = 16, 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        self.blocks = nn.Sequential(HalfNorm(), HalfNorm())
+        self.head = nn.Linear(8, 5)
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class SpaceNormed(ConvNet):
+    """Normalises over space inside its branches, which so mix positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp[1] = nn.GroupNorm(2, 16)
+        enliven(self)

@@ -1,0 +1,59 @@
+"""Part 15 of the proof: another image size."""
+
+import pytest
+import torch
+
+import papr_fx
+from papr_fx import ops
+from papr_fx.passes import embed_kept_patches, prune_tokens, splice_proposal
+from papr_fx.proof import sizes
+from papr_fx.proof.case import Case
+
+from ..models import toy_proposal
+from ..models.hierarchical import FAMILIES
+from ..models.traps import Sized
+from .parts import failures
+
+
+def case_of(model, size=(8, 12)):
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.zeros(1, 3, *size), verify=False)
+    assert gm.plan.target.sizes
+    return Case.of(model, gm, torch.float64)
+
+
+def test_a_model_of_several_sizes():
+    assert not failures(case_of(Sized().double().eval()))
+
+
+@pytest.mark.parametrize("module", [embed_kept_patches, prune_tokens], ids=["of images", "of the grid"])
+def test_rows_and_columns_exchanged(module, monkeypatch):
+    real = splice_proposal.read_sizes
+    monkeypatch.setattr(module, "read_sizes", lambda graph, source, axes, *rest: real(graph, source, axes, *rest)[::-1])
+    model = Sized().double().eval()
+    if module is prune_tokens:  # its patches are embedded by what is no convolution alone
+        model.proj.register_forward_hook(lambda _m, _i, out: out * 1)
+    found = failures(case_of(model))
+    assert "sizes" in found
+
+
+def test_an_operator_that_is_wrong_at_other_sizes_alone(monkeypatch):
+    def embedded(images, keep, conv):
+        return ops.embed_patches(images if images.shape[-1] == 12 else images.flip(-1), keep, conv)
+
+    monkeypatch.setattr(embed_kept_patches, "embed_patches", embedded)
+    assert list(failures(case_of(Sized().double().eval()))) == ["sizes"]
+
+
+def test_tokens_that_no_patches_of_the_traced_size_explain():
+    case = case_of(Sized().double().eval())
+    target = case.rewrite.plan.target
+    object.__setattr__(target, "sizes", ((1, 3, 9, 13),))  # its convolution leaves pixels over
+    sizes.check(case)
+    case.rewrite.choices[0].rows.__dict__["grid"] = (2, 8)
+    with pytest.raises(papr_fx.VerifyError, match="sizes: on images"):
+        sizes.check(case)
+
+
+def test_grids_of_pixel_operators():
+    family = FAMILIES["ConvNeXt"]
+    sizes.check(case_of(family.model(), family.size))
