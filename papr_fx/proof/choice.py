@@ -84,7 +84,8 @@ def _check_maps(case: Case, maps: Tensor, images: Tensor, part: fx.GraphModule) 
         )
     else:
         alone = [tensors_of(case.run(part, image))[0] for image in images.split(1)]
-        expected, what = torch.cat(alone), "that of each image by itself"
+        expected = torch.cat(alone)
+        what = "that of each image by itself"
     error = relative_error(maps, expected)
     if not error <= case.tolerance:
         raise ComparisonError(f"choice: the map is off by {error:.1e} (relative; {case.tolerance:.0e} is allowed) from {what}")
