@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from .planning.module import PrunedModule, checked_module, checked_z, set_keep_r
 from .planning.plan import keep_of
 from .proof import coarse, hidden_keys, regions
 from .proof.case import Case
+from .proof.faults import seen_faults
 from .queries import keep_masks
 from .review.diff import graph_changes
 from .tracing.graphs import cut
@@ -31,16 +34,24 @@ class Checked(NamedTuple):
             tokens, or where the patches of each coarse cell are equal and it sees one of them; else None.
         masked_branch: For pixels, the same against the dense graph whose pixel operators are multiplied by the mask; else None.
         corrupted: The same with one kept position taken for a dropped one: large, or the oracle would see nothing.
+        faults: What the proof said of each fault that was planted, by the fault; empty if none was.
     """
 
     hidden_keys: float | None
     masked_branch: float | None
     corrupted: float
+    faults: Mapping[str, str] = MappingProxyType({})
 
 
 @torch.no_grad()
 def check(
-    model: nn.Module, proposal: nn.Module | str | None, z: float, *, example_input: Tensor | None = None, **options: Any
+    model: nn.Module,
+    proposal: nn.Module | str | None,
+    z: float,
+    *,
+    example_input: Tensor | None = None,
+    faults: bool = False,
+    **options: Any,
 ) -> Checked:
     """Runs every oracle that applies on a copy of `model`, in float64 and eval mode, with parameters redrawn at unit scale.
 
@@ -53,16 +64,19 @@ def check(
         proposal: As for `transform`.
         z: Keep ratio in (0, 1).
         example_input: As for `transform`.
+        faults: Whether to plant faults in the rewritten graph too, one at a time: tokens of other positions, a forgotten mask,
+            and so on. The proof must see each of them. It takes as long as some ten proofs.
         **options: Further options of `transform`.
 
     Raises:
-        PaprError: The model is refused, or an oracle fails (`VerifyError`).
+        PaprError: The model is refused, or an oracle fails, or a fault that changes the output is not seen (`VerifyError`).
     """
     if checked_z(z) == 1:
         raise ArgumentError("check: z must be below 1, where something is pruned; bit-equality at z=1 is checked besides")
     wide = copy.deepcopy(checked_model(model)).cpu().eval().double()
     example = example_images(wide, None if example_input is None else example_input.cpu())
     gm = transform(wide, proposal, z, example_input=example, **options)
+    said = seen_faults(with_output(wide, gm.plan.output), gm) if faults else {}
     gm = PrunedModule(shell(gm), gm.plan.reducing(None))  # `transform` has proved merging
     case = Case.of(with_output(wide, gm.plan.output), gm, torch.float64, z=z, batch=3)  # it was traced with two
     kept = [mask.flatten(1).nonzero()[:, 1].view(len(mask), -1) for mask in keep_masks(gm, case.images).values()]  # (B, k)
@@ -71,7 +85,8 @@ def check(
     whole = case.run(gm, case.images)
     if not all(torch.equal(a, b) for a, b in zip(tensors_of(whole), tensors_of(case.expected), strict=True)):
         raise VerifyError("z=1: the traced model differs from the model")
-    return _compared_coarse(case, *chosen) if case.rewrite.coarse else _compared(case, kept)
+    found = _compared_coarse(case, *chosen) if case.rewrite.coarse else _compared(case, kept)
+    return found._replace(faults=said)
 
 
 def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> list[Tensor]:

@@ -9,9 +9,11 @@ import papr_fx
 from papr_fx import ops, testing
 from papr_fx.passes import prune_tokens, splice_proposal
 from papr_fx.planning import token_planner
+from papr_fx.proof.faults import NOTHING
 from papr_fx.tracing.numerics import relative_error
 
 from .models import Attention, Shape, ToyViT, images, toy_proposal
+from .models.windows import ToyWindows
 from .oracles import attention_without
 
 
@@ -122,3 +124,39 @@ def test_check_sees_a_position_that_is_kept_twice(output, monkeypatch):
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=3)
     with pytest.raises(papr_fx.VerifyError, match="choice"):
         testing.check(model, toy_proposal(), 0.5, verify=False, output=output)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "fault"),
+    [
+        (lambda: ToyViT(Shape(pool="cls")), {}, "rows from the second on"),
+        pytest.param(
+            lambda: ToyViT(Shape(pool="cls", image=(10, 15))),
+            {"background": "coarse"},
+            "tokens of other cells",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: ToyViT(Shape(depth=4)),
+            {"merge": papr_fx.Merge(2, "all")},
+            "merged tokens that weigh alike",
+            marks=pytest.mark.slow,
+        ),
+        (ToyWindows, {}, "masks of other windows"),
+    ],
+    ids=["drop", "coarse", "merge", "windows"],
+)
+def test_planted_faults(model, options, fault):
+    found = testing.check(model(), toy_proposal(), 0.8 if "merge" in options else 0.5, faults=True, **options).faults
+    assert "the least significant" in str(found)
+    assert len(found) >= 5
+    assert NOTHING not in found.values()
+    assert found[fault]
+    assert not testing.check(model(), toy_proposal(), 0.8, **options).faults
+
+
+def test_a_planted_fault_that_the_proof_does_not_see(monkeypatch):
+    monkeypatch.setattr("papr_fx.proof.choice.check", lambda case: None)
+    monkeypatch.setattr("papr_fx.proof.sizes.check", lambda case: None)
+    with pytest.raises(papr_fx.VerifyError, match="planted faults: ToyViT passed its proof with a fault"):
+        testing.check(ToyViT(Shape()), toy_proposal(), 0.5, faults=True)
