@@ -108,7 +108,7 @@ def test_another_keep_ratio_is_compiled_once_more():
 @pytest.mark.parametrize(
     ("name", "channels_last"),
     [
-        ("rotary ViT", False),
+        pytest.param("rotary ViT", False, marks=pytest.mark.slow),
         *(pytest.param("ConvNeXt", last, marks=pytest.mark.slow) for last in (False, True)),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ViT", False), ("Swin", True))),
     ],

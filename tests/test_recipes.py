@@ -25,6 +25,7 @@ MODELS = {
 # Compilers in C++ take their time: not for every model.
 FOR_ALL = ("torch.export and AOTInductor", "ONNX", "Half precision", "Saving and loading", "int8 weights")
 SLOW = {("torch.export and AOTInductor", model) for model in MODELS} | {
+    ("torch.compile", "ViT"),
     ("ONNX", "rotary ViT"),
     ("ONNX", "ConvNeXt"),
     ("ONNX", "Swin"),

@@ -36,7 +36,9 @@ def run(out, *options):
 
 
 @pytest.fixture(
-    scope="module", params=["check and speed of a ViT", pytest.param("all but one", marks=pytest.mark.slow)], ids=str
+    scope="module",
+    params=[pytest.param(part, marks=pytest.mark.slow) for part in ("check and speed of a ViT", "all but one")],
+    ids=str,
 )
 def walked(tmp_path_factory, request):
     """The folder of a dry run in which some tasks were done already, what it printed, and the tasks it had to do."""

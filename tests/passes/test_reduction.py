@@ -258,11 +258,12 @@ def test_macs_of_the_paper(name, r, expected):
     assert papr_fx.report(gm).total_macs / 1e9 == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "merge",
     [
         pytest.param(papr_fx.Merge(2, "all"), id="merge"),
-        *(pytest.param(reduction, id=name, marks=pytest.mark.slow) for name, (reduction, _) in PEERS.items()),
+        *(pytest.param(reduction, id=name) for name, (reduction, _) in PEERS.items()),
     ],
 )
 @torch.no_grad()

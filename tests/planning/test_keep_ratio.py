@@ -75,7 +75,7 @@ def test_keep_ratios_that_were_compiled_are_not_compiled_again():
     assert torch.equal(gm(x), first)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_restored_grids_of_bfloat16_are_those_of_the_kept_tokens(compiled):
     """The choice is made again; it must give the kept tokens in the same order."""
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=0, global_pool="").eval()

@@ -172,7 +172,8 @@ def test_checkpoints_are_those_of_the_dense_model(name):
         other.load_state_dict({})
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "ViT" else pytest.mark.slow) for name in MAKERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_compiled_steps_have_the_eager_gradients(name):
     model, gm, x = transformed(name)
     parameters = [p for p in model.parameters() if p.requires_grad]
