@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/planted_faults.json"))
     parser.add_argument("--only", help="faults whose name, file or room holds this")
+    parser.add_argument("--models", default="", help="models whose name holds this")
     parser.add_argument("--ask", choices=["proof", "suite", "both"], default="both")
     parser.add_argument("--part", default="1/1", help="the k-th of n parts, each with a file of its own: k/n")
     parser.add_argument("--again", action="store_true", help="ask again for those that nobody saw")
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [fault for fault in FAULTS if not given.only or given.only in f"{fault.name} {fault.path} {fault.room}"]
     chosen = chosen[number - 1 :: parts]
     results: dict[str, dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else {}
-    known = reference() if given.ask != "suite" else {}
+    known = reference(given.models) if given.ask != "suite" else {}
     for count, fault in enumerate(chosen, 1):
         entry = results.setdefault(fault.key, {})
         entry |= {"name": fault.name, "path": fault.path, "room": fault.room, "equivalent": fault.equivalent}
