@@ -82,6 +82,10 @@ def _maxvit() -> nn.Module:
     return enliven(MaxVit((64, 64), **sizes, stochastic_depth_prob=0.0, num_classes=5))
 
 
+def _attending(make: Callable[[], nn.Module], **shape: Any) -> Callable[[], nn.Module]:
+    return lambda: traps.with_attention(make, **shape)
+
+
 def _family(name: str, **options: Any) -> Subject:
     family = FAMILIES[name]
     return Subject(name, family.model, (3, *family.size), **options)
@@ -92,6 +96,7 @@ def _merge(kind: str, **options: Any) -> Callable[[Any], Any]:
 
 
 _TOY = 3, 8, 12
+_MERGED = {"merge": _merge("Merge", r=2)}
 _CLIP = 3, 6, 12, 9
 
 SUBJECTS = (
@@ -104,7 +109,11 @@ SUBJECTS = (
     Subject(
         "ViT, two prefix tokens, mean of patches", lambda: ToyViT(Shape(prefix=2, embed="linear", pool="patches")), _TOY, 0.29
     ),
-    Subject("ViT, order of queries, keys and values its own", traps.separate, _TOY),
+    Subject(
+        "ViT, order of queries, keys and values its own",
+        _attending(lambda: traps.Separate(8, 2, True), prefix=2, pool="cls"),
+        _TOY,
+    ),
     Subject("ViT, rotary table", lambda: positioned(Shape(prefix=1, pool="cls"), "rotary"), _TOY),
     Subject("ViT, numbered positions", lambda: positioned(Shape(prefix=0), "numbered"), _TOY),
     Subject("ViT, several sizes", traps.Sized, _TOY, sizes=(3, 12, 18)),
@@ -169,7 +178,25 @@ SUBJECTS = (
         options={"saliency": "motion*psm", "background": "coarse"},
     ),
     Subject("two trunks", traps.Twins, _TOY),
-    Subject("causal attention", traps.causal, _TOY),
+    Subject("causal attention", _attending(lambda: traps.Causal(8, 2, True), pool="cls"), _TOY),
+    Subject("causal attention, averaged", _attending(lambda: traps.Causal(8, 2, True)), _TOY),
+    Subject(
+        "causal attention, merged",
+        _attending(lambda: traps.Causal(8, 2, True)),
+        _TOY,
+        1.0,
+        options=_MERGED,
+    ),
+    Subject("attention with a mask, merged", lambda: positioned(Shape(), "bias"), _TOY, 1.0, options=_MERGED),
+    Subject("heads of torch with dropout, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
+    Subject("means of channels, merged", lambda: traps.Averaging(Shape(depth=3)), _TOY, 0.9, options=_MERGED),
+    Subject("attention written out, sums multiplied", _attending(lambda: traps.Written("sums")), _TOY),
+    Subject("attention written out, softmax over queries", _attending(lambda: traps.Written("queries")), _TOY),
+    Subject("ViT, columns interleaved", _attending(lambda: traps.Interleaved(8, 2, True), pool="cls"), _TOY),
+    Subject("ViT, as many channels as patches, bias", lambda: positioned(Shape(image=(4, 12), prefix=0), "bias"), (3, 4, 12)),
+    Subject("grid whose windows are averaged", lambda: traps.Padded(Shape()), _TOY),
+    Subject("grids stacked along the batch", traps.Stacked, _TOY),
+    Subject("a decoder on the grid", traps.Decoded, _TOY),
     Subject("a token between patches", lambda: traps.Between(Shape()), _TOY),
     Subject("tokens summed up", lambda: traps.Mixed(Shape()), _TOY),
     Subject("a number read from the batch", lambda: traps.Batched(Shape()), _TOY),

@@ -18,6 +18,7 @@ first: trained or fresh ones may be so small (layer scales of 1e-6, bias tables 
 13. Training, if the model's code differs in training mode: its graph is that of the model there.
 14. Choice: the module itself keeps the positions that its map says, and returns what follows from these.
 15. Sizes, if the model takes images of several: all this holds for another size.
+16. Reads, for tokens: code behind the last block reads the same tokens of fewer as of all.
 
 Each part is a module with `check(case)`. Its docstring says what fault it finds, why the other parts do not, and an example:
 errors there are relative, measured in float64 on the models of `tests/proof`.
@@ -42,6 +43,7 @@ from . import (
     lengths,
     narrowing,
     permutation,
+    reads,
     reduction,
     regions,
     restoring,
@@ -108,4 +110,5 @@ def _prove(model: nn.Module, gm: PrunedModule, dtype: torch.dtype) -> Proof:
         training.check(case)
         choice.check(case)
         sizes.check(case)
+        reads.check(case)
     return Proof(noise, order, effect, case.tolerance)

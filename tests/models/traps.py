@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,14 +98,6 @@ class Causal(Attention):
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
-
-
-def causal() -> nn.Module:
-    """A ViT of causal attention, whose last token is read."""
-    model = ToyViT(Shape(pool="cls"))
-    for block in model.blocks:
-        block.attn = Causal(8, 2, True)
-    return enliven(model)
 
 
 class Twins(nn.Module):
@@ -249,14 +244,6 @@ class Separate(Attention):
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
 
 
-def separate() -> nn.Module:
-    """A ViT of such attention, with a class and a register token."""
-    model = ToyViT(Shape(prefix=2, pool="cls"))
-    for block in model.blocks:
-        block.attn = Separate(8, 2, True)
-    return enliven(model)
-
-
 class HalfNorm(nn.Module):
     """A block of a convolution, and of an MLP behind a norm whose statistics follow the batch in training."""
 
@@ -284,6 +271,87 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Padded(ToyViT):
+    """Lays its patches out as their grid, and takes means of windows there: of 3 x 3 places, padded, and of 2 x 2."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        grid = self.norm(x)[:, 1:].transpose(1, 2).reshape(x.shape[0], 8, 4, 4)
+        smooth = F.conv2d(grid, grid.new_ones(8, 1, 3, 3), padding=1, groups=8)
+        return self.head(F.avg_pool2d(smooth, 2, ceil_mode=True).amax((2, 3)))
+
+
+class Stacked(ToyViT):
+    """Lays its patches out beside twice their values, along the axis of the batch, and convolves them."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.conv = nn.Conv2d(8, 7, 3, padding=1)
+        enliven(self)
+
+    def classify(self, x: Tensor) -> Tensor:
+        patches = self.norm(x)[:, 1:]
+        grid = torch.cat([patches, 2 * patches]).transpose(1, 2).reshape(-1, 8, 4, 4)
+        return self.conv(grid).amax((2, 3)).unflatten(0, (2, -1)).sum(0)
+
+
+class Decoded(ToyViT):
+    """Convolves the grid of its patches, and runs two more blocks on what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.decoder = nn.ModuleList(Block(8, Attention(8, 2, True)) for _ in range(2))
+        enliven(self)
+
+    def classify(self, x: Tensor) -> Tensor:
+        grid = self.conv(x[:, 1:].transpose(1, 2).reshape(x.shape[0], 8, 4, 4))
+        x = grid.flatten(2).transpose(1, 2)
+        for block in self.decoder:
+            x = block(x)
+        return super().classify(x)
+
+
+class Interleaved(Attention):
+    """Queries, keys and values of a head lie side by side, channel by channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 2, c // 2, 3).permute(4, 0, 2, 1, 3)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+class Written(Attention):
+    """Attention that is written out: a sum of scores and biases, which is multiplied, or a softmax over queries."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(8, 2, False)
+        self.kind = kind
+        self.bias = nn.Parameter(torch.randn(1, 2, 1, 1))
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) + self.bias
+        weights = (scores * 0.5).softmax(-2 if self.kind == "queries" else -1)
+        return self.proj((self.drop(weights) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def with_attention(make: Callable[[], nn.Module], **shape: Any) -> nn.Module:
+    """A ViT of some attention."""
+    model = ToyViT(Shape(**shape))
+    for block in model.blocks:
+        block.attn = make()
+    return enliven(model)
+
+
+class Averaging(ToyViT):
+    """Averages channels too, and its tokens."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return super().classify(x * x.mean(2, keepdim=True))
 
 
 class SpaceNormed(ConvNet):

@@ -16,6 +16,7 @@ from papr_fx.proof import (
     lengths,
     narrowing,
     permutation,
+    reads,
     reduction,
     regions,
     restoring,
@@ -43,6 +44,7 @@ PARTS = {
     "training": training,
     "choice": choice,
     "sizes": sizes,
+    "reads": reads,
 }
 
 
