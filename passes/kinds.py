@@ -21,4 +21,5 @@ class Kind(Enum):
     PATCHES = "the kept patches, without other tokens"
     PLACES = "which token stands for each place of the grid"
     RESTORED = "tokens that are back in their places"
+    WRITTEN = "what a pixel operator writes back"
     FUSED = "an attention that was written out"

@@ -240,7 +240,7 @@ def _rewrite_site(nodes: dict[str, fx.Node], site: PixelSite, number: int, index
     operands = (nodes[site.residual], nodes[site.branch], index.rows, site.layout, background)
     with graph.inserting_before(addition):
         written = graph.create_node("call_function", write_pixels, operands, name=f"papr_out_{number}")
-    lay_inside(written, regions_of(addition))
+    tag(lay_inside(written, regions_of(addition)), Kind.WRITTEN, number)
     addition.replace_all_uses_with(written)
     graph.erase_node(addition)
     nodes[site.addition] = written  # later sites know the sum by its name

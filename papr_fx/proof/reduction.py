@@ -18,6 +18,7 @@ from ..tracing.blocks import last_tokens
 from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error, tensors_of
 from ..tracing.roles import find, find_all
+from . import picks
 from .case import Case, ComparisonError
 
 
@@ -28,6 +29,8 @@ def check(case: Case) -> None:
     block, must be those of the dense graph in which, after the same additions, every token is replaced by the average of
     its group. The groups are those of the merged run, so ties do not matter. With one token in another group, results must
     differ. This is proved for merging in proportion to size; other reductions change the same graph at the same sites.
+
+    Before, each call of the module that picks tokens is compared with its definition (see `picks`).
 
     Fault: an attention or a mean ignores sizes, or something counts tokens. The other parts do not find it: they are about
     the graph without a reduction.
@@ -40,6 +43,7 @@ def check(case: Case) -> None:
     additions = case.rewrite.reduced_additions
     if not additions:
         return
+    picks.check(case)
     (choice,), graph = case.rewrite.choices, case.dense.graph
     last = last_tokens(graph, nodes_by_name(graph)[choice.stream], case.rewrite.blocks).name
     *merged, matchings = case.run(_merging(case, additions, last), case.images)

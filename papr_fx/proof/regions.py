@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..dataflow.moves import copy_moves
+from ..errors import VerifyError
 from ..ops.positions import mask_positions
+from ..passes.kinds import Kind
 from ..passes.prune_pixels import PixelSite
+from ..planning.modes import PixelPlan, Refused
 from ..tracing.graphs import nodes_by_name, shape_of
 from ..tracing.numerics import relative_error
+from ..tracing.roles import find
 from .case import Case, ComparisonError
+from .rewrite import Rewrite
 
 
 def check(case: Case) -> None:
@@ -26,15 +32,37 @@ def check(case: Case) -> None:
 
     Raises:
         ComparisonError: They differ by more than one wrong position causes.
+        VerifyError: Dropped positions hold something else than was asked for.
     """
     if case.rewrite.prunes_tokens:
         return
+    for training in (False, *([] if isinstance(case.rewrite.plan.train, Refused) else [True])):
+        _check_backgrounds(replace(case.rewrite, training=training))
     found = error(case, case.kept, case.kept)
     if not found <= case.allowed:
         raise ComparisonError(
             f"regions: with fewer positions the output is off by {found:.1e} from the dense model with masked branches "
             f"({case.allowed:.0e} is allowed): an operator mixes positions"
         )
+
+
+def _check_backgrounds(rewrite: Rewrite) -> None:
+    """Compares what dropped positions of each operator hold with what was asked for (PaPr, Eq. 4; "auto" in `transform`)."""
+    graph = rewrite.pruned_graph()
+    for number, site in enumerate(rewrite.pixel_sites):
+        found, wanted = find(graph, Kind.WRITTEN, number).args[-1], _background(rewrite, site)
+        if found != wanted:
+            raise VerifyError(
+                f"regions: what `{site.addition}` drops is to be {wanted!r} in {rewrite.name}, and is {found!r} in the graph"
+            )
+
+
+def _background(rewrite: Rewrite, site: PixelSite) -> str:
+    """What dropped positions of an operator hold: what was asked for, or zeros behind a depthwise convolution in eval mode."""
+    assert isinstance(rewrite.mode, PixelPlan)
+    if rewrite.mode.background in ("keep", "zero"):
+        return rewrite.mode.background
+    return "keep" if rewrite.training or not site.convolution else "zero"
 
 
 def error(case: Case, kept: Sequence[Tensor], unmasked: Sequence[Tensor]) -> float:
@@ -65,9 +93,9 @@ def mask_branches(case: Case) -> fx.Graph:
     for choice in case.rewrite.choices:
         with graph.inserting_after(last):
             masks[choice.rows.grid] = last = graph.placeholder(f"mask_{choice.number}")
-    for site, background in zip(case.rewrite.pixel_sites, case.rewrite.backgrounds, strict=True):
+    for site in case.rewrite.pixel_sites:
         mask, sizes = _mask_of(graph, nodes, site, masks[site.rows.grid])
-        zeroed = [site.branch, site.residual] if background == "zero" else [site.branch]
+        zeroed = [site.branch, site.residual] if _background(case.rewrite, site) == "zero" else [site.branch]
         pairs = [(nodes[site.addition], nodes[name], site.layout) for name in zeroed]
         pairs += [(nodes[name], nodes[name].all_input_nodes[0], layout) for name, layout in site.masked]
         for user, source, layout in pairs:

@@ -84,11 +84,6 @@ class Rewrite:
         return self.mode.sites if isinstance(self.mode, PixelPlan) else ()
 
     @property
-    def backgrounds(self) -> list[str]:
-        """What dropped positions of each pixel operator hold: "keep" or "zero"."""
-        return self.mode.backgrounds() if isinstance(self.mode, PixelPlan) else []
-
-    @property
     def blocks(self) -> tuple[str, ...]:
         """Qualified names of the blocks that run on fewer tokens; empty for pixel operators."""
         return self.mode.blocks if isinstance(self.mode, TokenPlan) else ()
