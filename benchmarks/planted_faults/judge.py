@@ -62,15 +62,17 @@ def in_child(run: Callable[[], Any], seconds: float) -> Any:
 
 
 class Known(NamedTuple):
-    """What a model does without a fault, with the proof.
+    """What a model does without a fault.
 
     Attributes:
         seen: What was seen.
+        by_proof: Whether only the proof refuses it: then nothing is known of a fault that the proof refuses there.
         functions: The functions that ran meanwhile, by file and first line.
         seconds: How long it took.
     """
 
     seen: Seen
+    by_proof: bool
     functions: frozenset[tuple[str, int]]
     seconds: float
 
@@ -98,8 +100,9 @@ def _known(subject: Subject) -> Known:
         seen = transformed(subject, verify=True)
     finally:
         sys.setprofile(None)
+    by_proof = bool(seen.refused) and not transformed(subject, verify=False).refused
     own = {(os.path.relpath(os.path.realpath(file), ROOT), line) for file, line in functions if file.startswith(str(ROOT))}
-    return Known(_without_module(seen), frozenset(own), time.monotonic() - start)
+    return Known(_without_module(seen), by_proof, frozenset(own), time.monotonic() - start)
 
 
 def ask_proof(fault: Fault, known: Mapping[str, Known], seconds: float = 900) -> list[Acting] | None:
@@ -108,7 +111,8 @@ def ask_proof(fault: Fault, known: Mapping[str, Known], seconds: float = 900) ->
     Models for which the faulty function does not run are left out. Those that are refused come first, then the quick ones.
     """
     place = fault.path, fault.function()
-    subjects = [s for s in SUBJECTS if s.name in known and (place[1] is None or place in known[s.name].functions)]
+    runs = {name for name, found in known.items() if place[1] is None or place in found.functions}
+    subjects = [subject for subject in SUBJECTS if subject.name in runs and not known[subject.name].by_proof]
     subjects.sort(key=lambda subject: (not known[subject.name].seen.refused, known[subject.name].seconds))
 
     def run() -> list[Acting]:
