@@ -10,6 +10,16 @@ from .positions import HEADS, Sizes, inner_positions
 from .views import View
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float, view: View) -> Tensor:
+    """Attention in one plain way, (B, N, C); merged tokens weigh more."""
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5 + bias
+    if view.sizes is not None and view.proportional:
+        scores = scores + view.sizes.log()[:, None, None]
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    mixed = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), v)
+    return mixed.permute(0, 2, 1, 3).flatten(2)
+
+
 class Attention(nn.Module):
     """Attention over tokens (B, N, C), written in one of several ways."""
 
@@ -73,10 +83,11 @@ class Attention(nn.Module):
     def seen(self, x: Tensor, view: View) -> Tensor:
         """The oracle."""
         q, k, v = self.positions.seen(*self.split(x), view)
-        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5 + self.positions.seen_bias(view)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        mixed = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), v)
-        return self.proj(mixed.permute(0, 2, 1, 3).flatten(2))
+        return self.proj(attended(q, k, v, self.positions.seen_bias(view), view))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys (B, H, N, D) of attention without positions."""
+        return self.split(x)[1]
 
 
 class LibraryAttention(nn.Module):
@@ -95,11 +106,14 @@ class LibraryAttention(nn.Module):
 
     def seen(self, x: Tensor, view: View) -> Tensor:
         """The oracle."""
-        q, k, v = (
-            part.unflatten(2, (HEADS, -1)).transpose(1, 2)
-            for part in F.linear(x, self.inner.in_proj_weight, self.inner.in_proj_bias).chunk(3, -1)
-        )
-        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        mixed = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), v)
-        return self.inner.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.inner.out_proj(attended(*self.split(x), 0.0, view))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, D)."""
+        parts = F.linear(x, self.inner.in_proj_weight, self.inner.in_proj_bias).chunk(3, -1)
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys (B, H, N, D)."""
+        return self.split(x)[1]

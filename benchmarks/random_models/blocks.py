@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, LibraryAttention
+from .merging import merged
 from .positions import Sizes
 from .spec import Spec
 from .traps import KINDS, Trap
@@ -76,7 +77,8 @@ class Block(nn.Module):
         branch = self.attn.seen(source.flip(1), view.flipped()).flip(1) if self.reversed else self.attn.seen(source, view)
         if self.order == "parallel":
             return view.add(self.mlp.last, x + branch * self.scale, self.mlp(source)), view
-        x = self.norm1(x + branch) if self.order == "post" else x + branch * self.scale
+        x, view = merged(x + branch * (1.0 if self.order == "post" else self.scale), self.attn.keys(source), view)
+        x = self.norm1(x) if self.order == "post" else x
         for trap in self.inside:
             assert isinstance(trap, Trap)
             x, view = trap.seen(x, view)

@@ -76,13 +76,32 @@ def _on_tokens(rng: random.Random, spec: Spec) -> Spec:
     if not clip and rng.random() < 0.08:
         spec = replace(spec, second=True)
     spec = _with_attention(rng, spec, INNER)
-    return replace(
+    spec = replace(
         spec,
         block=_mostly(rng, "pre", "post", "parallel", share=0.35),
         mlp=_mostly(rng, "gelu", "gated", "convolutions", "normalised", share=0.4),
         scale=rng.random() < 0.25,
         reversed_attention=rng.random() < 0.05,
         traps=_traps(rng),
+    )
+    return _merging(rng, spec) if rng.random() < 0.07 else spec
+
+
+def _merging(rng: random.Random, spec: Spec) -> Spec:
+    """The same with merging, and without what it is refused with."""
+    return replace(
+        spec,
+        merge=rng.randint(1, 3),
+        proportional=rng.random() < 0.6,
+        head=rng.choice(["class", "mean", "all", "class and mean"] if spec.prefix else ["mean", "all"]),
+        attention=rng.choice(["fused", "library", "library, sequence first"]),
+        block=rng.choice(["pre", "pre", "post"]),
+        body="list" if spec.body == "called twice" else spec.body,
+        inner="none",
+        traps=(),
+        early=False,
+        second=False,
+        reversed_attention=False,
     )
 
 

@@ -81,7 +81,7 @@ class Head(nn.Module):
             case "picked":
                 return read.one(x, self.sizes.prefix + 1)
             case "mean":
-                return read.patches(x).mean(dim=1)
+                return read.mean(read.patches(x), self.sizes.prefix)
             case "mean of fixed rows":
                 return read.rows(x, self.sizes.prefix, self.sizes.prefix + self.sizes.patches).mean(dim=1)
             case "sum":
@@ -93,7 +93,7 @@ class Head(nn.Module):
             case "deviation":
                 return x.std(dim=1, correction=0)
             case "class and mean":
-                return torch.cat([read.one(x, 0), read.patches(x).mean(dim=1)], dim=-1)
+                return torch.cat([read.one(x, 0), read.mean(read.patches(x), self.sizes.prefix)], dim=-1)
             case "pool":
                 return ((self.query @ x.transpose(1, 2)).softmax(dim=-1) @ x)[:, 0]
             case "library pool":
@@ -101,7 +101,7 @@ class Head(nn.Module):
             case "pool by scores":
                 return (torch.softmax(self.score(x), dim=1) * x).sum(dim=1)
             case _:
-                return x.mean(dim=1)
+                return read.mean(x, 0)
 
     def _laid_out(self, x: Tensor, read: _Plain) -> Tensor:
         if self.kind == "pooled grid":
@@ -133,6 +133,9 @@ class _Plain:
     def patches(self, x: Tensor) -> Tensor:
         return x[:, self.sizes.prefix : -self.sizes.suffix or None]
 
+    def mean(self, x: Tensor, first: int) -> Tensor:
+        return x.mean(dim=1)
+
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         return x[:, start:stop]
 
@@ -156,6 +159,9 @@ class _Checked(_Plain):
 
     def patches(self, x: Tensor) -> Tensor:
         return self.view.part(x, self.sizes.prefix, -self.sizes.suffix or None)
+
+    def mean(self, x: Tensor, first: int) -> Tensor:
+        return self.view.mean(x, first)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         return self.view.part(x, start, stop)

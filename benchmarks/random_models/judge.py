@@ -83,6 +83,8 @@ def _first_line(error: BaseException) -> str:
 
 def _transformed(spec: Spec, built: Built) -> PrunedModule:
     options: dict[str, Any] = {"saliency": proposals.squares} if spec.saliency == "squares" else {}
+    if spec.merge:
+        options["merge"] = papr_fx.Merge(spec.merge, blocks="all", proportional=spec.proportional)
     if spec.proposal_size:
         options["proposal_size"] = spec.proposal_size
     return papr_fx.transform(
@@ -113,6 +115,7 @@ def excuses(spec: Spec) -> list[str]:
         wrong = [spec.mode == "tokens" and "grids have no tokens", spec.background == "coarse" and "grids have no coarse cells"]
         return [excuse for excuse in wrong if excuse]
     found = [unfit_head(spec)] if unfit_head(spec) else []
+    found += ["merging"] if spec.merge else []
     found += [name for name in (trap.partition(":")[0] for trap in spec.traps) if name not in HARMLESS]
     if spec.mode == "pixels" or spec.background in ("keep", "zero"):
         found.append("pixel operators of a token model")
@@ -145,7 +148,7 @@ def _errors(spec: Spec, built: Built, gm: PrunedModule) -> Iterator[float]:
     """The relative errors of the rewritten model: at its keep ratio, on one image, at another ratio, at another size."""
     yield _error(spec, built, gm, built.images, spec.z)
     yield _error(spec, built, gm, built.images[:1], spec.z)
-    if spec.then_z:
+    if spec.then_z and not spec.merge:  # it may leave too few tokens to merge
         papr_fx.set_keep_ratio(gm, spec.then_z)
         yield _error(spec, built, gm, built.images, spec.then_z)
         papr_fx.set_keep_ratio(gm, spec.z)
@@ -174,13 +177,13 @@ def _error(spec: Spec, built: Built, gm: PrunedModule, images: Tensor, z: float)
     if any("Remembering" in trap for trap in spec.traps):
         raise UnjudgedError("an output that depends on the number of calls")
     found = gm(images)
-    if z == 1:
+    if z == 1 and not spec.merge:
         if not all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(built.model(images)), strict=True)):
             raise FaultError("at z=1 the result is not the model to the bit")
         return 0.0
     masks = papr_fx.keep_masks(gm, images)
     maps = proposals.maps_by_hand(spec, built.proposal, images)
-    coarse = papr_fx.report(gm).mode == "tokens" and spec.background == "coarse"
+    coarse = z < 1 and papr_fx.report(gm).mode == "tokens" and spec.background == "coarse"
     groups: list[list[list[int]]] = []
     others = spec.prefix + spec.suffix if spec.on_tokens else 0
     for grid, mask in masks.items():
@@ -198,6 +201,7 @@ def _error(spec: Spec, built: Built, gm: PrunedModule, images: Tensor, z: float)
         groups = [[[int(i)] for i in sample.flatten().nonzero()[:, 0]] for sample in mask]
     if papr_fx.report(gm).mode == "tokens":
         view = token_view(groups, spec.grid, spec.prefix, spec.suffix, spec.restore)
+        view = replace(view, merge=spec.merge, proportional=spec.proportional)
         halved = proposals.halved(images, spec.grid, spec.patch) if coarse else None
     else:
         view, halved = _pixel_view(spec, built, gm, masks, len(images)), None

@@ -50,6 +50,7 @@ class Spec:
         narrow: `narrow`.
         fuse: `fuse`.
         merge: Tokens that are merged in each block; 0 for none.
+        proportional: Whether attention counts merged tokens.
         other_size: Whether images of another size are tried too.
         verify: `verify`.
     """
@@ -92,6 +93,7 @@ class Spec:
     narrow: bool = True
     fuse: bool = True
     merge: int = 0
+    proportional: bool = True
     other_size: bool = False
     verify: bool = True
 

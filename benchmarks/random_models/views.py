@@ -35,6 +35,9 @@ class View:
         fill: What dropped places of a dense head hold, "nearest" or "zero".
         ordered: Whether tokens still have known places.
         moved: Whether they are in another order than that of the embedding.
+        merge: How many tokens each block merges.
+        proportional: Whether attention weights a token by the number of tokens that it was merged of.
+        sizes: These numbers, (B, K), once some are merged.
     """
 
     take: Tensor
@@ -46,6 +49,9 @@ class View:
     fill: str = "nearest"
     ordered: bool = True
     moved: bool = False
+    merge: int = 0
+    proportional: bool = True
+    sizes: Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -86,7 +92,7 @@ class View:
         self._need_places("tokens by their index")
         rows, columns = (torch.zeros(size, dtype=self.take.dtype) for size in self.take.shape[1:])
         columns[start:stop], rows[start:stop] = 1, 1
-        if not bool((self.take @ columns == rows).all()):
+        if not torch.allclose(self.take @ columns, rows.expand_as(self.take[..., 0])):
             raise UndefinedError(f"tokens {start}:{stop} are others than in the dense model")
         return x[:, start:stop]
 
@@ -101,6 +107,13 @@ class View:
     def without_order(self) -> View:
         """The view of tokens in an order that depends on their content."""
         return replace(self, ordered=False, moved=True)
+
+    def mean(self, x: Tensor, first: int) -> Tensor:
+        """The mean of tokens x, which start with token `first`; merged ones count as many as they are."""
+        if self.sizes is None:
+            return x.mean(dim=1)
+        weights = self.sizes[:, first : first + x.shape[1]].unsqueeze(-1)
+        return (x * weights).sum(1) / weights.sum(1)
 
     def add(self, last: nn.Module, residual: Tensor, branch: Tensor, *, channels: int = -1) -> Tensor:
         """A residual addition, of a pixel operator that ends with layer `last`."""
