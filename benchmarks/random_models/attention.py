@@ -20,6 +20,9 @@ def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float, view: View) 
     return mixed.permute(0, 2, 1, 3).flatten(2)
 
 
+UNUSUAL = ("causal", "linear", "softmax over queries", "rectified", "extra keys", "cosine", "talking heads")
+
+
 class Attention(nn.Module):
     """Attention over tokens (B, N, C), written in one of several ways."""
 
@@ -37,6 +40,8 @@ class Attention(nn.Module):
         else:
             self.qkv = nn.Linear(width, 3 * width)
         self.drop = nn.Dropout(0.1)
+        self.extra = nn.Parameter(torch.zeros(2, 1, HEADS, 1, sizes.head)) if mix == "extra keys" else None
+        self.heads = nn.ModuleList(nn.Linear(HEADS, HEADS) for _ in range(2 if mix == "talking heads" else 0))
         self.proj = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +68,9 @@ class Attention(nn.Module):
         q, k, v = self.positions(q, k, v)
         bias = self.positions.bias(x)
         scale = q.shape[-1] ** -0.5
-        if self.mix == "fused":
+        if self.mix in UNUSUAL:
+            mixed = self.unusual(q, k, v, bias)
+        elif self.mix == "fused":
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         elif self.mix == "einsum":
             scores = torch.einsum("bhqd,bhkd->bhqk", q * scale, k)
@@ -74,6 +81,31 @@ class Attention(nn.Module):
             mixed = torch.matmul(self.weights(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, bias), v)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
 
+    def unusual(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention that is not the usual one, (B, H, N, D)."""
+        scale = q.shape[-1] ** -0.5
+        match self.mix:
+            case "causal":
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            case "linear":
+                q, k = F.elu(q) + 1, F.elu(k) + 1
+                return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(dim=2).unsqueeze(-1))
+            case "softmax over queries":
+                return (q @ k.transpose(-2, -1) * scale).softmax(dim=-2) @ v
+            case "rectified":
+                return F.relu(q @ k.transpose(-2, -1) * scale) @ v / 5
+            case "extra keys":
+                assert self.extra is not None
+                key, value = (part.expand(q.shape[0], -1, -1, -1) for part in self.extra)
+                return F.scaled_dot_product_attention(q, torch.cat([key, k], dim=2), torch.cat([value, v], dim=2))
+            case "cosine":
+                scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+                return self.weights(scores * 4, bias) @ v
+            case _:
+                before, after = self.heads
+                scores = before((q @ k.transpose(-2, -1) * scale).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                return after(scores.softmax(dim=-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
     def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         """Attention weights."""
         if bias is not None:
@@ -82,8 +114,22 @@ class Attention(nn.Module):
 
     def seen(self, x: Tensor, view: View) -> Tensor:
         """The oracle."""
+        if self.mix in UNUSUAL:
+            return self.proj(self.seen_unusual(x, view).transpose(1, 2).flatten(2))
         q, k, v = self.positions.seen(*self.split(x), view)
         return self.proj(attended(q, k, v, self.positions.seen_bias(view), view))
+
+    def seen_unusual(self, x: Tensor, view: View) -> Tensor:
+        """The oracle of attention that is not the usual one, (B, H, N, D)."""
+        q, k, v = self.positions.seen(*self.split(x), view)
+        if self.mix == "causal":
+            count = self.positions.count
+            hidden = torch.ones(count, count, dtype=x.dtype).triu(1) * -1e4
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + view.pairs(hidden[None])).softmax(-1) @ v
+        if self.mix == "softmax over queries":
+            view.need_all("a softmax over queries")
+        bias = self.positions.seen_bias(view)
+        return self.unusual(q, k, v, bias if isinstance(bias, Tensor) else None)
 
     def keys(self, x: Tensor) -> Tensor:
         """The keys (B, H, N, D) of attention without positions."""

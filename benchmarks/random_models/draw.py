@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import heads, traps
+from .attention import UNUSUAL
 from .grids import GridModel
 from .proposals import Proposal
 from .spec import Spec
@@ -112,12 +113,14 @@ def _traps(rng: random.Random) -> tuple[str, ...]:
 
 
 def _with_attention(rng: random.Random, spec: Spec, inner: tuple[str, ...]) -> Spec:
-    attention = _mostly(rng, "fused", "written", "einsum", "scaled queries", "library", "library, sequence first", share=0.6)
+    usual = ("written", "einsum", "scaled queries", "library", "library, sequence first")
+    attention = _mostly(rng, "fused", *usual, share=0.6) if rng.random() < 0.88 else rng.choice(UNUSUAL)
+    positions = attention not in UNUSUAL or attention == "cosine"
     return replace(
         spec,
         attention=attention,
         project=_mostly(rng, "qkv", "chunk", "separate", "keys and values", "convolution"),
-        inner="none" if attention.startswith("library") else _mostly(rng, "none", *inner, share=0.4),
+        inner="none" if attention.startswith("library") or not positions else _mostly(rng, "none", *inner, share=0.4),
     )
 
 
@@ -128,13 +131,16 @@ def _on_grids(rng: random.Random, spec: Spec) -> Spec:
         grid=(rng.choice(sizes), rng.choice(sizes)),
         patch=rng.choice([(4, 4), (2, 2), (3, 2)]),
         depth=rng.choice([1, 2]),
-        layout=rng.choice(["BCHW", "BHWC"]),
+        layout=rng.choice(["BCHW", "BHWC", "BNC"] if spec.trunk == "windows" else ["BCHW", "BHWC"]),
+        down=_mostly(rng, "convolution", "merging", "pooling", share=0.6),
+        body=_mostly(rng, "list", "called twice", share=0.1),
         scale=rng.random() < 0.4,
         head=_mostly(rng, "all", "grid", share=0.25),
         pixel_trap=_mostly(rng, "", *PIXEL_TRAPS, share=0.6),
     )
     if spec.trunk == "windows":
-        spec = replace(spec, pixel_block="window")
+        trap = "whole batch" if rng.random() < 0.12 else spec.pixel_trap
+        spec = replace(spec, pixel_block="window", pixel_trap=trap)
     elif spec.trunk == "hybrid":
         spec = replace(spec, pixel_block=rng.choice(["global", "separable", "convolution", "pooling"]))
     return _with_attention(rng, spec, ("bias", "relative"))
@@ -169,9 +175,11 @@ def unfit_head(spec: Spec) -> str:
     """Why a head has no meaning once tokens are dropped; empty if it has one."""
     if spec.head in ("class", "class and mean", "tuple", "dictionary") and not spec.prefix:
         return "the head reads the first patch"
+    if spec.head == "distilled" and spec.prefix < 2:
+        return "the head reads the first patches"
     if spec.head == "last" and not spec.suffix:
         return "the head reads the last patch"
-    if spec.head in ("picked", "flat", "mean of fixed rows"):
+    if spec.head in ("picked", "flat", "mean of fixed rows", "last rows"):
         return "the head reads tokens by their index"
     if spec.head in ("dense", "upsampled", "pooled grid") and len(spec.grid) == 3:
         return "a head for images"

@@ -128,6 +128,7 @@ class MixBlock(nn.Module):
     def __init__(self, spec: Spec, width: int, grid: tuple[int, int], trap: str, shift: int) -> None:
         super().__init__()
         self.kind, self.last_axis, self.shift = spec.pixel_block, spec.layout != "BCHW", shift
+        self.in_row, self.grid, self.reads_batch = spec.layout == "BNC", grid, trap == "whole batch"
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = PixelMlp(width, grid, trap)
         if self.kind in ("window", "global"):
@@ -141,11 +142,20 @@ class MixBlock(nn.Module):
             self.mix = nn.Conv2d(width, width, 3, padding=1) if self.kind == "convolution" else nn.AvgPool2d(3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_row:
+            return self.on_row(x)
         if not self.last_axis:
             x = x.permute(0, 2, 3, 1)
         x = x + self.mixed(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x if self.last_axis else x.permute(0, 3, 1, 2)
+
+    def on_row(self, x: Tensor) -> Tensor:
+        """The block on positions in a row, (B, h * w, C), as the original Swin has it."""
+        b, n, c = x.shape
+        assert n == self.grid[0] * self.grid[1], "input feature has wrong size"
+        x = x + self.mixed(self.norm1(x).view(b, *self.grid, c)).view(b, n, c)
+        return x + self.mlp(self.norm2(x))
 
     def mixed(self, x: Tensor) -> Tensor:
         """The spatial operator, on (B, h, w, C)."""
@@ -157,7 +167,10 @@ class MixBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
         windows = x.view(b, h // WINDOW, WINDOW, w // WINDOW, WINDOW, c).transpose(2, 3).reshape(-1, WINDOW * WINDOW, c)
-        x = self.mix(windows).view(b, h // WINDOW, w // WINDOW, WINDOW, WINDOW, c).transpose(2, 3).reshape(b, h, w, c)
+        windows = self.mix(windows)
+        if self.reads_batch:
+            b = int(windows.shape[0] / (h * w / WINDOW / WINDOW))
+        x = windows.view(b, h // WINDOW, w // WINDOW, WINDOW, WINDOW, c).transpose(2, 3).reshape(b, h, w, c)
         return torch.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
 
     def seen(self, x: Tensor, view: View) -> Tensor:
@@ -182,7 +195,10 @@ class GridModel(nn.Module):
             for number in range(spec.depth):
                 trap = spec.pixel_trap if number == spec.depth - 1 and grid == (rows, columns) else ""
                 stage.append(self.block(grid, trap, number, upper=grid == below))
-        self.down = nn.Conv2d(spec.width, spec.width, 2, 2)
+        kernel, channels = (
+            (2, spec.width) if spec.down == "convolution" else (1, spec.width * (4 if spec.down == "merging" else 1))
+        )
+        self.down = nn.Conv2d(channels, spec.width, kernel, kernel)
         self.norm = nn.LayerNorm(spec.width)
         self.fc = nn.Linear(spec.width, 5)
 
@@ -198,17 +214,35 @@ class GridModel(nn.Module):
         """Whether blocks take (B, h, w, C)."""
         return self.spec.layout != "BCHW"
 
+    def run(self, stage: nn.Module) -> list[nn.Module]:
+        """The blocks of a stage in the order in which they run."""
+        blocks = [*stage.children()]
+        return [blocks[0], *blocks] if self.spec.body == "called twice" else blocks
+
+    def smaller(self, x: Tensor) -> Tensor:
+        """Halves the sides of (B, C, h, w)."""
+        if self.spec.down == "pooling":
+            x = F.max_pool2d(x, 2)
+        elif self.spec.down == "merging":
+            h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+            x = torch.cat([x[:, :, i:h:2, j:w:2] for j in range(2) for i in range(2)], dim=1)
+        return self.down(x)
+
     def forward(self, images: Tensor) -> Any:
         x = self.stem(images)  # (B, C, h, w)
         maps: list[Tensor] = []
         for number, stage in enumerate(self.stages):
             if number:
-                x = self.down(x)
+                x = self.smaller(x)
             if self.last_axis:
                 x = x.permute(0, 2, 3, 1)
-            assert isinstance(stage, nn.ModuleList)
-            for block in stage:
+            grid = x.shape[1:3]
+            if self.spec.layout == "BNC":
+                x = x.flatten(1, 2)
+            for block in self.run(stage):
                 x = block(x)
+            if self.spec.layout == "BNC":
+                x = x.unflatten(1, grid)
             if self.last_axis:
                 x = x.permute(0, 3, 1, 2)
             maps.append(x)
@@ -221,9 +255,8 @@ class GridModel(nn.Module):
         x = self.stem(images)
         maps: list[Tensor] = []
         for number, stage in enumerate(self.stages):
-            x = (self.down(x) if number else x).permute(0, 2, 3, 1)
-            assert isinstance(stage, nn.ModuleList)
-            for block in stage:
+            x = (self.smaller(x) if number else x).permute(0, 2, 3, 1)
+            for block in self.run(stage):
                 assert isinstance(block, ConvBlock | MixBlock)
                 x = block.seen(x, view)
             x = x.permute(0, 3, 1, 2)

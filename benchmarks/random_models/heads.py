@@ -68,6 +68,8 @@ class Head(nn.Module):
             return x
         if kind in ("grid", "dense", "pooled grid", "upsampled"):
             return self._laid_out(x, read)
+        if kind == "logits first":
+            return self.fc(x).mean(dim=1)
         if kind == "flat":
             return self.fc(read.everything(x).flatten(1))
         return self.fc(self._pooled(x, read))
@@ -92,6 +94,20 @@ class Head(nn.Module):
                 return x.max(dim=1).values
             case "deviation":
                 return x.std(dim=1, correction=0)
+            case "distilled":
+                return (read.one(x, 0) + read.one(x, 1)) / 2
+            case "sum by shape of patches":
+                return read.patches(x).sum(dim=1) / (x.shape[1] - self.sizes.prefix - self.sizes.suffix)
+            case "powers":
+                return x.abs().pow(3).mean(dim=1).pow(1 / 3)
+            case "adaptive":
+                return nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), 1).squeeze(-1)
+            case "log of sums":
+                return x.logsumexp(dim=1)
+            case "median":
+                return x.median(dim=1).values
+            case "last rows":
+                return read.rows(x, -self.sizes.patches - self.sizes.suffix, None).mean(dim=1)
             case "class and mean":
                 return torch.cat([read.one(x, 0), read.mean(read.patches(x), self.sizes.prefix)], dim=-1)
             case "pool":
@@ -136,7 +152,7 @@ class _Plain:
     def mean(self, x: Tensor, first: int) -> Tensor:
         return x.mean(dim=1)
 
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         return x[:, start:stop]
 
     def everything(self, x: Tensor) -> Tensor:
@@ -163,7 +179,7 @@ class _Checked(_Plain):
     def mean(self, x: Tensor, first: int) -> Tensor:
         return self.view.mean(x, first)
 
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         return self.view.part(x, start, stop)
 
     def everything(self, x: Tensor) -> Tensor:
@@ -177,7 +193,8 @@ class _Checked(_Plain):
 KINDS: tuple[str, ...] = (
     "class", "last", "mean", "all", "largest", "deviation", "sum", "sum by shape", "class and mean", "pool", "library pool",
     "pool by scores", "tuple", "dictionary", "dataclass", "sequence", "grid", "dense", "upsampled", "pooled grid", "picked",
-    "mean of fixed rows", "flat",
+    "mean of fixed rows", "flat", "distilled", "sum by shape of patches", "powers", "adaptive", "log of sums", "median",
+    "last rows", "logits first",
 )  # fmt: skip
 
 

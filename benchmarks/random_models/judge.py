@@ -15,6 +15,7 @@ import papr_fx
 from papr_fx import PaprError, PrunedModule
 
 from . import proposals
+from .attention import UNUSUAL
 from .draw import Built, build, images_of, unfit_head
 from .spec import Spec
 from .traps import HARMLESS
@@ -112,13 +113,19 @@ def _refused(spec: Spec, error: PaprError) -> Result:
 def excuses(spec: Spec) -> list[str]:
     """Why a model may be refused."""
     if not spec.on_tokens:
-        wrong = [spec.mode == "tokens" and "grids have no tokens", spec.background == "coarse" and "grids have no coarse cells"]
+        wrong = [
+            spec.pixel_trap == "whole batch" and "the batch size is read as a number",
+            spec.mode == "tokens" and "grids have no tokens",
+            spec.background == "coarse" and "grids have no coarse cells",
+        ]
         return [excuse for excuse in wrong if excuse]
     found = [unfit_head(spec)] if unfit_head(spec) else []
     found += ["merging"] if spec.merge else []
     found += [name for name in (trap.partition(":")[0] for trap in spec.traps) if name not in HARMLESS]
     if spec.mode == "pixels" or spec.background in ("keep", "zero"):
         found.append("pixel operators of a token model")
+    if spec.attention in UNUSUAL:
+        found.append(f"attention: {spec.attention}")
     if spec.embed == "column-major":
         found.append("column-major tokens")
     if spec.reversed_attention and spec.inner != "none":
@@ -167,7 +174,7 @@ def _errors(spec: Spec, built: Built, gm: PrunedModule) -> Iterator[float]:
 def takes_other_sizes(spec: Spec) -> bool:
     """Whether the model, and its oracle, take images of any size."""
     if not spec.on_tokens:
-        return not spec.pixel_trap and spec.pixel_block != "global" and spec.trunk != "clip"
+        return not spec.pixel_trap and spec.layout != "BNC" and spec.pixel_block != "global" and spec.trunk != "clip"
     fixed = spec.traps or spec.inner != "none" or spec.positions not in ("none", "waves", "resampled") or len(spec.grid) == 3
     heads = ("class", "last", "all", "mean", "largest", "deviation", "pool", "sequence", "tuple", "dataclass")
     return not fixed and spec.head in heads and not spec.second and spec.embed in ("convolution", "stem", "overlap")

@@ -42,6 +42,10 @@ class Sizes:
 class NoPositions(nn.Module):
     """Attention that knows nothing of places."""
 
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.count = sizes.tokens
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
 
@@ -65,7 +69,7 @@ class Rotary(NoPositions):
     sine: Tensor
 
     def __init__(self, sizes: Sizes, *, late: bool) -> None:
-        super().__init__()
+        super().__init__(sizes)
         self.prefix, self.suffix, self.late = sizes.prefix, sizes.suffix, late
         angles = torch.linspace(0.2, 3, sizes.patches).outer(torch.arange(1.0, sizes.head + 1) ** 0.7)
         self.register_buffer("cosine", angles.cos())
@@ -94,7 +98,7 @@ class RotaryOfAll(NoPositions):
     angles: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
+        super().__init__(sizes)
         angles = torch.linspace(0.2, 3, sizes.tokens).outer(torch.arange(1.0, sizes.head + 1) ** 0.7)
         self.register_buffer("table", torch.stack([angles.cos(), angles.sin()]))
 
@@ -113,7 +117,7 @@ class Added(NoPositions):
     """Adds a table (1, 1, N, D) to queries, keys or values."""
 
     def __init__(self, sizes: Sizes, to: str) -> None:
-        super().__init__()
+        super().__init__(sizes)
         self.to_what = to
         self.table = nn.Parameter(torch.zeros(1, 1, sizes.tokens, sizes.head))
 
@@ -134,9 +138,8 @@ class Biased(NoPositions):
     """Adds a table to the scores: (1, H, N, N), or with one query or one key for all."""
 
     def __init__(self, sizes: Sizes, axes: str) -> None:
-        super().__init__()
+        super().__init__(sizes)
         queries, keys = (sizes.tokens if axis in axes else 1 for axis in "qk")
-        self.count = sizes.tokens
         self.table = nn.Parameter(torch.zeros(1, HEADS, queries, keys))
 
     def bias(self, x: Tensor) -> Tensor | None:
@@ -152,7 +155,7 @@ class Relative(NoPositions):
     index: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
+        super().__init__(sizes)
         places = torch.cartesian_prod(*[torch.arange(size) for size in sizes.grid])  # (n, axes)
         spans = [2 * size - 1 for size in sizes.grid]
         index = torch.zeros(sizes.patches, sizes.patches, dtype=torch.long)
@@ -175,8 +178,7 @@ class Distance(NoPositions):
     """Numbers the tokens in forward, and takes their distance as a penalty."""
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.count = sizes.tokens
+        super().__init__(sizes)
         self.slope = nn.Parameter(torch.zeros(HEADS, 1, 1))
 
     def bias(self, x: Tensor) -> Tensor | None:
@@ -194,7 +196,7 @@ class Masked(NoPositions):
     allowed: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
+        super().__init__(sizes)
         numbers = torch.arange(sizes.tokens)
         self.register_buffer("allowed", (numbers[:, None] * 7 + numbers * 3) % 5 > 0)
         self.allowed.fill_diagonal_(True)
@@ -224,4 +226,4 @@ def inner_positions(kind: str, sizes: Sizes) -> NoPositions:
         case "mask":
             return Masked(sizes)
         case _:
-            return NoPositions()
+            return NoPositions(sizes)

@@ -38,7 +38,8 @@ class Spec:
         traps: Names with a place: "Mixer:between" blocks, or "Mixer:inside" the second one.
         pixel_block: Kind of the blocks of a grid.
         pixel_trap: What is wrong in the pixel operators of the last block; empty for nothing.
-        layout: Layout of a grid between blocks: "BCHW", "BHWC" or "BNC".
+        layout: Layout of a grid between blocks: "BCHW", "BHWC", or of windows "BNC".
+        down: How a grid becomes smaller: "convolution", "merging" or "pooling".
         proposal: Kind of the proposal.
         proposal_size: `proposal_size`; 0 for none.
         saliency: "psm", or "squares" for a function of the features.
@@ -82,6 +83,7 @@ class Spec:
     pixel_block: str = "convnext"
     pixel_trap: str = ""
     layout: str = "BCHW"
+    down: str = "convolution"
     proposal: str = "features"
     proposal_size: int = 0
     saliency: str = "psm"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import mixing
+from . import mixing, reading
 from .mixing import Mixing, Trap
 from .positions import Sizes
 from .views import UndefinedError, UnjudgedError, View
@@ -229,7 +229,8 @@ _OWN: tuple[type[Trap], ...] = (
     Rolled, ClassLast, Flipped, Sorted, BestHalf, AddedInPlace, FirstWritten, Dropped, AlwaysDropped, WholeSizes, FixedCount,
     Branching, CountScaled, Counting, Remembering, Table, Numbered, Convolved,
 )  # fmt: skip
-KINDS: dict[str, Callable[[Sizes], Trap]] = {kind.__name__: kind for kind in (*mixing.KINDS, *_OWN)}
+KINDS: dict[str, Callable[[Sizes], Trap]] = {kind.__name__: kind for kind in (*mixing.KINDS, *_OWN, *reading.KINDS)}
 HARMLESS = (
     "ChannelBatchNorm", "AddedInPlace", "Dropped", "WholeSizes", "Table", "Numbered", "TokenBatchNorm", "Counting",
+    "TransposedTable", "LookedUp", "SomeScaled", "InParts", "BatchLast", "Clipped",
 )  # fmt: skip
