@@ -85,11 +85,7 @@ class PixelMlp(nn.Module):
         hidden = F.gelu(self.first(x))
         if self.trap == "response":
             return self.last(self.trapped(hidden * view.mask(hidden)))
-        if self.trap == "table":
-            return self(x)
-        if self.trap == "count":
-            return self(x)
-        if self.trap not in ("", "batch norm", "in place", "dropout"):
+        if self.trap not in ("", "batch norm", "in place", "dropout", "table", "count", "whole batch"):
             raise UndefinedError(f"{self.trap} in a pixel operator")
         return self(x)
 
@@ -195,9 +191,7 @@ class GridModel(nn.Module):
             for number in range(spec.depth):
                 trap = spec.pixel_trap if number == spec.depth - 1 and grid == (rows, columns) else ""
                 stage.append(self.block(grid, trap, number, upper=grid == below))
-        kernel, channels = (
-            (2, spec.width) if spec.down == "convolution" else (1, spec.width * (4 if spec.down == "merging" else 1))
-        )
+        kernel, channels = 2 if spec.down == "convolution" else 1, spec.width * (4 if spec.down == "merging" else 1)
         self.down = nn.Conv2d(channels, spec.width, kernel, kernel)
         self.norm = nn.LayerNorm(spec.width)
         self.fc = nn.Linear(spec.width, 5)

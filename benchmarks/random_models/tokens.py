@@ -118,7 +118,10 @@ class TokenModel(nn.Module):
         self.sizes = sizes = Sizes(spec.width, spec.grid, spec.prefix, spec.suffix)
         self.image_size = spec.image
         self.embed, self.join = Embedding(sizes, spec), Join(sizes, spec)
-        blocks = [Block(sizes, spec, traps_at(spec, sizes, "inside") if i == 1 else []) for i in range(spec.depth)]
+        blocks = [
+            Block(sizes, spec, traps_at(spec, sizes, "inside") if i == min(1, spec.depth - 1) else [])
+            for i in range(spec.depth)
+        ]
         if spec.body == "sequence first":
             blocks = [SequenceFirst(block) for block in blocks]
         if spec.body == "named":
@@ -199,6 +202,7 @@ class TokenModel(nn.Module):
         early = x
         if self.spec.early:
             x = x * 0.5
+        first = view
         for number, block in enumerate(self.layers()):
             assert isinstance(block, Block | SequenceFirst)
             x, view = block.seen(x, view)
@@ -207,7 +211,7 @@ class TokenModel(nn.Module):
                     assert isinstance(trap, Trap)
                     x, view = trap.seen(x, view)
                 if self.spec.early:
-                    x = x + early
+                    x = x + (early if view is first else view.of(stream))
                 if self.spec.second and coarse is not None:
                     raise UnjudgedError("a second embedding of coarse tokens")
                 if self.spec.second:
