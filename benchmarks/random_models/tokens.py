@@ -118,10 +118,9 @@ class TokenModel(nn.Module):
         self.sizes = sizes = Sizes(spec.width, spec.grid, spec.prefix, spec.suffix)
         self.image_size = spec.image
         self.embed, self.join = Embedding(sizes, spec), Join(sizes, spec)
-        blocks = [
-            Block(sizes, spec, traps_at(spec, sizes, "inside") if i == min(1, spec.depth - 1) else [])
-            for i in range(spec.depth)
-        ]
+        last = min(1, spec.depth - 1)
+        inside = [traps_at(spec, sizes, "inside") if number == last else [] for number in range(spec.depth)]
+        blocks = [Block(sizes, spec, found) for found in inside]
         if spec.body == "sequence first":
             blocks = [SequenceFirst(block) for block in blocks]
         if spec.body == "named":
