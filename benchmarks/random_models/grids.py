@@ -21,7 +21,7 @@ class PixelMlp(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, int], trap: str) -> None:
         super().__init__()
-        self.trap = trap
+        self.trap, self.grid = trap, grid
         self.first, self.last = nn.Linear(width, width + 4), nn.Linear(width + 4, width)
         hidden = width + 4
         if trap == "group norm":
@@ -42,6 +42,8 @@ class PixelMlp(nn.Module):
 
     def trapped(self, x: Tensor) -> Tensor:
         """The hidden values, with the trap."""
+        if x.ndim == 3 and self.trap not in ("", "whole batch"):
+            return self.trapped(x.unflatten(1, self.grid)).flatten(1, 2)
         match self.trap:
             case "group norm" | "batch norm":
                 return self.inner(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -85,7 +87,7 @@ class PixelMlp(nn.Module):
         hidden = F.gelu(self.first(x))
         if self.trap == "response":
             return self.last(self.trapped(hidden * view.mask(hidden)))
-        if self.trap not in ("", "batch norm", "in place", "dropout", "table", "count", "whole batch"):
+        if self.trap not in ("", "batch norm", "in place", "dropout", "table", "count", "whole batch", "depthwise"):
             raise UndefinedError(f"{self.trap} in a pixel operator")
         return self(x)
 

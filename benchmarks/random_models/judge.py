@@ -9,14 +9,16 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import papr_fx
 from papr_fx import PaprError, PrunedModule
 
 from . import proposals
 from .attention import UNUSUAL
+from .blocks import Mlp
 from .draw import Built, build, images_of, unfit_head
+from .grids import PixelMlp
 from .spec import Spec
 from .traps import HARMLESS
 from .views import UndefinedError, UnjudgedError, View, dense_view, token_view
@@ -114,6 +116,7 @@ def excuses(spec: Spec) -> list[str]:
     """Why a model may be refused."""
     if not spec.on_tokens:
         wrong = [
+            spec.layout == "BNC" and spec.depth == 1 and "a single operator on positions in a row",
             spec.pixel_trap == "whole batch" and "the batch size is read as a number",
             spec.mode == "tokens" and "grids have no tokens",
             spec.background == "coarse" and "grids have no coarse cells",
@@ -126,6 +129,10 @@ def excuses(spec: Spec) -> list[str]:
         found.append("pixel operators of a token model")
     if spec.attention in UNUSUAL:
         found.append(f"attention: {spec.attention}")
+    if spec.inner != "none" and spec.patches < spec.prefix + spec.suffix + 3:
+        found.append("too few patches to tell their number from that of other tokens")
+    if spec.embed in ("stem", "overlap"):
+        found.append("patches so small that their neighbours move more")
     if spec.embed == "column-major":
         found.append("column-major tokens")
     if spec.reversed_attention and spec.inner != "none":
@@ -218,10 +225,16 @@ def _error(spec: Spec, built: Built, gm: PrunedModule, images: Tensor, z: float)
 def _pixel_view(spec: Spec, built: Built, gm: PrunedModule, masks: dict[tuple[int, ...], Tensor], batch: int) -> View:
     """The view in which the pixel operators that the report names work on kept positions."""
     prefix, suffix = (spec.prefix, spec.suffix) if spec.on_tokens else (0, 0)
-    modules = dict(built.model.named_modules())
-    pruned = {modules[site.name]: _background(spec, site.name) for site in papr_fx.report(gm).sites}
+    pruned = {
+        _last_layer(built.model.get_submodule(site.name)): _background(spec, site.name) for site in papr_fx.report(gm).sites
+    }
     floats = {grid: mask.double() for grid, mask in masks.items()}
     return replace(dense_view(batch, spec.grid, prefix, suffix), masks=floats, pruned=pruned)
+
+
+def _last_layer(module: nn.Module) -> nn.Module:
+    """The last layer of an operator, which may be named as a whole."""
+    return module.last if isinstance(module, Mlp | PixelMlp) else module
 
 
 def _background(spec: Spec, name: str) -> str:
@@ -230,7 +243,8 @@ def _background(spec: Spec, name: str) -> str:
         return spec.background
     first = name.split(".")[:2] == ["stages", "0"]
     convolved = spec.trunk == "conv" or (spec.trunk == "hybrid" and first)
-    return "zero" if convolved else "keep"
+    inside = spec.pixel_trap == "depthwise" and name.split(".")[2:4] == [str(spec.depth - 1), "mlp"] and first
+    return "zero" if convolved or inside else "keep"
 
 
 def tensors(value: Any) -> list[Tensor]:
