@@ -85,7 +85,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _transformed(spec: Spec, built: Built) -> PrunedModule:
-    options: dict[str, Any] = {"saliency": proposals.squares} if spec.saliency == "squares" else {}
+    options: dict[str, Any] = {"mode": spec.mode, "background": spec.background, "restore": spec.restore}
+    if spec.saliency == "squares":
+        options["saliency"] = proposals.squares
     if spec.merge:
         options["merge"] = papr_fx.Merge(spec.merge, blocks="all", proportional=spec.proportional)
     if spec.proposal_size:
@@ -95,11 +97,8 @@ def _transformed(spec: Spec, built: Built) -> PrunedModule:
         built.proposal,
         spec.z,
         example_input=built.images[:1],
-        mode=spec.mode,
-        background=spec.background,
         narrow=spec.narrow,
         fuse=spec.fuse,
-        restore=spec.restore,
         verify=spec.verify,
         **options,
     )
@@ -115,13 +114,13 @@ def _refused(spec: Spec, error: PaprError) -> Result:
 def excuses(spec: Spec) -> list[str]:
     """Why a model may be refused."""
     if not spec.on_tokens:
-        wrong = [
+        wrong: list[str | bool] = [
             spec.layout == "BNC" and spec.depth == 1 and "a single operator on positions in a row",
             spec.pixel_trap == "whole batch" and "the batch size is read as a number",
             spec.mode == "tokens" and "grids have no tokens",
             spec.background == "coarse" and "grids have no coarse cells",
         ]
-        return [excuse for excuse in wrong if excuse]
+        return [str(excuse) for excuse in wrong if excuse]
     found = [unfit_head(spec)] if unfit_head(spec) else []
     found += ["merging"] if spec.merge else []
     found += [name for name in (trap.partition(":")[0] for trap in spec.traps) if name not in HARMLESS]

@@ -66,7 +66,9 @@ class TokenBatchNorm(Trap):
 
     def seen(self, x: Tensor, view: View) -> tuple[Tensor, View]:
         norm = self.norm
-        scale = norm.weight * (norm.running_var.double() + norm.eps).rsqrt()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         rows = view.rows(torch.stack([scale, norm.bias - norm.running_mean * scale], 1))
         return x * rows[..., :1] + rows[..., 1:], view
 

@@ -21,7 +21,7 @@ class Proposal(nn.Module):
         self.kind = kind
         three = kind == "clips"
         convolution, norm = (nn.Conv3d, nn.BatchNorm3d) if three else (nn.Conv2d, nn.BatchNorm2d)
-        stride = (1, 2, 2) if three else 2 if kind in ("strided", "classifier") else 1
+        stride = 2 if kind in ("strided", "classifier", "clips") else 1
         self.features = nn.Sequential(
             convolution(3, 6, 3, stride=stride, padding=1),
             norm(6),
