@@ -83,7 +83,7 @@ def _on_tokens(rng: random.Random, spec: Spec) -> Spec:
         mlp=_mostly(rng, "gelu", "gated", "convolutions", "normalised", share=0.4),
         scale=rng.random() < 0.25,
         reversed_attention=rng.random() < 0.05,
-        traps=_traps(rng),
+        traps=_traps(rng, spec.depth),
     )
     return _merging(rng, spec) if rng.random() < 0.07 else spec
 
@@ -106,10 +106,11 @@ def _merging(rng: random.Random, spec: Spec) -> Spec:
     )
 
 
-def _traps(rng: random.Random) -> tuple[str, ...]:
+def _traps(rng: random.Random, depth: int) -> tuple[str, ...]:
     count = rng.choices([0, 1, 2], [45, 42, 13])[0]
     names = rng.sample(sorted(traps.KINDS), count)
-    return tuple(f"{name}:{rng.choice(['between', 'inside'])}" for name in names)
+    places = ["between", "inside"] if depth > 1 else ["inside"]  # behind the last block they would be part of the head
+    return tuple(f"{name}:{rng.choice(places)}" for name in names)
 
 
 def _with_attention(rng: random.Random, spec: Spec, inner: tuple[str, ...]) -> Spec:

@@ -211,7 +211,7 @@ class TokenModel(nn.Module):
                     x, view = trap.seen(x, view)
                 if self.spec.early:
                     x = x + (early if view is first else view.of(stream))
-                if self.spec.second and coarse is not None:
+                if (self.spec.second or self.spec.early) and coarse is not None:
                     raise UnjudgedError("a second embedding of coarse tokens")
                 if self.spec.second:
                     x = x + view.of(self.second(images))
