@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,20 @@ class Result:
     mode: str = ""
 
 
+class Rewritten(NamedTuple):
+    """A rewritten model, and what its report says.
+
+    Attributes:
+        gm: The model.
+        mode: "tokens" or "pixels".
+        sites: The names of what was pruned.
+    """
+
+    gm: PrunedModule
+    mode: str
+    sites: list[str]
+
+
 class FaultError(Exception):
     """The rewritten model gives something else than the oracle."""
 
@@ -72,9 +86,10 @@ def judge(spec: Spec) -> Result:
 
 def _compared(spec: Spec, built: Built, gm: PrunedModule) -> Result:
     """What becomes of a model that was rewritten."""
-    mode = papr_fx.report(gm).mode
+    report = papr_fx.report(gm)
+    mode = report.mode
     try:
-        error = max(_errors(spec, built, gm))
+        error = max(_errors(spec, built, Rewritten(gm, mode, [site.name for site in report.sites])))
     except UndefinedError as undefined:
         return Result("finding", f"accepted: {undefined}", mode=mode)
     except UnjudgedError as unjudged:
@@ -165,24 +180,24 @@ def _self_check(spec: Spec, built: Built) -> str:
     return "" if error <= TOLERANCE else f"the oracle is off by {error:.1e} without pruning"
 
 
-def _errors(spec: Spec, built: Built, gm: PrunedModule) -> Iterator[float]:
+def _errors(spec: Spec, built: Built, pruned: Rewritten) -> Iterator[float]:
     """The relative errors of the rewritten model: at its keep ratio, on one image, at another ratio, at another size."""
-    yield _error(spec, built, gm, built.images, spec.z)
-    yield _error(spec, built, gm, built.images[:1], spec.z)
+    yield _error(spec, built, pruned, built.images, spec.z)
+    yield _error(spec, built, pruned, built.images[:1], spec.z)
     if spec.then_z and not spec.merge:  # it may leave too few tokens to merge
-        papr_fx.set_keep_ratio(gm, spec.then_z)
-        yield _error(spec, built, gm, built.images, spec.then_z)
-        papr_fx.set_keep_ratio(gm, spec.z)
+        papr_fx.set_keep_ratio(pruned.gm, spec.then_z)
+        yield _error(spec, built, pruned, built.images, spec.then_z)
+        papr_fx.set_keep_ratio(pruned.gm, spec.z)
     if spec.other_size and takes_other_sizes(spec):
         step = 2 if spec.on_tokens else 4
         grid = tuple(size + step * (axis + 1) for axis, size in enumerate(spec.grid))
         other = replace(spec, grid=grid)
         images = images_of(other, other.image, torch.Generator().manual_seed(spec.seed + 1))
         try:
-            gm(images)
+            pruned.gm(images)
         except PaprError:
             return
-        yield _error(other, built, gm, images, spec.z)
+        yield _error(other, built, pruned, images, spec.z)
 
 
 def takes_other_sizes(spec: Spec) -> bool:
@@ -194,17 +209,17 @@ def takes_other_sizes(spec: Spec) -> bool:
     return not fixed and spec.head in heads and not spec.second and spec.embed in ("convolution", "stem", "overlap")
 
 
-def _error(spec: Spec, built: Built, gm: PrunedModule, images: Tensor, z: float) -> float:
+def _error(spec: Spec, built: Built, pruned: Rewritten, images: Tensor, z: float) -> float:
     if any("Remembering" in trap for trap in spec.traps):
         raise UnjudgedError("an output that depends on the number of calls")
-    found = gm(images)
+    found = pruned.gm(images)
     if z == 1 and not spec.merge:
         if not all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(built.model(images)), strict=True)):
             raise FaultError("at z=1 the result is not the model to the bit")
         return 0.0
-    masks = papr_fx.keep_masks(gm, images)
+    masks = papr_fx.keep_masks(pruned.gm, images)
     maps = proposals.maps_by_hand(spec, built.proposal, images)
-    coarse = z < 1 and papr_fx.report(gm).mode == "tokens" and spec.background == "coarse"
+    coarse = z < 1 and pruned.mode == "tokens" and spec.background == "coarse"
     groups: list[list[list[int]]] = []
     others = spec.prefix + spec.suffix if spec.on_tokens else 0
     for grid, mask in masks.items():
@@ -216,28 +231,26 @@ def _error(spec: Spec, built: Built, gm: PrunedModule, images: Tensor, z: float)
             if any(not set(h) <= set(f) for h, f in zip(held, fine, strict=True)):
                 raise FaultError("coarse: fine patches are not those of the best cells")
             continue
-        counted = others if papr_fx.report(gm).mode == "tokens" else 0  # of pixel operators, z is the share of the grid
+        counted = others if pruned.mode == "tokens" else 0  # of pixel operators, z is the share of the grid
         count = proposals.count_by_hand(mask[0].numel(), z, counted)
         if not proposals.are_best(scores, mask, count):
             raise FaultError("the kept positions are not the best of the map")
         groups = [[[int(i)] for i in sample.flatten().nonzero()[:, 0]] for sample in mask]
-    if papr_fx.report(gm).mode == "tokens":
+    if pruned.mode == "tokens":
         view = token_view(groups, spec.grid, spec.prefix, spec.suffix, spec.restore)
         view = replace(view, merge=spec.merge, proportional=spec.proportional)
         halved = proposals.halved(images, spec.grid, spec.patch) if coarse else None
     else:
-        view, halved = _pixel_view(spec, built, gm, masks, len(images)), None
+        view, halved = _pixel_view(spec, built, pruned, masks, len(images)), None
     return relative_error(found, built.model.seen(images, view, halved))
 
 
-def _pixel_view(spec: Spec, built: Built, gm: PrunedModule, masks: dict[tuple[int, ...], Tensor], batch: int) -> View:
+def _pixel_view(spec: Spec, built: Built, pruned: Rewritten, masks: dict[tuple[int, ...], Tensor], batch: int) -> View:
     """The view in which the pixel operators that the report names work on kept positions."""
     prefix, suffix = (spec.prefix, spec.suffix) if spec.on_tokens else (0, 0)
-    pruned = {
-        _last_layer(built.model.get_submodule(site.name)): _background(spec, site.name) for site in papr_fx.report(gm).sites
-    }
+    layers = {_last_layer(built.model.get_submodule(name)): _background(spec, name) for name in pruned.sites}
     floats = {grid: mask.double() for grid, mask in masks.items()}
-    return replace(dense_view(batch, spec.grid, prefix, suffix), masks=floats, pruned=pruned)
+    return replace(dense_view(batch, spec.grid, prefix, suffix), masks=floats, pruned=layers)
 
 
 def _last_layer(module: nn.Module) -> nn.Module:
