@@ -145,8 +145,12 @@ class Extra(nn.Module):
                 return x + values * F.softmax(scores, dim=-2).to(x.dtype).clone()
             case "product with channels":
                 return x + scores.softmax(dim=1).transpose(1, 2).contiguous().transpose(1, 2).sigmoid() * values
+            case "by the largest":
+                return x / x.norm(dim=-1).amax(dim=1)[:, None, None]
             case "context":
                 return x + (scores[..., :1].softmax(dim=1) * values).sum(dim=1, keepdim=True)
+            case "product of vectors":
+                return x + torch.linalg.vecdot(scores.softmax(dim=1), values, dim=1).unsqueeze(1)
             case "mean of weights":
                 return x + (scores.softmax(dim=1) * values).mean(1, keepdim=True) * 0
             case "linear attention":
@@ -155,10 +159,10 @@ class Extra(nn.Module):
                 return x + torch.einsum("bnc,bnd->bcd", scores.softmax(dim=1), values).mean(1, keepdim=True)
 
 
-def with_extra(kind: str) -> ToyViT:
+def with_extra(kind: str, seed: int = 0) -> ToyViT:
     model = ToyViT(Shape())
     model.blocks = nn.ModuleList(Extra(kind) for _ in range(2))
-    return enliven(model)
+    return enliven(model, seed)
 
 
 @pytest.mark.parametrize("kind", ["gate", "gate by one score", "gate that is cast", "product with channels"])
@@ -168,7 +172,14 @@ def test_a_softmax_over_tokens_that_gates_them_is_refused(kind):
     assert "is no attention: its weights multiply each token instead of being summed" in found["hidden keys"]
 
 
-@pytest.mark.parametrize("kind", ["context", "mean of weights", "linear attention", "einsum"])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_token_that_scales_all_is_seen(seed):
+    """Whichever it is: in one of two choices it is dropped."""
+    with pytest.raises(papr_fx.VerifyError, match=r"hidden keys: the kept tokens of .* are off"):
+        hidden_keys.check(case_of(with_extra("by the largest", seed)))
+
+
+@pytest.mark.parametrize("kind", ["context", "product of vectors", "mean of weights", "linear attention", "einsum"])
 def test_weights_that_are_summed_with_values_are_attention(kind):
     assert not failures(case_of(with_extra(kind)))
 
