@@ -105,7 +105,7 @@ def _check_choice(case: Case, gm: PrunedModule, kept: list[Tensor]) -> list[Tens
 def _compared_coarse(case: Case, keep: Tensor) -> Checked:
     """Compares kept tokens with the unpruned model on cells of equal tokens, as the proof does, and with one wrong cell."""
     error, allowed = coarse.error(case, keep, keep), coarse.tolerance(case)
-    corrupted = coarse.error(case, keep, coarse.with_wrong_cell(keep, case.rewrite.choices[0].rows.count))
+    corrupted = coarse.error(case, keep, coarse.with_wrong_cell(keep, case.rewrite.choices[0].rows))
     if not error <= allowed:
         raise VerifyError(f"coarse background: kept tokens are off by {error:.1e} (relative; {allowed:.0e} is allowed)")
     if not corrupted > 1e3 * allowed:

@@ -129,9 +129,10 @@ class Case:
             )
         return found
 
-    def run_pruned(self, kept: Sequence[Tensor]) -> Any:
-        """The rewritten graph's output for the first b images, with cells (b, k) of each grid kept."""
-        return self.run(self.pruned, self.images[: len(kept[0])], *self.indices(kept))
+    def run_pruned(self, kept: Sequence[Tensor], images: Tensor | None = None) -> Any:
+        """The rewritten graph's output for b images, the first ones if none are given, with cells (b, k) of each grid kept."""
+        images = self.images[: len(kept[0])] if images is None else images
+        return self.run(self.pruned, images, *self.indices(kept))
 
     def indices(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Cells (b, k) of each grid as indices of positions, (b, prefix + k + suffix)."""
@@ -183,6 +184,20 @@ class Case:
     def kept(self) -> list[Tensor]:
         """Two thirds of each grid's cells in random order, (1, k)."""
         return [cells[:1, : max(1, 2 * cells.shape[1] // 3)] for cells in self.orders]
+
+    @property
+    def halves(self) -> list[Tensor]:
+        """Two choices for the same image, (2, k) of each grid. Every cell is dropped in one, but one of an odd number.
+
+        Where tokens meet in a maximum, for one, only a choice that drops the largest shows it.
+        """
+        firsts = [(cells[:1], (cells.shape[1] + 1) // 2) for cells in self.orders]
+        return [torch.cat([cells[:, :k], cells[:, -k:]]) for cells, k in firsts]
+
+    @property
+    def image_twice(self) -> Tensor:
+        """The first image for both of the choices `halves`."""
+        return torch.cat([self.images[:1], self.images[:1]])
 
     @cached_property
     def kept_output(self) -> Any:

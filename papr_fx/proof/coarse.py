@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..ops import choose_quads
+from ..ops import TokenRows, choose_quads
 from ..planning.modes import TokenPlan
 from ..tracing.blocks import last_tokens
 from ..tracing.graphs import cut, nodes_by_name
@@ -49,7 +49,7 @@ def check(case: Case) -> None:
             "model in which the patches of each coarse cell are equal: something reads the image or a position elsewhere. Pass "
             "background='drop'"
         )
-    control = error(case, keep, with_wrong_cell(keep, rows.count))
+    control = error(case, keep, with_wrong_cell(keep, rows))
     if not control > max(allowed / 10, 10 * found):
         raise ComparisonError(
             f"coarse background: with one cell taken for another, tokens move by only {control:.1e}, so the proof would not "
@@ -98,12 +98,15 @@ def error(case: Case, keep: Tensor, given: Tensor) -> float:
     return relative_error(found, dense.gather(1, cells.seen.unsqueeze(-1).expand(-1, -1, dense.shape[-1])))
 
 
-def with_wrong_cell(keep: Tensor, count: int) -> Tensor:
-    """Kept rows in which the last cell is another one, or the first token if there is no other."""
+def with_wrong_cell(keep: Tensor, rows: TokenRows) -> Tensor:
+    """Kept rows in which the last cell is another one, or the first patch if there is no other.
+
+    Not a token in front of the patches: tables of patches have no entry for it.
+    """
     wrong = keep.clone()
     for sample in wrong:
-        cells = (sample >= count).nonzero().flatten().tolist()
-        sample[cells[-1] if cells else -1] = sample[cells[0] if len(cells) > 1 else 0]
+        cells = (sample >= rows.count).nonzero().flatten().tolist()
+        sample[cells[-1] if cells else -1] = sample[cells[0]] if len(cells) > 1 else rows.prefix
     return wrong
 
 

@@ -15,11 +15,12 @@ from ..errors import VerifyError
 from ..tracing.blocks import last_tokens
 from ..tracing.graphs import cut, nodes_by_name, shape_of
 from ..tracing.numerics import relative_error
+from ..versions import tree_leaves
 from .case import Case, ComparisonError
 
 
 def check(case: Case) -> None:
-    """Compares two thirds of the tokens, after the last block, with the dense graph whose attention sees no others.
+    """Compares each half of the tokens, after the last block, with the dense graph whose attention sees no others.
 
     Fault: tokens are mixed outside attention, or something is normalised over all of them. The other parts do not find it:
     with all tokens kept there is nothing to miss, and with fewer the result is wrong in every order.
@@ -32,7 +33,7 @@ def check(case: Case) -> None:
     """
     if not case.rewrite.prunes_tokens:
         return
-    found = error(case, case.kept, case.kept)
+    found = error(case, case.halves, case.halves, case.image_twice)
     if not found <= case.tolerance:
         raise ComparisonError(
             f"hidden keys: the kept tokens of `{_last_tokens(case).name}` are off by {found:.1e} from those of the dense model "
@@ -41,19 +42,20 @@ def check(case: Case) -> None:
         )
 
 
-def error(case: Case, kept: Sequence[Tensor], seen: Sequence[Tensor]) -> float:
+def error(case: Case, kept: Sequence[Tensor], seen: Sequence[Tensor], images: Tensor | None = None) -> float:
     """The relative error of kept tokens after the last block, where the dense graph's attention sees only some patches.
 
     Args:
         case: The case of a token model.
         kept: The patches (b, k) that the rewritten graph keeps; a sequence of one.
         seen: The patches that attention sees, besides prefix tokens: `kept`, or others as a negative control.
+        images: One for each row of patches; None for the first ones of the case.
 
     Raises:
         VerifyError: No attention was seen.
     """
     (keep,), (visible,) = case.indices(kept), case.indices(seen)
-    images, last = case.images[: len(keep)], _last_tokens(case)
+    images, last = case.images[: len(keep)] if images is None else images, _last_tokens(case)
     stream = case.rewrite.choices[0].stream
     count = cast("tuple[int, ...]", shape_of(last))[1]
     hidden = torch.ones((len(keep), count), dtype=torch.bool, device=images.device).scatter(1, visible, False)
@@ -64,6 +66,11 @@ def error(case: Case, kept: Sequence[Tensor], seen: Sequence[Tensor]) -> float:
             f"hidden keys: no attention over the {count} tokens was seen after `{stream}` (neither "
             "scaled_dot_product_attention nor nn.MultiheadAttention, nor a softmax over keys). Tokens that are mixed in "
             "another way cannot be left out"
+        )
+    if attention.are_weights(dense):
+        raise ComparisonError(
+            f"hidden keys: a softmax over the tokens after `{stream}` is no attention: its weights multiply each token instead "
+            "of being summed with values, so they grow as tokens become fewer"
         )
     graph = case.pruned.graph
     pruned = case.run(cut(case.root, graph, nodes_by_name(graph)[last.name]), images, keep)
@@ -92,7 +99,7 @@ class HiddenKeys(TorchFunctionMode):
         self.seen = 0
         self._longer: dict[int, Tensor] = {}  # masks of longer sequences, by length
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # parts of a sequence and their masks, by id
-        self._weights_follow: Tensor | None = None
+        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}  # weights before their sum, and their hidden columns, by id
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -109,18 +116,38 @@ class HiddenKeys(TorchFunctionMode):
             bias = self._bias(hidden, args[0])  # (..., 1, N): keys are the last axis
             args = (args[0] + (bias if axis == -1 else bias.transpose(-2, -1)), *args[1:])
             self.seen += 1
-            self._weights_follow = hidden if axis == -1 else None
-        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self._are_weights(args[0]):
-            hidden = cast(Tensor, self._weights_follow)
-            args = (args[0], args[1].masked_fill(self._rows(hidden, args[1]), 0))  # weights may be mixed after the softmax
-            self._weights_follow = None
+            out = func(*args, **kwargs)
+            self._weights[id(out)] = out, hidden if axis == -1 else None
+            return out
+        weights = [self._weights[id(given)] for given in tree_leaves((args, kwargs)) if id(given) in self._weights]
+        if weights and func in _SUMS:
+            args = [self._without_hidden(given) for given in args]  # weights may be mixed after the softmax
+            kwargs = {name: self._without_hidden(given) for name, given in kwargs.items()}
         out = func(*args, **kwargs)
+        if weights and func not in _SUMS:
+            per_token = [made for made in tree_leaves(out) if isinstance(made, Tensor) and self._counts_tokens(made)]
+            self._weights |= {id(made): (made, weights[0][1]) for made in per_token}
         self._follow(func, args, kwargs, out)
         return out
 
-    def _are_weights(self, values: Tensor) -> bool:
-        """Whether these are the attention weights that follow the last softmax over keys."""
-        return self._weights_follow is not None and values.shape[-1] == self._weights_follow.shape[1]
+    def are_weights(self, tokens: Tensor) -> bool:
+        """Whether a value follows from a softmax over tokens whose weights were not summed with values."""
+        return id(tokens) in self._weights
+
+    def _counts_tokens(self, value: Tensor) -> bool:
+        """Whether a value may hold something for each token."""
+        return any(self._mask(size) is not None for size in value.shape)
+
+    def _without_hidden(self, value: Any) -> Any:
+        """Attention weights (..., N) that are zero for hidden keys, alone or in a list; any other value as it is."""
+        if isinstance(value, list | tuple):
+            return [self._without_hidden(part) for part in cast("Sequence[Any]", value)]
+        _, hidden = self._weights.get(id(value), (None, None))
+        if hidden is None or value.ndim not in (3, 4) or value.shape[-1] != hidden.shape[1]:
+            return value
+        columns = hidden[:, None]  # (B, 1, N)
+        columns = columns.unsqueeze(1) if value.ndim == 4 else columns.repeat_interleave(len(value) // len(columns), 0)
+        return value.masked_fill(columns, 0)
 
     def _mask(self, count: int) -> Tensor | None:
         """Which of `count` keys are hidden, (B, count); None if they are not the tokens."""
@@ -171,16 +198,17 @@ class HiddenKeys(TorchFunctionMode):
         bias = bias.masked_fill(hidden, float("-inf"))[:, None, :]  # (B, 1, N)
         return bias.unsqueeze(1) if like.ndim == 4 else bias.repeat_interleave(len(like) // len(bias), 0)  # heads by sample
 
-    def _rows(self, hidden: Tensor, values: Tensor) -> Tensor:
-        rows = hidden.unsqueeze(-1)  # (B, N, 1)
-        return rows.unsqueeze(1) if values.ndim == 4 else rows.repeat_interleave(len(values) // len(rows), 0)
-
     def _given(self, mask: Tensor | None, like: Tensor) -> Tensor | float:
         if mask is None:
             return 0.0
         return torch.where(mask, 0.0, float("-inf")).to(like.dtype) if mask.dtype == torch.bool else mask
 
 
+# What sums weights with values, or on their own.
+_SUMS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm),
+    *(torch.mm, Tensor.mm, torch.einsum, torch.tensordot, torch.sum, Tensor.sum, torch.mean, Tensor.mean),
+)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 

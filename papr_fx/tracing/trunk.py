@@ -82,8 +82,9 @@ class _Family:
 def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     """Finds the trunk: the family of blocks that is the first to run on as many tokens as the most expensive one.
 
-    Families of as many members beside it belong to it, such as attentions and MLPs in lists of their own. Where no block is
-    repeated, one block will do. Where no block maps tokens to tokens, the largest family is returned: an MLP that takes tokens
+    Families of as many members beside it belong to it, such as attentions and MLPs in lists of their own. So do those whose
+    blocks are like its own, such as the rest of a trunk that is held in several lists. Where no block is repeated, one block
+    will do. Where no block maps tokens to tokens, the largest family is returned: an MLP that takes tokens
     inside a block that keeps a grid, as in Swin, is no block.
 
     The run is a real one, before the model is traced: code that caches tensors by size must not cache fake ones.
@@ -104,7 +105,9 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     as_many = [f for f in candidates if f is heaviest or (f.tokens == heaviest.tokens and f.is_apart(heaviest))]
     chosen = min(as_many, key=lambda family: family.order)
     others = [family for family in candidates if family.is_apart(chosen)]
-    same = [f for f in others if f.tokens == chosen.tokens and len(f.members) == len(chosen.members) > 1]
+    as_long = [f for f in on_tokens if f.tokens == chosen.tokens and f.is_apart(chosen)]
+    alike = [f for f in as_long if _kind(model, f) == _kind(model, chosen)]
+    same = alike + [f for f in others if f in as_long and f not in alike and len(f.members) == len(chosen.members) > 1]
     return Trunk(
         _in_order(model, [name for family in (chosen, *same) for name in family.members]),
         tuple(family.members for family in others if family not in same and len(family.members) > 1),
@@ -195,6 +198,12 @@ def _family(members: Mapping[str, nn.Module], calls: Mapping[nn.Module, _Calls],
         tokens=max((max(counts) for counts in tokens.values()), default=0),
         cost=sum(sum(counts) * sizes[module] for module, counts in tokens.items()) or sum(sizes.values()),
     )
+
+
+def _kind(model: nn.Module, family: _Family) -> tuple[type[nn.Module], tuple[torch.Size, ...]]:
+    """The class of a family's first block, and the shapes of its parameters."""
+    block = model.get_submodule(family.members[0])
+    return type(block), tuple(parameter.shape for parameter in block.parameters())
 
 
 def _largest(model: nn.Module, families: Collection[_Family]) -> tuple[str, ...]:

@@ -73,7 +73,32 @@ class Headed(nn.Module):
         return torch.stack([head(features) for head in self.heads])
 
 
+class InParts(ToyViT):
+    """A trunk in several lists, of one block and more, in the order in which they run or another."""
+
+    def __init__(self, *depths: int, backwards: bool = False) -> None:
+        super().__init__(Shape(depth=sum(depths)))
+        blocks = iter([*self.blocks])
+        lists = [nn.ModuleList(next(blocks) for _ in range(depth)) for depth in depths]
+        del self.blocks
+        self.names = [f"part{number}" for number in range(len(depths))]
+        parts = [*zip(self.names, lists, strict=True)]
+        for name, part in reversed(parts) if backwards else parts:
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for name in self.names:
+            for block in getattr(self, name):
+                x = block(x)
+        return self.classify(x)
+
+
 FIRST_BLOCKS = {
+    "one block, then two": (lambda: InParts(1, 2), "part0.0"),
+    "two blocks, then one": (lambda: InParts(2, 1), "part0.0"),
+    "three parts": (lambda: InParts(1, 2, 3), "part0.0"),
+    "parts listed backwards": (lambda: InParts(1, 3, backwards=True), "part0.0"),
     "wrapped": (lambda: nn.Sequential(ToyViT(Shape())), "0.blocks.0"),
     "wrapped twice": (lambda: nn.Sequential(nn.Sequential(ToyViT(Shape()))), "0.0.blocks.0"),
     "one block": (lambda: nn.Sequential(ToyViT(Shape(depth=1))), "0.blocks.0"),

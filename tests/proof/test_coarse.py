@@ -9,7 +9,7 @@ from papr_fx.passes import coarsen_background, gather_positions
 from papr_fx.proof import coarse
 from papr_fx.testing import check
 
-from ..models import Shape, toy_proposal
+from ..models import Attention, Shape, ToyViT, enliven, toy_proposal
 from ..models.positioned import positioned
 from .parts import case_of, failures
 
@@ -73,6 +73,36 @@ def test_a_control_that_moves_nothing_is_reported(monkeypatch):
     monkeypatch.setattr(coarse, "with_wrong_cell", lambda keep, _: keep)
     found = failures(case_of(positioned(ODD, "bias"), background="coarse"))
     assert "with one cell taken for another, tokens move by only" in found["coarse background"]
+
+
+def test_the_only_cell_is_taken_for_a_patch():
+    """Not for a token in front of the patches, for which a table of patches has no entry."""
+    case = case_of(positioned(Shape(image=(6, 6), prefix=3), "rotary"), background="coarse")  # 3 x 2 patches, 2 cells
+    assert not failures(case)
+    keep = ops.choose_quads(torch.rand(2, 3, 2), coarse.COARSE_SHARE, 3)
+    assert (keep >= 9).sum(1).tolist() == [1, 1]
+    assert (coarse.with_wrong_cell(keep, case.rewrite.choices[0].rows)[:, 3:] >= 3).all()
+
+
+class Keyed(Attention):
+    """Attention with a table of its keys. Its weights are summed by `einsum`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(8, 2, False)
+        self.table = torch.nn.Parameter(torch.zeros(1, 1, count, 4))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = self.scores(q, k + self.table).softmax(-1)
+        return self.proj(torch.einsum("bhqk,bhkd->bhqd", weights, v).transpose(1, 2).reshape(b, n, c))
+
+
+def test_weights_of_one_block_are_not_looked_for_in_tables_of_the_next():
+    model = ToyViT(ODD)
+    for block in model.blocks:
+        block.attn = Keyed(16)
+    assert not failures(case_of(enliven(model), background="coarse"))
 
 
 @pytest.mark.parametrize("z", [0.15, 0.99])

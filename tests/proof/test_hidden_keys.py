@@ -124,6 +124,98 @@ def test_attention_over_another_axis_is_proved():
     papr_fx.transform(model, toy_proposal(), 0.5)
 
 
+class Extra(nn.Module):
+    """A block that does something with a softmax over its tokens, after its attention."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.attn, self.norm = Attention(8, 2, True), nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        scores, values = self.norm(x), self.mlp(x)
+        match self.kind:
+            case "gate":
+                return x + values * scores.softmax(dim=1)
+            case "gate by one score":
+                return x * (1 + scores[..., :1].softmax(1))
+            case "gate that is cast":
+                return x + values * F.softmax(scores, dim=-2).to(x.dtype).clone()
+            case "product with channels":
+                return x + scores.softmax(dim=1).transpose(1, 2).contiguous().transpose(1, 2).sigmoid() * values
+            case "by the largest":
+                return x / x.norm(dim=-1).amax(dim=1)[:, None, None]
+            case "context":
+                return x + (scores[..., :1].softmax(dim=1) * values).sum(dim=1, keepdim=True)
+            case "product of vectors":
+                return x + torch.linalg.vecdot(scores.softmax(dim=1), values, dim=1).unsqueeze(1)
+            case "mean of weights":
+                return x + (scores.softmax(dim=1) * values).mean(1, keepdim=True) * 0
+            case "linear attention":
+                return x + x.softmax(dim=-1) @ (scores.softmax(dim=1).transpose(1, 2) @ values)
+            case _:
+                return x + torch.einsum("bnc,bnd->bcd", scores.softmax(dim=1), values).mean(1, keepdim=True)
+
+
+def with_extra(kind: str, seed: int = 0) -> ToyViT:
+    model = ToyViT(Shape())
+    model.blocks = nn.ModuleList(Extra(kind) for _ in range(2))
+    return enliven(model, seed)
+
+
+@pytest.mark.parametrize("kind", ["gate", "gate by one score", "gate that is cast", "product with channels"])
+def test_a_softmax_over_tokens_that_gates_them_is_refused(kind):
+    found = failures(case_of(with_extra(kind)))
+    assert list(found) == ["hidden keys"]
+    assert "is no attention: its weights multiply each token instead of being summed" in found["hidden keys"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_token_that_scales_all_is_seen(seed):
+    """Whichever it is: in one of two choices it is dropped."""
+    with pytest.raises(papr_fx.VerifyError, match=r"hidden keys: the kept tokens of .* are off"):
+        hidden_keys.check(case_of(with_extra("by the largest", seed)))
+
+
+@pytest.mark.parametrize("kind", ["context", "product of vectors", "mean of weights", "linear attention", "einsum"])
+def test_weights_that_are_summed_with_values_are_attention(kind):
+    assert not failures(case_of(with_extra(kind)))
+
+
+class MixedHeads(Attention):
+    """Attention whose heads are mixed after the softmax, so that hidden keys get weights again, and summed in some way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(8, 2, False)
+        self.kind = kind
+        self.mixed = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = self.scores(q, k).softmax(-1)
+        weights = self.mixed(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.kind == "einsum":
+            mixed = torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        elif self.kind == "by name":
+            mixed = torch.matmul(input=weights, other=v)
+        elif self.kind == "batched":
+            mixed = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (b, 2))
+        else:
+            mixed = weights @ v
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("kind", ["matmul", "einsum", "by name", "batched"])
+def test_weights_may_be_mixed_before_their_sum(kind):
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = MixedHeads(kind)
+    assert not failures(case_of(enliven(model)))
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_padding_mask_stays(kind):
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
