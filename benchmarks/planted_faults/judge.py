@@ -90,16 +90,15 @@ def reference(among: str) -> dict[str, Known]:
 def _known(subject: Subject) -> Known:
     functions: set[tuple[str, int]] = set()
 
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call":
-            functions.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+    def note(frame: FrameType, *_: object) -> None:  # None: of the lines of the function nothing is told
+        functions.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
 
     start = time.monotonic()
-    sys.setprofile(note)
+    sys.settrace(note)
     try:
         seen = transformed(subject, verify=True)
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
     by_proof = bool(seen.refused) and not transformed(subject, verify=False).refused
     own = {(os.path.relpath(os.path.realpath(file), ROOT), line) for file, line in functions if file.startswith(str(ROOT))}
     return Known(_without_module(seen), by_proof, frozenset(own), time.monotonic() - start)
