@@ -180,3 +180,47 @@ def test_other_threads_see_nothing_of_a_trace():
     assert torch.equal(gm(x), model(x))
     assert len(Watched.seen) > 2
     assert set(Watched.seen) == {expected}
+
+
+@pytest.fixture
+def _impatient():
+    """Threads that take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("name", ["ViT", "ConvNeXt"])
+def test_a_call_runs_at_one_ratio_whoever_changes_it(name):
+    """The graphs of some ratios are made while others call the module, change it too, or copy it."""
+    case = alone(name)
+    ratios = [0.3 + 0.1 * step for step in range(7)]
+    gm = case.transformed()
+    answers = {}
+    for z in ratios:
+        papr_fx.set_keep_ratio(gm, z)
+        answers[z] = gm(case.x)
+    gm, end = case.transformed(), time.monotonic() + 1
+
+    @torch.no_grad()
+    def changes(number):
+        while time.monotonic() < end:
+            for z in ratios[number:] + ratios[:number]:
+                papr_fx.set_keep_ratio(gm, z)
+                copied = copy.deepcopy(gm) if not number else gm
+                assert number or torch.equal(copied(case.x), answers.get(copied.plan.z, case.pruned))
+
+    @torch.no_grad()
+    def serves(number):
+        known = [*answers.values(), case.pruned]
+        while time.monotonic() < end:
+            out = gm(case.x)
+            assert any(torch.equal(out, answer) for answer in known)
+
+    with ThreadPoolExecutor(6) as pool:
+        for future in [pool.submit(work, number) for work in (changes, serves) for number in range(3)]:
+            future.result()
+    assert torch.equal(gm(case.x), answers[gm.plan.z])

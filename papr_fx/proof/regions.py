@@ -13,6 +13,7 @@ from ..ops.positions import mask_positions
 from ..passes.prune_pixels import PixelSite
 from ..tracing.graphs import nodes_by_name, shape_of
 from ..tracing.numerics import relative_error
+from ..tracing.sources import GraphModule
 from .case import Case, ComparisonError
 
 
@@ -49,7 +50,7 @@ def error(case: Case, kept: Sequence[Tensor], unmasked: Sequence[Tensor]) -> flo
         case.images.new_zeros(len(cells), choice.rows.cells).scatter_(1, cells, 1)
         for cells, choice in zip(unmasked, case.rewrite.choices, strict=True)
     ]
-    masked = case.run(fx.GraphModule(case.root, mask_branches(case)), case.images[: len(kept[0])], *masks)
+    masked = case.run(GraphModule(case.root, mask_branches(case)), case.images[: len(kept[0])], *masks)
     return relative_error(case.kept_output if kept is case.kept else case.run_pruned(kept), masked)
 
 
