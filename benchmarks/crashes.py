@@ -133,15 +133,16 @@ def _killed(evaluation: Evaluation, results: Path, kills: int, seconds: float, d
         found.continued += done > 0
         way = draw.choice(WAYS) if kills else ""
         code = _once(evaluation, results, way, draw, seconds)
-        before, done = done, _looked_at(results)
-        if code == 0:
-            return kills
-        if code != -signal.SIGKILL:
+        if code not in (0, -signal.SIGKILL):
             raise UnsoundError(f"a run of {results.name} ended with {code}")
+        if code:
+            kills -= 1
+            found.kills[way] += 1
+        before, done = done, _looked_at(results)
+        if results.exists() and not part_of(results).exists():  # killed or not, it has done all
+            return kills
         if done < before:
             raise UnsoundError(f"{part_of(results).name} says {done} samples, where it said {before}")
-        kills -= 1
-        found.kills[way] += 1
 
 
 def _once(evaluation: Evaluation, results: Path, way: str, draw: random.Random, seconds: float) -> int:

@@ -1,0 +1,74 @@
+"""`python -m benchmarks.long_run`: some seconds of a life; a wrong answer ends it; the table."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import answers, long_run
+from benchmarks.long_run import Settings, changes, live, reloads, serves, trains
+
+
+@pytest.fixture
+def _tiny(monkeypatch):
+    """One model, and few questions."""
+    for name, value in {"RATIOS": (1.0, 0.5), "SIZES": range(1, 3), "STARTS": (0,)}.items():
+        monkeypatch.setattr(answers, name, value)
+        monkeypatch.setattr(long_run, name, value)
+    for model in ("ConvNeXt", "Swin"):
+        monkeypatch.delitem(answers.MODELS, model)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_life(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(long_run, "WORKS", {serves: 2, changes: 2, trains: 1, reloads: 1})
+    path = tmp_path / "life.json"
+    given = ["long_run", "--minutes", "0.05", "--threads", "3", "--processes", "1", "--out", str(path)]
+    monkeypatch.setattr("sys.argv", given)
+    long_run.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert min(row[word] for word in ("answers", "changes", "reloads", "copies", "under change")) > 0
+    assert row["images"] > row["answers"]
+    assert row["wrong"] == row["not to the bit"] == 0
+    assert row["MB end"] > 100
+    assert len(row["samples"]) > 1
+    printed = capsys.readouterr().out
+    assert "| growth %" in printed
+    monkeypatch.setattr("sys.argv", [*given, "--table"])
+    long_run.main()
+    assert capsys.readouterr().out in printed
+
+
+def spoils(life, name, draw):
+    """A weight of a served module changes."""
+    with torch.no_grad():
+        next(life.served[name].gm.parameters()).add_(0.01)
+
+
+def forgets(life, name, draw):
+    """The keep ratio changes behind the back of those who serve."""
+    served = life.served[name]
+    served.gm.retarget(1.5 - served.gm.plan.z)  # 1 or 0.5
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("fault", [spoils, forgets])
+def test_a_wrong_answer_ends_it(fault, monkeypatch):
+    monkeypatch.setattr(long_run, "WORKS", {serves: 1, fault: 1})
+    with pytest.raises(answers.WrongAnswerError, match="ViT, Question.*relative error at the keep ratios in force"):
+        live(Settings(60, threads=2))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_what_differs_by_rounding_is_told_apart():
+    known = answers.Known("ViT", answers.lively(torch.nn.Conv2d(3, 4, 8, 8)))
+    question = answers.Question(0, 2)
+    answer = known.answers[0.5][question]
+    assert known.check(answer.clone(), question, [1.0, 0.5])
+    assert not known.check(answer * (1 + 1e-6), question, [1.0, 0.5])
+    with pytest.raises(answers.WrongAnswerError):
+        known.check(answer * (1 + 1e-4), question, [1.0, 0.5])
+    with pytest.raises(answers.WrongAnswerError):
+        known.check(answer, question, [1.0])
+    with pytest.raises(answers.WrongAnswerError):
+        known.check(answer * float("nan"), question, [0.5])
