@@ -52,10 +52,10 @@ def test_code_that_can_run_has_its_text():
     assert files[0] == files[2] != files[1]
 
 
-def test_a_text_that_other_code_shares_stays(monkeypatch):
-    monkeypatch.setattr("torch.fx.experimental._config.enrich_profiler_metadata", True)
+def test_a_text_that_other_code_shares_stays():
     graph = fx.symbolic_trace(torch.nn.ReLU()).graph
-    first, second = (GraphModule(torch.nn.Module(), copy.deepcopy(graph)) for _ in range(2))
+    with torch.fx.experimental._config.patch(enrich_profiler_metadata=True):
+        first, second = (GraphModule(torch.nn.Module(), copy.deepcopy(graph)) for _ in range(2))
     file = second.forward.__func__.__code__.co_filename
     assert file == first.forward.__func__.__code__.co_filename
     del first
