@@ -22,9 +22,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from .attempts import SOUND, Attempt, attempt
-from .file_kinds import Kind, kinds
+from .file_kinds import kinds
 from .harmful_files import MARK, Files, harmful
 from .mutations import damaged
+from .read_file import Kind
 from .record import write
 
 _SECONDS, _MEGABYTES = 30.0, 2000.0

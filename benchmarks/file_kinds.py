@@ -5,14 +5,12 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from timm.data import create_transform
 from torch import Tensor
 
 from papr_fx.cli.counting import _real_labels
@@ -21,7 +19,6 @@ from papr_fx.evaluation.classes import read_class_map
 from papr_fx.evaluation.counts import Counts, Progress
 from papr_fx.evaluation.decoders import ClipDecoder, ImageDecoder, Views
 from papr_fx.evaluation.image_file import is_animation, read_image
-from papr_fx.evaluation.models import image_model, proposal_for, video_model
 from papr_fx.evaluation.readers import Source, open_reader
 from papr_fx.evaluation.results import part_of, read_part, write_part
 from papr_fx.evaluation.samples import Reader, Samples
@@ -29,34 +26,18 @@ from papr_fx.evaluation.survey import Row
 from papr_fx.evaluation.zoo import Architecture
 from papr_fx.video import read_video, write_video
 
-READ, REPORTED = "read", "reported"
-STATISTICS = ((0.5,) * 3, (0.5,) * 3)
-SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+from .read_file import READ, REPORTED, Kind
+from .weight_files import weights
+
 SETTINGS = {"model": "a", "z": [1.0, 0.5]}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of file.
-
-    Attributes:
-        name: In the table.
-        file: The file that is damaged, from the folder.
-        write: Writes the file, and what belongs to it, into a folder.
-        read: Reads it: `READ`, or `REPORTED` where a sample is named as unreadable. Raises `PaprError` where it is refused.
-    """
-
-    name: str
-    file: str
-    write: Callable[[Path], object]
-    read: Callable[[Path], str]
+STATISTICS = ((0.5,) * 3, (0.5,) * 3)
 
 
 def kinds() -> list[Kind]:
     """All kinds."""
     images = [_image(name, suffix, options) for name, suffix, options in _IMAGES]
     clips = [_clip(suffix) for suffix in ("mp4", "mkv", "avi", "ts", "gif", "webp")]
-    return [*images, *clips, *_weights(), *_listings()]
+    return [*images, *clips, *weights(), *_listings()]
 
 
 _IMAGES: Sequence[tuple[str, str, dict[str, Any]]] = (
@@ -81,13 +62,13 @@ def outcome(reader: Reader, decode: Callable[[IO[bytes]], Tensor]) -> str:
     """Reads all samples."""
     samples = Samples(reader, decode, (1,))
     found = [(samples.name(index), samples[index]) for index in range(len(samples))]
+    torch.tensor([sample.label for _, sample in found])  # as a batch holds them
     return REPORTED if any(sample.error for _, sample in found) else READ
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """What a model's transform makes of an image, about."""
-    small = image.resize((8, 8), Image.Resampling.BILINEAR)
-    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float()
+    """What a model takes of an image."""
+    return cast(Any, create_transform((3, 224, 224), is_training=False))(image)
 
 
 def _image(mode: str, suffix: str, options: dict[str, Any]) -> Kind:
@@ -129,68 +110,6 @@ def _clip(suffix: str) -> Kind:
     return Kind(f"clip: {suffix}", file, write, read)
 
 
-def small_vit() -> torch.nn.Module:
-    """The ViT whose weights are read."""
-    return timm.create_model("test_vit", **SMALL)
-
-
-def _weights() -> list[Kind]:
-    def checkpoint(name: str, file: str, save: Callable[[dict[str, Tensor], Path], object]) -> Kind:
-        def write(folder: Path) -> None:
-            save(small_vit().state_dict(), folder / file)
-
-        def read(folder: Path) -> str:
-            image_model("test_vit", pretrained=False, checkpoint=str(folder / file), **SMALL)
-            return READ
-
-        return Kind(f"checkpoint: {name}", file, write, read)
-
-    def archive(state: dict[str, Tensor], path: Path) -> None:
-        import numpy as np
-
-        np.savez(path, allow_pickle=False, **{name: tensor.numpy() for name, tensor in state.items()})
-
-    return [
-        checkpoint("pth", "a.pth", torch.save),
-        checkpoint("pth before torch 1.6", "a.pth", lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False)),
-        checkpoint("safetensors", "a.safetensors", save_file),
-        checkpoint("npz", "a.npz", archive),
-        *(_timm_folder(file) for file in ("config.json", "model.safetensors")),
-        *(_video_folder(file) for file in ("config.json", "preprocessor_config.json", "model.safetensors")),
-    ]
-
-
-def _timm_folder(file: str) -> Kind:
-    """A folder that timm saved, read as model and as proposal."""
-
-    def write(folder: Path) -> None:
-        cast(Any, timm.models).save_for_hf(timm.create_model("test_resnet", num_classes=3), folder, safe_serialization=True)
-
-    def read(folder: Path) -> str:
-        proposal_for(STATISTICS, f"local-dir:{folder}", pretrained=True)
-        image_model(f"local-dir:{folder}", pretrained=True)
-        return READ
-
-    return Kind(f"timm's folder: {file}", file, write, read)
-
-
-def _video_folder(file: str) -> Kind:
-    def write(folder: Path) -> None:
-        import transformers
-
-        library = cast(Any, transformers)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = library.VideoMAEConfig(image_size=32, patch_size=16, num_frames=4, num_labels=3, **sizes)
-        library.VideoMAEForVideoClassification(config).save_pretrained(folder)
-        library.VideoMAEImageProcessor(image_mean=STATISTICS[0], image_std=STATISTICS[1]).save_pretrained(folder)
-
-    def read(folder: Path) -> str:
-        video_model(str(folder), pretrained=False)
-        return READ
-
-    return Kind(f"transformers' folder: {file}", file, write, read)
-
-
 def _listings() -> list[Kind]:
     """Files that list samples or classes, or hold them; and what earlier runs wrote."""
 
@@ -225,10 +144,10 @@ def _listings() -> list[Kind]:
         split = {"name": "val", "num_samples": 4, **files}
         (folder / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
 
-    def samples(split: str = "", **source: Any) -> Callable[[Path], str]:
+    def samples(data: str, split: str = "") -> Callable[[Path], str]:
         def read(folder: Path) -> str:
-            named = {key: str(value).format(folder) for key, value in source.items()}
-            return outcome(open_reader(Source(**named, **({"split": split} if split else {}))), ImageDecoder(pixels))
+            named = data.format(folder)
+            return outcome(open_reader(Source(named, split=split) if split else Source(named)), ImageDecoder(pixels))
 
         return read
 
@@ -240,10 +159,10 @@ def _listings() -> list[Kind]:
         return Kind(f"class map: {file}", file, lambda folder: (folder / file).write_bytes(content), read)
 
     return [
-        Kind("table: csv", "t.csv", table, samples(data="{}/t.csv")),
-        Kind("tar file of folders", "t.tar", archive, samples(data="{}/t.tar")),
-        Kind("shards: tar", "s-0.tar", shards, samples("s-{0..1}.tar", data="wds/{}")),
-        Kind("shards: _info.json", "_info.json", shards, samples("val", data="wds/{}")),
+        Kind("table: csv", "t.csv", table, samples("{}/t.csv")),
+        Kind("tar file of folders", "t.tar", archive, samples("{}/t.tar")),
+        Kind("shards: tar", "s-0.tar", shards, samples("wds/{}", "s-{0..1}.tar")),
+        Kind("shards: _info.json", "_info.json", shards, samples("wds/{}", "val")),
         class_map(b"a\nb\nc\n", "c.txt"),
         class_map(pickle.dumps({"a": 0, "b": 1}), "c.pkl"),
         Kind("part file", "r.json.part", _write_part, _read_part),

@@ -219,6 +219,10 @@ def _cell(value: object) -> object:
 _stopping: list[Any] = []  # the event of the processes of a run
 
 
+def _begin(stop: Any) -> None:
+    _stopping.append(stop)
+
+
 def _live(settings: Settings) -> dict[str, Any]:
     (stop,) = _stopping
     try:
@@ -234,7 +238,7 @@ def run(settings: list[Settings]) -> list[dict[str, Any]]:
         return [live(settings[0])]
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    with ProcessPoolExecutor(len(settings), context, _stopping.append, (stop,)) as pool:
+    with ProcessPoolExecutor(len(settings), context, _begin, (stop,)) as pool:
         return list(pool.map(_live, settings))
 
 

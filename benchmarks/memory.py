@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import fx
+from torch.fx.graph_module import _loader
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def sample(minutes: float) -> Sample:
     kinds = [type(held) for held in gc.get_objects()]
     tensors = sum(issubclass(kind, torch.Tensor) for kind in kinds)
     modules = sum(issubclass(kind, fx.GraphModule) for kind in kinds)
-    return Sample(minutes, resident() / 1e6, tensors, modules, len(fx.graph_module._loader.eval_cache))
+    return Sample(minutes, resident() / 1e6, tensors, modules, len(_loader.eval_cache))
 
 
 def resident() -> int:

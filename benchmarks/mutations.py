@@ -5,6 +5,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -199,16 +200,14 @@ def _json_value(content: bytes, draw: random.Random) -> bytes:
         root = json.loads(content)
     except (ValueError, RecursionError):
         return content
-    holder: object = {"": root}
+    top: dict[Any, Any] = {"": root}
+    holder: Any = top
     while True:
-        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder))) if isinstance(holder, list) else []
-        key = draw.choice(keys)
-        inner = holder[key]  # type: ignore[index]
+        key = draw.choice([*holder] if isinstance(holder, dict) else [*range(len(holder))])
+        inner = holder[key]
         if not (isinstance(inner, dict | list) and inner and draw.random() < 0.8):
             break
         holder = inner
     value = draw.choice((None, -1, 2**70, 1.5, float("nan"), "x", "", [], {}, [[]], {"a": None}, True))
-    if holder == {"": root} and key == "":
-        return json.dumps(value).encode()
-    holder[key] = value  # type: ignore[index]
-    return json.dumps(root).encode()
+    holder[key] = value
+    return json.dumps(top[""]).encode()
