@@ -16,7 +16,7 @@ from typing import NoReturn
 from papr_fx import PaprError
 
 SOUND = ("read", "reported", "refused")
-_ADDRESSES = 6 << 30  # more than that of new addresses is refused
+_ADDRESSES = 16 << 30  # bytes: what asks for more gets a `MemoryError`
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,11 @@ def _tried(read: Callable[[], str]) -> tuple[str, str]:
     try:
         return read(), ""
     except PaprError as error:
-        short = any(isinstance(cause, MemoryError) or "allocate memory" in str(cause) for cause in _causes(error))
-        return ("memory" if short else "refused"), str(error)
+        return "refused", str(error)
     except MemoryError as error:
         return "memory", _place(error)
     except BaseException as error:  # whatever it is, it must not be
         return "other", _place(error)
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _place(error: BaseException) -> str:

@@ -193,7 +193,7 @@ def _write_page(folder: Path) -> None:
 
 
 def _read_page(folder: Path) -> str:
-    page.read((folder / "p.md").read_text())
+    page.load(folder / "p.md")
     return READ
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from .mutations import png_chunk, tar_number, tar_summed
 
+_SECOND = 512 + 1024  # where the second member of a tar file starts, behind 600 bytes of the first
 MARK = "mark"  # the file that code in a file would make
 Files = Mapping[str, bytes | Callable[[], bytes] | None]
 
@@ -99,8 +100,16 @@ def _npz(values: Any) -> bytes:
 def _bombs() -> Iterator[tuple[str, str, Files]]:
     for side in (12_000, 60_000):
         yield "image: png, RGB", f"bomb, {side} x {side}", {"a/0.png": partial(_large_png, side, side)}
+    yield "image: png, RGB", "1 x 60000 pixels", {"a/0.png": partial(_large_png, 60_000, 1)}
+    yield "clip: gif", "1 x 60000 pixels", {"a/0.gif": _large_gif(1, 60_000)}
+    for kind, file, content in (
+        ("table: csv", "t.csv", b"a/0.png,%d" % 10**30),
+        ("shards: tar", "s-0.tar", _tar(_labelled)),
+        ("class map: c.pkl", "c.pkl", pickle.dumps({"a": 10**30})),
+    ):
+        yield kind, "a class of 31 digits", {file: content}
     yield "image: png, RGB", "bomb in a comment", {"a/0.png": lambda: _large_png(8, 8, b"a\0\0" + zlib.compress(bytes(10**9)))}
-    for kind, suffix, count in (("clip: gif", "gif", 60_000), ("clip: webp", "webp", 3000)):
+    for kind, suffix, count in (("clip: gif", "gif", 10_000), ("clip: webp", "webp", 3000)):
         yield kind, f"a single pixel, {count} frames", {f"a/0.{suffix}": partial(_many_frames, count, suffix)}
     yield "clip: gif", "65535 x 65535 pixels", {"a/0.gif": _large_gif(65535, 65535)}
     yield "clip: gif", "16000 x 16000 pixels", {"a/0.gif": _large_gif(16000, 16000)}
@@ -197,12 +206,16 @@ def _archives() -> Iterator[tuple[str, str, Files]]:
     yield "tar file of folders", "a tar file of 2^40 zeros in it", {"t.tar": _sparse()}
 
 
+def _labelled(info: tarfile.TarInfo) -> None:
+    info.name, info.size = "b/1.cls", 31
+
+
 def _linked(info: tarfile.TarInfo, kind: bytes) -> None:
     info.type, info.linkname, info.size = kind, "/etc/passwd", 0
 
 
 def _tar(change: Callable[[tarfile.TarInfo], object], size: int | None = None) -> bytes:
-    """A tar file whose first member is changed."""
+    """A tar file whose first member is changed, or the second has another size."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for place, name in enumerate(("a/0.png", "b/1.png")):
@@ -210,13 +223,13 @@ def _tar(change: Callable[[tarfile.TarInfo], object], size: int | None = None) -
             info.size = 600
             if not place:
                 change(info)
-            tar.addfile(info, io.BytesIO(bytes(600)) if info.size else None)
+            tar.addfile(info, io.BytesIO((b"%d" % 10**30).ljust(600, b"\0")) if info.size else None)
     content = file.getvalue()
     if size is None:
         return content
-    header = bytearray(content[:512])
+    header = bytearray(content[_SECOND : _SECOND + 512])
     header[124:136] = tar_number(size)
-    return tar_summed(header) + content[512:]
+    return content[:_SECOND] + tar_summed(header) + content[_SECOND + 512 :]
 
 
 def _nested(depth: int) -> bytes:

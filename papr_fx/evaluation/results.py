@@ -88,11 +88,9 @@ def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
         return None
     try:
         found = json.loads(part.read_text())
-        given, counted = found["settings"], found["progress"]
-        counts = {name: Counts(**values) for name, values in counted["counts"].items()}
-        failed = [(int(place), str(reason)) for place, reason in counted["failed"]]
-        progress = Progress(int(counted["done"]), int(counted["total"]), counts, failed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        given = {**found["settings"]}
+        progress = _progress(found["progress"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArgumentError(
             f"{part} does not say how far a run has come ({type(error).__name__}: {error}): remove it"
         ) from error
@@ -104,3 +102,13 @@ def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
             "--results-file"
         )
     return progress
+
+
+def _progress(said: Mapping[str, Any]) -> Progress:
+    """How far a run came, as its part file says."""
+    counts = {name: Counts(**values) for name, values in said["counts"].items()}
+    numbers = [value for of_one in counts.values() for value in vars(of_one).values()]
+    done, total = int(said["done"]), int(said["total"])
+    if not 0 <= total <= done or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"it says {total} of {done} samples, and counts {numbers}")
+    return Progress(done, total, counts, [(int(place), str(reason)) for place, reason in said["failed"]])
