@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def _child(read: Callable[[], str], sink: int) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
+    warnings.simplefilter("ignore")
     before = _status("VmRSS")
     limit = 1024 * _status("VmSize") + _ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
