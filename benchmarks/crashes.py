@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def main() -> None:
     if not arguments.table:
         with tempfile.TemporaryDirectory() as folder:
             found = crash(Evaluation(Path(folder)), arguments.kills, arguments.seed)
-        write(arguments.out, [asdict(found)], seed=arguments.seed)
+        write(arguments.out, [{**vars(found), "kills": dict(found.kills)}], seed=arguments.seed)
     print(table(json.loads(arguments.out.read_text())["rows"][0]))
 
 
