@@ -3,6 +3,7 @@
 import copy
 import gc
 import linecache
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +62,11 @@ def test_a_text_that_other_code_shares_stays():
     del first
     gc.collect()
     assert file in fx.graph_module._loader.eval_cache
+
+
+def test_all_graph_modules_are_of_this_kind():
+    """Others would leave their texts."""
+    root = Path(papr_fx.__file__).parent
+    files = [*root.glob("*.py"), *root.glob("*/*.py")]
+    assert len(files) > 100
+    assert [file.name for file in files if "fx.GraphModule(" in file.read_text()] == []
