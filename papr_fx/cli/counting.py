@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..evaluation.counts import Progress
 from ..evaluation.evaluate import DataError, Hooks, RunSettings, evaluate
-from ..evaluation.results import part_of, read_part, write_part
+from ..evaluation.results import part_of, read_part, remove_part, write_part
 from ..evaluation.runner import Runner
 from ..evaluation.samples import Samples
 from ..evaluation.subject import Subject
@@ -59,7 +59,7 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
         found = evaluate(runners, data, settings, progress=progress, hooks=Hooks(save, bar.update))
     if not found.total:
         if arguments.results_file and is_first():
-            part_of(arguments.results_file).unlink(missing_ok=True)
+            remove_part(arguments.results_file)
         reasons = "; ".join(reason for _, reason in found.failed[:3])
         raise DataError(f"none of the {len(found.failed)} samples of {arguments.data} could be read: {reasons}")
     return found

@@ -77,6 +77,15 @@ def write_part(path: Path, progress: Progress, settings: Mapping[str, Any]) -> N
     write_whole(part_of(path), json.dumps({"settings": dict(settings), "progress": asdict(progress)}) + "\n")
 
 
+def remove_part(path: Path) -> None:
+    """Removes the part file of a results file, and temporary files that killed runs left beside it."""
+    part_of(path).unlink(missing_ok=True)
+    beginnings = [f".{file.name}." for file in (path, part_of(path))]
+    for file in [*path.parent.iterdir()] if path.parent.is_dir() else []:
+        if any(file.name.removeprefix(beginning).isdigit() for beginning in beginnings if file.name.startswith(beginning)):
+            file.unlink(missing_ok=True)
+
+
 def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
     """Reads how far an interrupted run with the same settings came; None if there was no such run.
 

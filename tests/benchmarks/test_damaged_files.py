@@ -14,7 +14,7 @@ from benchmarks.file_kinds import kinds
 
 def test_some_files(monkeypatch, tmp_path, capsys):
     path = tmp_path / "files.json"
-    given = ["damaged_files", "--count", "100", "--seed", "7", "--only", "image", "--out", str(path)]
+    given = ["damaged_files", "--count", "100", "--seed", "0", "--only", "image", "--out", str(path)]
     monkeypatch.setattr("sys.argv", given)
     monkeypatch.setattr(damaged_files, "harmful", lambda mark: [])
     with pytest.raises(SystemExit) as ended:
@@ -75,7 +75,7 @@ def asks_for_all():
     ],
 )
 def test_what_comes_of_a_file(read, outcome):
-    found = attempt(read, 1.0, 200.0)
+    found = attempt(read, 1.0 if read is hangs else 60.0, 200.0)
     assert found.outcome == outcome, found
     if outcome == "other":
         assert found.message.startswith("TypeError: odd (test_damaged_files.py:")
