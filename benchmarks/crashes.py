@@ -30,7 +30,7 @@ from papr_fx.evaluation.results import part_of
 
 from .record import write
 
-PICTURES, CLASSES = 200, 4
+PICTURES, CLASSES = 120, 4
 WAYS = ("after a time", "at a file", "half of a file")
 _TIMES = ("img_per_sec",)  # what may differ between two runs
 
@@ -73,7 +73,7 @@ class Evaluation:
     def arguments(self, results: Path) -> list[str]:
         """Of the command line. A chunk is 32 pictures."""
         given = ["eval", self._data, "--model", "test_vit", "--num-classes", CLASSES, "--checkpoint", self.folder / "model.pth"]
-        given += ["--proposal", "test_resnet", "--img-size", 64, "--z", "1.0,0.5", "--batch-size", 1, "--workers", 0]
+        given += ["--proposal", "test_resnet", "--img-size", 64, "--z", 0.5, "--batch-size", 1, "--workers", 0]
         return [str(part) for part in [*given, "--results-file", results]]
 
     def started(self, results: Path, prepare: Callable[[], object] = lambda: None) -> int:
