@@ -25,6 +25,7 @@ from .passes.schedules import SCHEDULES, Schedule
 from .planning.module import PrunedModule, shell, sibling
 from .tracing.macs import count_macs_by_node
 from .tracing.roles import has_role
+from .tracing.sources import GraphModule
 
 __all__ = ["AttentionPruning", "TokenFusion", "TokenPropagation", "at_macs", "kept_before", "reduction_named", "transcribed"]
 
@@ -51,7 +52,7 @@ def transcribed(gm: PrunedModule) -> fx.GraphModule:
         if has_role(node, Kind.CHANNELS_LAST):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    return fx.GraphModule(shell(gm), graph)
+    return GraphModule(shell(gm), graph)
 
 
 def _gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A new release of torch can break these lines only. `papr_fx.requirements` says w
 from __future__ import annotations
 
 import inspect
+import linecache
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -17,6 +18,7 @@ from torch import fx
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _format_target as format_target
+from torch.fx.graph_module import _loader
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils import checkpoint
@@ -32,6 +34,7 @@ __all__ = [
     "NormBase",
     "TorchDispatchMode",
     "flop_formulas",
+    "forget_source",
     "format_target",
     "is_compiled",
     "is_transformed",
@@ -81,6 +84,16 @@ def without_types(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         node.type = None if node.type == node.target else node.type
     return graph
+
+
+def forget_source(file: str) -> None:
+    """Removes the source text that `torch.fx` keeps of code that it made, by the name of the file that the code states.
+
+    A name that says what the code is, as of `enrich_profiler_metadata`, may be that of other code too: its text stays.
+    """
+    if file.startswith("<eval_with_key>"):
+        _loader.eval_cache.pop(file, None)
+        linecache.cache.pop(file, None)
 
 
 def is_compiled(module: object) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +54,30 @@ class _FramesError(Exception):
     """What a video holds cannot be shown."""
 
 
+# What PyAV and Pillow raise for a file that is damaged, besides what is an `OSError`.
+_DAMAGED = (
+    *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError),
+    struct.error,
+)
+_LARGEST = 100_000_000  # pixels of a frame: a file of some bytes may claim more than memory holds
+
+
+@contextmanager
+def _reading() -> Generator[None]:
+    """Raises `_FramesError` where the file is damaged. No code of the caller runs inside."""
+    from PIL import Image
+
+    try:
+        yield
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        raise _FramesError(str(error) or type(error).__name__) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > _LARGEST:
+        raise _FramesError(f"its frames have {width} x {height} pixels, more than {_LARGEST}: write smaller ones")
+
+
 def _video(path: str | Path | IO[bytes], chosen: Callable[[int], Sequence[int]]) -> Tensor:
     """Frames (T, H, W, 3) that FFmpeg decodes."""
     count = _packets(path)
@@ -82,7 +106,7 @@ def _opened(path: str | Path | IO[bytes]) -> Any:
 
 def _packets(path: str | Path | IO[bytes]) -> int:
     """How many frames a file holds, as far as its packets say: nothing is decoded."""
-    with _opened(path) as container:
+    with _reading(), _opened(path) as container:
         return sum(1 for packet in container.demux(video=0) if packet.size and not packet.is_discard)
 
 
@@ -97,9 +121,10 @@ def _decoded(path: str | Path | IO[bytes], count: int, wanted: Sequence[int]) ->
     for slot, place in enumerate(wanted):
         slots.setdefault(place, []).append(slot)
     number, found = 0, torch.empty(0)
-    with _opened(path) as container:
+    with _reading(), _opened(path) as container:
         for number, frame in enumerate(container.decode(video=0), 1):
             for slot in slots.get(number - 1, ()):
+                _check_size(frame.width, frame.height)
                 pixels = _shown(frame)
                 found = found if len(found) else pixels.new_empty((len(wanted), *pixels.shape))
                 if pixels.shape != found.shape[1:]:
@@ -135,14 +160,18 @@ def _animation(path: str | Path | IO[bytes], chosen: Callable[[int], Sequence[in
             return None
         from PIL import Image
 
-        image: Any = Image.open(file)
-        wanted = chosen(image.n_frames)
-        _check_places(wanted, image.n_frames)
+        with _reading():
+            image: Any = Image.open(file)
+            count = image.n_frames
+        _check_size(image.width, image.height)
+        wanted = chosen(count)
+        _check_places(wanted, count)
         found: dict[int, Tensor] = {}
-        for place in sorted({*wanted}):
-            image.seek(place)
-            pixels = torch.frombuffer(bytearray(image.convert("RGBA").tobytes()), dtype=torch.uint8)
-            found[place] = _over_white(pixels.view(image.height, image.width, 4))
+        with _reading():
+            for place in sorted({*wanted}):
+                image.seek(place)
+                pixels = torch.frombuffer(bytearray(image.convert("RGBA").tobytes()), dtype=torch.uint8)
+                found[place] = _over_white(pixels.view(image.height, image.width, 4))
     return torch.stack([found[place] for place in wanted]) if found else torch.empty(0)
 
 

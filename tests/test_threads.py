@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import papr_fx
+from papr_fx.planning.module import PrunedModule
 
 from .models import Shape, ToyViT, enliven, toy_proposal
 from .models.positioned import positioned
@@ -180,3 +181,45 @@ def test_other_threads_see_nothing_of_a_trace():
     assert torch.equal(gm(x), model(x))
     assert len(Watched.seen) > 2
     assert set(Watched.seen) == {expected}
+
+
+def retargets(gm):
+    papr_fx.set_keep_ratio(gm, 0.7)
+
+
+def switches(gm):
+    gm.train().eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "other"), [("ViT", retargets), ("ConvNeXt", switches)])
+def test_changes_of_one_module_take_turns(name, other, monkeypatch):
+    """One thread changes the keep ratio, and has put the new code in place; then another does something."""
+    case = alone(name)
+    answers = {0.5: case.pruned}
+    for z in (0.3, 0.7):
+        gm = case.transformed()
+        papr_fx.set_keep_ratio(gm, z)
+        answers[z] = gm(case.x)
+    gm, inside, done = case.transformed(), threading.Event(), threading.Event()
+    recompile = PrunedModule.recompile
+
+    def paused(module):
+        code = recompile(module)
+        if module is gm and not inside.is_set():
+            inside.set()
+            done.wait(0.5)  # in vain, where the other has to wait
+        return code
+
+    def second():
+        inside.wait()
+        other(gm)
+        done.set()
+
+    monkeypatch.setattr(PrunedModule, "recompile", paused)
+    with ThreadPoolExecutor(2) as pool:
+        for future in (pool.submit(papr_fx.set_keep_ratio, gm, 0.3), pool.submit(second)):
+            future.result()
+    assert torch.equal(gm(case.x), answers[gm.plan.z])
+    papr_fx.set_keep_ratio(gm, 0.3)
+    assert torch.equal(gm(case.x), answers[0.3])

@@ -225,3 +225,33 @@ def test_scores_are_averaged_over_views():
         torch.testing.assert_close(found, by_hand)
     with pytest.raises(papr_fx.ArgumentError, match="layout must be 'BTCHW' or 'BCTHW'"):
         average_views(Colour(), views, layout="THWC")
+
+
+def test_frames_that_would_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("papr_fx.video_file._LARGEST", 1000)
+    frames = [Image.new("RGB", (50, 30), (level, 0, 0)) for level in (0, 100, 200)]
+    for suffix in ("gif", "webp"):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        with pytest.raises(papr_fx.ArgumentError, match=f"a.{suffix}: its frames have 50 x 30 pixels, more than 1000"):
+            read_video(path)
+    frames[0].resize((30, 30)).save(path, save_all=True, append_images=[frame.resize((30, 30)) for frame in frames[1:]])
+    assert read_video(path).shape == (3, 3, 30, 30)
+
+
+def test_a_damaged_animation_is_refused_by_name(tmp_path):
+    frames = [Image.effect_noise((64, 48), 90).convert("RGB") for _ in range(4)]
+    path = tmp_path / "a.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    whole = path.read_bytes()
+    for size in (13, 40, len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:size])
+        with pytest.raises(papr_fx.ArgumentError, match=r"cannot read a clip from .*a\.webp"):
+            read_video(path)
+
+
+def test_errors_of_the_callers_own_code_stay(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_video(path, moving_square())
+    with pytest.raises(ZeroDivisionError):
+        read_video(path, frames=lambda count: [count // 0])

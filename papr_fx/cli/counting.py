@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import RealLabelsImagenet
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..evaluation.counts import Progress
 from ..evaluation.evaluate import DataError, Hooks, RunSettings, evaluate
-from ..evaluation.results import part_of, read_part, write_part
+from ..evaluation.results import part_of, read_part, remove_part, write_part
 from ..evaluation.runner import Runner
 from ..evaluation.samples import Samples
 from ..evaluation.subject import Subject
@@ -59,7 +59,7 @@ def counted(arguments: argparse.Namespace, subject: Subject, variants: Sequence[
         found = evaluate(runners, data, settings, progress=progress, hooks=Hooks(save, bar.update))
     if not found.total:
         if arguments.results_file and is_first():
-            part_of(arguments.results_file).unlink(missing_ok=True)
+            remove_part(arguments.results_file)
         reasons = "; ".join(reason for _, reason in found.failed[:3])
         raise DataError(f"none of the {len(found.failed)} samples of {arguments.data} could be read: {reasons}")
     return found
@@ -90,7 +90,15 @@ def _real_labels(arguments: argparse.Namespace, data: Samples) -> Callable[[int]
     names = [Path(data.name(index)).name for index in range(len(data))]
     try:
         known: Any = RealLabelsImagenet([""] * 50_000, arguments.real_labels or None)
-        labels = {name: known.real_labels[name] for name in names}
-    except (OSError, ValueError, AssertionError, KeyError) as error:
+        labels = {name: _checked_labels(known.real_labels[name]) for name in names}
+    except (OSError, ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
         raise ArgumentError(f"--real-labels: they are for the 50000 files of ImageNet's validation: {error!r}") from error
     return lambda index: labels[names[index]]
+
+
+def _checked_labels(found: object) -> Sequence[int]:
+    """The labels of one sample, or `TypeError` if these are none."""
+    labels = cast("list[object]", found) if isinstance(found, list) else [None]
+    if not all(isinstance(label, int) for label in labels):
+        raise TypeError(f"labels are lists of whole numbers, not {found!r}")
+    return cast("list[int]", labels)

@@ -46,7 +46,7 @@ def run_models(arguments: argparse.Namespace) -> None:
 
     z = checked_z(arguments.z)
     if arguments.columns:
-        rows = page.read(arguments.table.read_text())
+        rows = page.load(arguments.table)
     else:
         chosen = [a for library in arguments.library for a in architectures(library, arguments.filter)]
         rows = survey(chosen, z, workers=arguments.workers, progress=progress)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ..evaluation.chance import compared
 from ..evaluation.counts import Counts, Progress, count_parameters
-from ..evaluation.results import part_of, write_rows
+from ..evaluation.results import remove_part, write_rows
 from ..evaluation.subject import Subject
 from ..evaluation.variants import Variant
 from ..planning.module import PrunedModule
@@ -62,7 +62,7 @@ def finish(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], fai
     if arguments.results_file:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "results_file", "plot")}
         write_rows(arguments.results_file, rows, {**settings, "failed": failed})
-        part_of(arguments.results_file).unlink(missing_ok=True)
+        remove_part(arguments.results_file)
     if arguments.plot:
         from .plot import plot_accuracy  # imports matplotlib
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
 from ..errors import ArgumentError
 
+# What reading a list or a pickle raises.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, AssertionError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError),
+    pickle.UnpicklingError,
+)
 NATURAL, TORCHVISION = ORDERS = ("natural", "torchvision")
 
 
@@ -49,11 +56,17 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     Raises:
         ArgumentError: There is no such file, or it does not list classes.
     """
+    path = Path(file) if Path(file).exists() else Path(root, file)
     try:
+        if path.suffix.lower() == ".pkl":
+            _check_pickle(path.read_bytes())
         classes: dict[str, int] = load_class_map(file, root)
-        lines = _lines(Path(file) if Path(file).exists() else Path(root, file)) if file.endswith(".txt") else [*classes]
-    except (OSError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+        lines = _lines(path) if file.endswith(".txt") else [*classes]
+    except _DAMAGED as error:
         raise ArgumentError(f"--class-map {file}: {error}") from error
+    wrong = next((name for name, number in classes.items() if type(number) is not int), None)
+    if wrong is not None:
+        raise ArgumentError(f"--class-map {file}: the number of {wrong!r} is {classes[wrong]!r}")
     if "" in lines:
         raise ArgumentError(f"--class-map {file}: line {lines.index('') + 1} is empty, and would count as a class")
     twice = next((name for name, count in Counter(lines).items() if count > 1), None)
@@ -65,3 +78,14 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
 def _lines(file: Path) -> list[str]:
     """The names in a file, without empty lines at its end."""
     return [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+
+
+def _check_pickle(content: bytes) -> None:
+    """Reads a pickle without loading it: a few bytes of it can make the loader ask for all memory there is.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name.endswith(("PUT", "FRAME")) and cast(int, argument) > len(content):
+            raise ValueError(f"{opcode.name} says {argument}, and the file has {len(content)} bytes")

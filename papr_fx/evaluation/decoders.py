@@ -9,10 +9,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..proposals.statistics import Statistics
 from ..video import clip_frames, crop_views, read_video
 from .image_file import read_image
 
+_LONGEST = 100  # sides
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"),
 )
@@ -40,7 +42,9 @@ class ImageDecoder:
     transform: Callable[[Any], Tensor]
 
     def __call__(self, source: IO[bytes]) -> Tensor:
-        return self.transform(read_image(source))
+        image = read_image(source)
+        _check_shape(*image.size)
+        return self.transform(image)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,15 @@ class ClipDecoder:
             clips = clip_frames(max(count, span), self.frames, step=step, temporal=temporal)
             return [min(place, count - 1) for clip in clips for place in clip]
 
-        clips = read_video(source, frames=chosen).split(self.frames)
+        frames = read_video(source, frames=chosen)
+        _check_shape(*frames.shape[-2:])
+        clips = frames.split(self.frames)
         views = torch.cat([crop_views(clip, self.size, self.views.spatial) for clip in clips])
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.statistics)
         return (views - mean) / std
+
+
+def _check_shape(side: int, other: int) -> None:
+    """Refuses what is so long that it would fill the memory once its shorter side has the length that a model takes."""
+    if max(side, other) > _LONGEST * min(side, other):
+        raise ArgumentError(f"one side is more than {_LONGEST} times the other ({side} and {other} pixels): cut it")

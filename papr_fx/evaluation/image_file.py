@@ -19,10 +19,10 @@ IMAGE_SUFFIXES = (
 )
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
-# What Pillow raises for a file that is damaged, too large, or in an encoding that it does not read (`NotImplementedError`).
+# What Pillow raises for a file that is damaged, too large, or in an encoding that it does not read (`RuntimeError`).
 _DAMAGED = (
-    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError),
+    *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_checkpoint
 from torch import nn
 
-from ..errors import ArgumentError, ProposalError
+from ..errors import ArgumentError, PaprError, ProposalError
 from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, is_timm_name, lite0
 from ..proposals.statistics import InputStats, Statistics, statistics_of
 
@@ -25,7 +28,7 @@ VIDEO_MODELS = {
     },
 }
 
-_TRANSFORMERS_ERRORS = (OSError, ValueError, KeyError)
+_UNPACKED, _SMALL = 20, 100_000_000  # times, and bytes
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,42 @@ def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options:
         )
     if checkpoint and not Path(checkpoint).is_file():
         raise ArgumentError(f"there is no checkpoint {checkpoint}")
-    try:
+    source = f" from {checkpoint}" if checkpoint else "" if ":" in name else " from timm's hub"
+    with _loading(f"the weights of {name!r} could not be loaded{source}"):
+        _check_archives(checkpoint or _folder(name))
         model = timm.create_model(name, pretrained=pretrained, **options).eval()
         if checkpoint:
             load_checkpoint(model, checkpoint, weights_only=True)  # older versions of timm would run code in the file
         return model
-    except Exception as error:  # a loader may raise anything for a file that is no checkpoint of this model
-        source = f" from {checkpoint}" if checkpoint else "" if ":" in name else " from timm's hub"
-        raise ArgumentError(f"the weights of {name!r} could not be loaded{source}: {type(error).__name__} {error}") from error
+
+
+def _folder(name: str) -> str:
+    """The folder that a name of timm states; empty if it states none."""
+    return name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
+
+
+def _check_archives(place: str) -> None:
+    """Refuses a file, or files in a folder, that would fill the memory: weights lie in zip files, hardly compressed."""
+    if not place:
+        return
+    files = [*Path(place).iterdir()] if Path(place).is_dir() else [Path(place)]
+    for file in files:
+        if file.is_file() and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > _UNPACKED * file.stat().st_size + _SMALL:
+                raise ArgumentError(f"{file} has {file.stat().st_size} bytes and unpacks to {unpacked}: no weights do")
+
+
+@contextmanager
+def _loading(failed: str, kind: type[PaprError] = ArgumentError) -> Generator[None]:
+    """Raises an error that says what failed, and why. A loader may raise anything for a file that is not what it reads."""
+    try:
+        yield
+    except PaprError:
+        raise
+    except Exception as error:
+        raise kind(f"{failed}: {type(error).__name__} {error}") from error
 
 
 def video_model(name: str, *, pretrained: bool) -> VideoModel:
@@ -89,18 +120,15 @@ def video_model(name: str, *, pretrained: bool) -> VideoModel:
             f"no video model named {name!r}: give one of {', '.join(VIDEO_MODELS)} (random weights), a folder written by "
             "save_pretrained, or a name on transformers' hub with --pretrained"
         )
-    try:
-        model = transformers.AutoModelForVideoClassification.from_pretrained(name, local_files_only=not pretrained)
-    except _TRANSFORMERS_ERRORS as error:
-        raise ArgumentError(f"the video model {name!r} could not be loaded: {type(error).__name__} {error}") from error
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=not pretrained)
-    except _TRANSFORMERS_ERRORS as error:
-        raise ArgumentError(
-            f"{name!r} does not say how pixels are normalised ({type(error).__name__}): save its image processor there too, "
-            f"such as transformers.VideoMAEImageProcessor().save_pretrained({name!r})"
-        ) from error
-    return VideoModel(cast(nn.Module, model).eval(), (tuple(processor.image_mean), tuple(processor.image_std)))
+    given: dict[str, Any] = {"local_files_only": not pretrained, "trust_remote_code": False}  # else it asks the terminal
+    with _loading(f"the video model {name!r} could not be loaded"):
+        _check_archives(name)
+        model = cast(nn.Module, transformers.AutoModelForVideoClassification.from_pretrained(name, **given)).eval()
+    hint = f"save its image processor there too, such as transformers.VideoMAEImageProcessor().save_pretrained({name!r})"
+    with _loading(f"{name!r} does not say how pixels are normalised ({hint})"):
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **given)
+        mean, std = (tuple(float(value) for value in values) for values in (processor.image_mean, processor.image_std))
+    return VideoModel(model, (mean, std))
 
 
 def proposal_for(statistics: Statistics, name: str, *, pretrained: bool, checkpoint: str = "") -> tuple[nn.Module, InputStats]:
@@ -120,10 +148,9 @@ def proposal_for(statistics: Statistics, name: str, *, pretrained: bool, checkpo
     """
     if name == LITE0:
         return lite0(), (statistics, LITE0_STATISTICS)
-    try:
+    with _loading(f"the weights of {name!r} could not be loaded", ProposalError):
         network = image_model(name, pretrained=False, checkpoint=checkpoint) if checkpoint else None
+        _check_archives(_folder(name))
         network = network or create_network(name, pretrained=pretrained).eval()
-    except (OSError, RuntimeError) as error:
-        raise ProposalError(f"the weights of {name!r} could not be loaded: {type(error).__name__} {error}") from error
     own = statistics_of(network)
     return network, (statistics, own) if own else "shared"

@@ -6,13 +6,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
+from ..errors import ArgumentError, first_line
 from .survey import Row
 from .zoo import LIBRARIES, Architecture, architectures
 
+_ANEW = "mend it, or write the page anew, without --columns"
 _HEADERS = ["family", "model", "mode", "sites", "positions", "proof", "narrowed", "bfloat16"]
 
 
@@ -70,16 +73,42 @@ def document(rows: Sequence[Row], z: float) -> str:
 
 
 def read(text: str) -> list[Row]:
-    """The rows of a page that `document` wrote."""
+    """The rows of a page that `document` wrote.
+
+    Raises:
+        ArgumentError: A row is not as it writes them.
+    """
     rows: list[Row] = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        library = section.split()[0]
+        library = section.partition(" ")[0].strip()
         reasons = dict(re.findall(r"^(reason \d+): (.*)\. *$", section, flags=re.MULTILINE))
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
         for cells in lines:
             if len(cells) == len(_HEADERS) and cells[0] != "family" and not set(cells[0]) <= {"-"}:
-                rows.append(_row(library, cells, reasons))
+                rows.append(_checked_row(library, cells, reasons))
     return rows
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file that holds a page.
+
+    Raises:
+        ArgumentError: It cannot be read, or a row is not as `document` writes them.
+    """
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"cannot read the table in {path}: {error}") from error
+
+
+def _checked_row(library: str, cells: Sequence[str], reasons: Mapping[str, str]) -> Row:
+    try:
+        row = _row(library, cells, reasons)
+    except (KeyError, ValueError) as error:
+        raise ArgumentError(f"the row of {cells[1]!r} is damaged ({first_line(error)}): {_ANEW}") from error
+    if library not in LIBRARIES or row.mode not in ("", "tokens", "pixels"):
+        raise ArgumentError(f"the row of {cells[1]!r} is damaged: it is of {library!r}, in mode {cells[2]!r}: {_ANEW}")
+    return row
 
 
 def _row(library: str, cells: Sequence[str], reasons: Mapping[str, str]) -> Row:

@@ -77,7 +77,7 @@ def open_reader(source: Source) -> Reader:
     except ImportError as error:
         raise ArgumentError(f"{data} needs the hfds extra: pip install 'papr-fx[hfds]' ({error})") from error
     except (
-        *(OSError, EOFError, RuntimeError, ValueError, AssertionError, KeyError, TypeError),
+        *(OSError, EOFError, RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError),
         *(tarfile.TarError, pickle.UnpicklingError),
     ) as error:
         raise ArgumentError(f"cannot read samples from {data}: {type(error).__name__}: {error}") from error

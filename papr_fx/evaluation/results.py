@@ -77,6 +77,15 @@ def write_part(path: Path, progress: Progress, settings: Mapping[str, Any]) -> N
     write_whole(part_of(path), json.dumps({"settings": dict(settings), "progress": asdict(progress)}) + "\n")
 
 
+def remove_part(path: Path) -> None:
+    """Removes the part file of a results file, and temporary files that killed runs left beside it."""
+    part_of(path).unlink(missing_ok=True)
+    beginnings = [f".{file.name}." for file in (path, part_of(path))]
+    for file in [*path.parent.iterdir()] if path.parent.is_dir() else []:
+        if any(file.name.removeprefix(beginning).isdigit() for beginning in beginnings if file.name.startswith(beginning)):
+            file.unlink(missing_ok=True)
+
+
 def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
     """Reads how far an interrupted run with the same settings came; None if there was no such run.
 
@@ -88,11 +97,9 @@ def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
         return None
     try:
         found = json.loads(part.read_text())
-        given, counted = found["settings"], found["progress"]
-        counts = {name: Counts(**values) for name, values in counted["counts"].items()}
-        failed = [(int(place), str(reason)) for place, reason in counted["failed"]]
-        progress = Progress(int(counted["done"]), int(counted["total"]), counts, failed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        given = {**found["settings"]}
+        progress = _progress(found["progress"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArgumentError(
             f"{part} does not say how far a run has come ({type(error).__name__}: {error}): remove it"
         ) from error
@@ -104,3 +111,13 @@ def read_part(path: Path, settings: Mapping[str, Any]) -> Progress | None:
             "--results-file"
         )
     return progress
+
+
+def _progress(said: Mapping[str, Any]) -> Progress:
+    """How far a run came, as its part file says."""
+    counts = {name: Counts(**values) for name, values in said["counts"].items()}
+    numbers = [value for of_one in counts.values() for value in vars(of_one).values()]
+    done, total = int(said["done"]), int(said["total"])
+    if not 0 <= total <= done or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"it says {total} of {done} samples, and counts {numbers}")
+    return Progress(done, total, counts, [(int(place), str(reason)) for place, reason in said["failed"]])

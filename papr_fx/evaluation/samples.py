@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import PaprError
+from ..errors import ArgumentError, PaprError
 
 # What decoders raise for a file that holds no image.
 _UNREADABLE = (
@@ -70,7 +70,7 @@ class Samples(Dataset[Sample]):
         try:
             source, label, *_ = self.reader[index]
             with source:
-                return Sample(self.decode(source), int(label), index, "")
+                return Sample(self.decode(source), _class_number(label), index, "")
         except _UNREADABLE as error:
             reason = str(error) if isinstance(error, PaprError) else f"{type(error).__name__}: {error}"
             return Sample(torch.zeros(self.shape), -1, index, f"{self.name(index)}: {reason}")
@@ -78,3 +78,10 @@ class Samples(Dataset[Sample]):
     def name(self, index: int) -> str:
         """The file name of a sample, as the reader gives it."""
         return str(self.reader.filename(index))
+
+
+def _class_number(label: int) -> int:
+    """A class, or `ArgumentError` if it fits into no tensor."""
+    if abs(number := int(label)) > torch.iinfo(torch.int32).max:
+        raise ArgumentError(f"it is of class {number}, and no model has so many")
+    return number

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ..errors import ArgumentError
 from .image_file import IMAGE_SUFFIXES
-from .trees import check_end
+from .trees import check_end, members_of
 
 _SUFFIXES = ("jpg", "png", "webp", *(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))  # timm's come first
 
@@ -103,7 +103,7 @@ def _listed(shard: IO[bytes]) -> tuple[list[tuple[str, str, tarfile.TarInfo]], s
 def _files(shard: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key and suffix of each file."""
     with tarfile.open(fileobj=shard, mode="r:") as tar:
-        for member in tar:
+        for member in members_of(tar):
             folder, _, name = member.name.rpartition("/")
             base, _, suffix = name.partition(".")
             if member.isfile() and base:

@@ -109,7 +109,7 @@ def tar_tree(path: Path) -> Tree:
 def _members(archive: IO[bytes], folder: PurePosixPath, offset: int) -> Iterator[tuple[PurePosixPath, int, int]]:
     """Path, start and size of each file; the size of a folder is -1."""
     with tarfile.open(fileobj=archive, mode="r:") as tar:
-        for member in tar:
+        for member in members_of(tar):
             path = folder / PurePosixPath(member.name)
             inner = tar.extractfile(member) if member.isfile() and path.suffix.lower() == ".tar" else None
             if inner is not None:
@@ -128,3 +128,16 @@ def check_end(archive: IO[bytes]) -> None:
     archive.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
     if any(archive.read()):
         raise EOFError("it is cut off")
+
+
+def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file that is read.
+
+    Raises:
+        tarfile.ReadError: The next one would not lie behind this one, as its size is negative: older releases of Python would
+            go round in circles.
+    """
+    for member in tar:
+        if tar.offset <= member.offset:
+            raise tarfile.ReadError(f"the size of {member.name} leads back to byte {tar.offset}")
+        yield member

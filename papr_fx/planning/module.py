@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from numbers import Real
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
@@ -19,14 +18,18 @@ from ..proposals.network import SignificanceNet
 from ..tracing.fakes import flags_of, scratch_copy, set_flags
 from ..tracing.graphs import propagate, remove_dead_code
 from ..tracing.offloaded import is_offloaded, leave_without_content
+from ..tracing.sources import GraphModule
 from .attributes import add_class_attributes, flags_by_mode, importable, plain_attributes
+from .code import CALLS, Compiled, OwnLock, code_class, forward_of_others, put
 from .modes import PixelPlan
 from .plan import Plan
 from .unheard import warn_of_hooks
 
 
-class PrunedModule(fx.GraphModule):
+class PrunedModule(GraphModule):
     """A rewritten model: its own modules and tensors, the proposal under `papr_proposal`, and the `plan` it follows.
+
+    Any thread may change the keep ratio or copy the module while others call it: a call runs at one ratio from start to end.
 
     Tensors are shared with the original model, module objects are not: `train()` and `eval()` here change nothing there, while
     an optimiser step or `.to()` acts on both.
@@ -48,11 +51,12 @@ class PrunedModule(fx.GraphModule):
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         self.plan = plan
         self._model_flags = by_mode
-        self._compiled: dict[tuple[float, bool], _Compiled] = {}
+        self._compiled: dict[tuple[float, bool], Compiled] = {}
+        self._changing = OwnLock()
         remove_dead_code(self.graph)  # dense values that kept ones replace
         propagate(self.for_shapes(), self.graph, self.example())
         self.recompile()
-        self._compiled[plan.z, root.training] = _Compiled.of(self)
+        self._compiled[plan.z, root.training] = Compiled.of(self)
         self._model_class = type(root)
         warn_of_hooks(self, plan.unheard)
         own = {name: value for name, value in plain_attributes(root).items() if not hasattr(self, name)}
@@ -69,14 +73,15 @@ class PrunedModule(fx.GraphModule):
         Raises:
             NoSiteError: The model does not run on so few positions. The module stays as it is.
         """
-        try:
-            self._follow(self.plan.at(z), self.training)
-        except TraceError as error:
-            left = ", ".join(f"{choice.kept(z)} of {choice.rows.count}" for choice in self.plan.choices(self.training))
-            raise NoSiteError(
-                f"{self.plan.name} does not run at z={z:g}, where {left} positions are left: {str(error).splitlines()[0]}. "
-                f"The keep ratio stays {self.plan.z:g}"
-            ) from error
+        with self._changing:
+            try:
+                self._follow(self.plan.at(z), self.training)
+            except TraceError as error:
+                left = ", ".join(f"{choice.kept(z)} of {choice.rows.count}" for choice in self.plan.choices(self.training))
+                raise NoSiteError(
+                    f"{self.plan.name} does not run at z={z:g}, where {left} positions are left: "
+                    f"{str(error).splitlines()[0]}. The keep ratio stays {self.plan.z:g}"
+                ) from error
 
     def leave_dense(self, additions: Collection[str], reason: str) -> bool:
         """Makes the pixel operators that feed `additions` dense again. False, without a change, if no other would be left."""
@@ -89,8 +94,9 @@ class PrunedModule(fx.GraphModule):
 
     def follow(self, plan: Plan) -> None:
         """Rewrites the graph as another plan says, in place."""
-        self._compiled = {}  # they follow the old plan
-        self._follow(plan, self.training)
+        with self._changing:
+            self._compiled = {}  # they follow the old plan
+            self._follow(plan, self.training)
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets training mode, with the graph that was traced for it. The proposal stays in eval mode.
@@ -99,40 +105,44 @@ class PrunedModule(fx.GraphModule):
         """
         flags = self._model_flags.get(mode, {})
         training = flags.get("", mode)
-        if training != self.training and not self.plan.one_graph:
-            self._follow(self.plan, training)
-        super().train(training)
-        set_flags(self, flags)
+        with self._changing:
+            if training != self.training and not self.plan.one_graph:
+                self._follow(self.plan, training)
+            super().train(training)
+            set_flags(self, flags)
         return self
 
     def recompile(self) -> PythonCode:
         """Makes the code of the graph. A `forward` that others hold, as wrappers of it do, runs the new code too."""
-        owner = _code_class(self)
-        others = _forward_of_others(owner)
+        owner = code_class(self)
+        others = forward_of_others(owner)
         code = super().recompile()
         written = cast(FunctionType, vars(type(self))["forward"])
         if owner is not type(self):  # what `fx` gives to a class above would call itself
-            for name in ("forward", *_CALLS):
+            for name in ("forward", *CALLS):
                 delattr(type(self), name)
-        _put(owner, written, others)
+        put(owner, written, others)
         return code
 
     def _follow(self, plan: Plan, training: bool) -> None:
-        """Puts the graph of `plan` in place, once it is known to run. A graph that was here before keeps its code.
+        """Puts the graph of `plan` in place, once it is known to run. One of the last graphs keeps its code.
 
         So `torch.compile` finds what it compiled for that code.
         """
-        known = self._compiled.get((plan.z, training))
+        known = self._compiled.pop((plan.z, training), None)
         if known is None:
             self.graph = plan.signature.on(self._runnable(plan.rewrite(training)))
-            self._compiled[plan.z, training] = _Compiled.of(self)
+            known = Compiled.of(self)
         else:
             known.restore(self)
+        self._compiled[plan.z, training] = known  # the last one now
+        for oldest in [*self._compiled][:-_KEPT_GRAPHS]:  # who follows a load sets ever new ratios
+            del self._compiled[oldest]
         self.plan = plan
 
     def _runnable(self, graph: fx.Graph) -> fx.Graph:
         """The graph over these modules, without dead code and with shapes; `TraceError` if it does not run."""
-        cleaned = fx.GraphModule(self, graph).graph  # whether code is dead is asked of the graph's module
+        cleaned = GraphModule(self, graph).graph  # whether code is dead is asked of the graph's module
         remove_dead_code(cleaned)
         propagate(self.for_shapes(), cleaned, self.example())
         return cleaned
@@ -145,26 +155,33 @@ class PrunedModule(fx.GraphModule):
         return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
-        _Compiled.of(self).restore(self)  # a wrapper of `forward` is shared with the copy, and then asks each for its own
+        with self._changing:
+            return self._deep_copied(memo)
+
+    def _deep_copied(self, memo: dict[int, Any]) -> PrunedModule:
+        Compiled.of(self).restore(self)  # a wrapper of `forward` is shared with the copy, and then asks each for its own
         copied = PrunedModule.__new__(PrunedModule)
         memo[id(self)] = copied  # hooks may refer to it
         root = copy.deepcopy(shell(self), memo)
         set_flags(root, flags_of(self))
         PrunedModule.__init__(copied, root, self.plan)
         copied.__setstate__(copy.deepcopy(self._state(), memo))
-        if others := _forward_of_others(_code_class(self)):
-            _code_class(copied).forward = copy.deepcopy(others, memo)
+        if others := forward_of_others(code_class(self)):
+            code_class(copied).forward = copy.deepcopy(others, memo)
         return copied
 
     def __copy__(self) -> PrunedModule:
-        _Compiled.of(self).restore(self)
-        copied = PrunedModule(shell(self), self.plan)
-        copied.__setstate__({name: copy.copy(value) if name in _HOOKS else value for name, value in self._state().items()})
+        with self._changing:
+            Compiled.of(self).restore(self)
+            copied = PrunedModule(shell(self), self.plan)
+            own = {name: copy.copy(value) if name in _HOOKS else value for name, value in self._state().items()}
+            copied.__setstate__(own)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {**self._state(), "_model_class": importable(self._model_class)}
-        return PrunedModule, (shell(self), self.plan), state
+        with self._changing:
+            state = {**self._state(), "_model_class": importable(self._model_class)}
+            return PrunedModule, (shell(self), self.plan), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Adds attributes to those that the constructor made, and what the model's class defines."""
@@ -176,70 +193,14 @@ class PrunedModule(fx.GraphModule):
         return {name: value for name, value in vars(self).items() if name not in _BUILT}
 
 
+_KEPT_GRAPHS = 16
+
 # What the constructor makes.
 _BUILT = frozenset(
-    {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "plan", "_compiled"}
+    {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "plan", "_compiled", "_changing"}
     | {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras"}
 )
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
-
-
-_CALLS = ("__call__", "_wrapped_call")
-_WRITTEN = "_written"  # where a class holds its code, whatever others make its `forward`
-
-
-def _code_class(gm: PrunedModule) -> type[PrunedModule]:
-    """The class that holds the code of one module. Others may put one of their own above it, as `fully_shard` does."""
-    return next((kind for kind in type(gm).__mro__ if "_wrapped_call" in vars(kind)), type(gm))
-
-
-class _Compiled(NamedTuple):
-    """A graph, and the Python code that `fx` made of it."""
-
-    graph: fx.Graph
-    code: str
-    forward: FunctionType
-
-    @classmethod
-    def of(cls, gm: PrunedModule) -> _Compiled:
-        """What is in place now."""
-        return cls(gm.graph, gm._code, _same_code(vars(_code_class(gm))[_WRITTEN]))
-
-    def restore(self, gm: PrunedModule) -> None:
-        """Puts it in place again."""
-        owner = _code_class(gm)
-        gm._graph = self.graph
-        gm._code = self.code
-        _put(owner, _same_code(self.forward), _forward_of_others(owner))
-
-
-def _same_code(function: Callable[..., Any]) -> FunctionType:
-    """Another function with the same code object, for which `torch.compile` finds what it compiled."""
-    known = cast(FunctionType, function)
-    same = FunctionType(known.__code__, known.__globals__, known.__name__, known.__defaults__)
-    same.__kwdefaults__ = known.__kwdefaults__
-    return same
-
-
-def _forward_of_others(owner: type[PrunedModule]) -> Callable[..., Any] | None:
-    """The `forward` that others put on the class instead of its code, as `accelerate` does: it holds that code."""
-    current = vars(owner).get("forward")
-    return None if current is vars(owner).get(_WRITTEN) else current
-
-
-def _put(owner: type[PrunedModule], written: FunctionType, others: Callable[..., Any] | None) -> None:
-    """Puts code in place. The code before calls it from now on: `gm.forward = wrapped(gm.forward)` holds that."""
-    replaced: FunctionType | None = vars(owner).get(_WRITTEN)
-    setattr(owner, _WRITTEN, written)
-    owner.forward = others or written
-    if replaced is not None:
-        cast(Any, replaced).__signature__ = inspect.signature(replaced)
-        replaced.__code__ = _call_written.__code__
-        replaced.__defaults__ = replaced.__kwdefaults__ = None  # those of the code in place hold
-
-
-def _call_written(self: PrunedModule, *args: Any, **kwargs: Any) -> Any:
-    return type(self)._written(self, *args, **kwargs)
 
 
 def shell(gm: PrunedModule) -> nn.Module:

@@ -10,6 +10,7 @@ from ..errors import NoSiteError, TraceError
 from ..passes import prune_tokens
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, fixed_value, propagate, remove_dead_code
+from ..tracing.sources import GraphModule
 from ..tracing.trace import Traced
 from .modes import Refused
 from .module import PrunedModule
@@ -66,7 +67,7 @@ def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[
             continue
         try:
             root = gm.for_shapes()
-            pruned = fx.GraphModule(root, plan.prune(graph, training)).graph  # with the same names
+            pruned = GraphModule(root, plan.prune(graph, training)).graph  # with the same names
             names = {node.name for node in reads}
             remove_dead_code(pruned, lambda node, names=names: node.name in names)  # blocks whose tokens nobody reads too
             propagate(root, pruned, gm.example())

@@ -17,6 +17,7 @@ from ..planning.module import PrunedModule, shell
 from ..tracing.blocks import is_inside
 from ..tracing.fakes import MODEL_ERRORS, aliased_copy, flags_of, set_flags
 from ..tracing.numerics import redraw, relative_error, tensors_of
+from ..tracing.sources import GraphModule
 from ..versions import FakeTensor
 from .places import Place, find_place, reorder
 from .rewrite import Rewrite
@@ -146,12 +147,12 @@ class Case:
     @cached_property
     def dense(self) -> fx.GraphModule:
         """The traced graph."""
-        return fx.GraphModule(self.root, self.rewrite.dense_graph())
+        return GraphModule(self.root, self.rewrite.dense_graph())
 
     @cached_property
     def pruned(self) -> fx.GraphModule:
         """The rewritten graph, with the chosen indices as further inputs."""
-        pruned = fx.GraphModule(self.root, self.rewrite.pruned_graph())
+        pruned = GraphModule(self.root, self.rewrite.pruned_graph())
         pruned.graph.eliminate_dead_code()
         pruned.recompile()
         return pruned

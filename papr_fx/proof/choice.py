@@ -23,6 +23,7 @@ from ..proposals.saliency import Mean
 from ..tracing.graphs import cut
 from ..tracing.numerics import relative_error, tensors_of
 from ..tracing.roles import find
+from ..tracing.sources import GraphModule
 from .case import Case, ComparisonError
 from .coarse import patches_of_cells
 
@@ -65,8 +66,8 @@ def compare(case: Case, images: Tensor, grids: Mapping[Grid, Grid]) -> None:
             _check_kept(choice, rows, scores, index, case.own_z)
         kept.append(keep)
     whole = case.rewrite.graph_on(narrow=False, fuse=False) if case.rewrite.mode.reduces else case.rewrite.pruned_graph()
-    expected = case.run(fx.GraphModule(case.root, whole), images[:1], *(keep[:1] for keep in kept))
-    error = relative_error(case.run(fx.GraphModule(case.root, graph), images[:1]), expected)
+    expected = case.run(GraphModule(case.root, whole), images[:1], *(keep[:1] for keep in kept))
+    error = relative_error(case.run(GraphModule(case.root, graph), images[:1]), expected)
     if not error <= case.tolerance:
         raise ComparisonError(
             f"choice: what the module returns is off by {error:.1e} (relative; {case.tolerance:.0e} is allowed) from what "

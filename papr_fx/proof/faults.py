@@ -21,6 +21,7 @@ from ..planning.module import PrunedModule, shell
 from ..planning.plan import Plan
 from ..tracing.numerics import relative_error
 from ..tracing.roles import has_role
+from ..tracing.sources import GraphModule
 from .case import Case
 from .prove import prove
 
@@ -87,7 +88,7 @@ def _said(model: nn.Module, gm: PrunedModule, fault: GraphFault, right: Any) -> 
 
 def _output(model: nn.Module, gm: PrunedModule) -> Any:
     case = Case.of(model, gm, gm.example().dtype)
-    return case.run(fx.GraphModule(case.root, case.own_graph), case.images)
+    return case.run(GraphModule(case.root, case.own_graph), case.images)
 
 
 @dataclass(frozen=True)

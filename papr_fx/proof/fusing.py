@@ -11,6 +11,7 @@ from ..passes.kinds import Kind
 from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error
 from ..tracing.roles import find_all, number_of
+from ..tracing.sources import GraphModule
 from .case import Case, ComparisonError, PrecisionError
 
 # What each call is compared with: itself without one of these.
@@ -78,4 +79,4 @@ def _run(case: Case, graph: fx.Graph, nodes: list[fx.Node]) -> tuple[Any, list[T
     output = graph.output_node()
     output.args = ((output.args[0], nodes),)
     kept = [cells[:, : max(1, 2 * cells.shape[1] // 3)] for cells in case.orders]  # of all images, which a mask may mix up
-    return case.run(fx.GraphModule(case.root, graph), case.images, *case.indices(kept))
+    return case.run(GraphModule(case.root, graph), case.images, *case.indices(kept))

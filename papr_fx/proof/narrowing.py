@@ -13,6 +13,7 @@ from ..ops import choose_quads
 from ..passes.kinds import Kind
 from ..tracing.numerics import relative_error
 from ..tracing.roles import find_all
+from ..tracing.sources import GraphModule
 from .case import Case, ComparisonError, PrecisionError
 from .coarse import COARSE_SHARE
 
@@ -92,4 +93,4 @@ def _kept(case: Case) -> list[Tensor]:
 
 
 def _run(case: Case, graph: fx.Graph, kept: Sequence[Tensor]) -> Any:
-    return case.run(fx.GraphModule(case.root, graph), case.images[:1], *kept)
+    return case.run(GraphModule(case.root, graph), case.images[:1], *kept)

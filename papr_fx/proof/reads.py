@@ -9,6 +9,7 @@ from ..errors import VerifyError
 from ..tracing.blocks import last_tokens
 from ..tracing.graphs import nodes_by_name, shape_of
 from ..tracing.numerics import tensors_of
+from ..tracing.sources import GraphModule
 from .case import Case
 
 
@@ -57,7 +58,7 @@ def _reading(case: Case, graph: fx.Graph, tokens: Tensor, probed: list[int], *ke
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         given = graph.placeholder("last_tokens")
     last.replace_all_uses_with(given)
-    behind = fx.GraphModule(case.root, graph)
+    behind = GraphModule(case.root, graph)
     behind.graph.eliminate_dead_code()  # the blocks
     behind.recompile()
     rows = tokens.repeat(len(probed), 1, 1)

@@ -18,6 +18,7 @@ from ..tracing.blocks import last_tokens
 from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error, tensors_of
 from ..tracing.roles import find, find_all
+from ..tracing.sources import GraphModule
 from . import picks
 from .case import Case, ComparisonError
 
@@ -74,7 +75,7 @@ def _merging(case: Case, additions: Sequence[str], last: str) -> fx.GraphModule:
     tokens = reduced if last == additions[-1] else nodes_by_name(graph)[last]
     matches = tuple(find_all(graph, Kind.MATCH))
     graph.output_node().args = ((graph.output_node().args[0], tokens, matches),)
-    return fx.GraphModule(case.root, graph)
+    return GraphModule(case.root, graph)
 
 
 def _groups(matchings: list[Matching]) -> list[Tensor]:
@@ -100,7 +101,7 @@ def _averaging(root: nn.Module, graph: fx.Graph, additions: Sequence[str], last:
         with graph.inserting_after(nodes[name]):
             average = graph.call_function(_average, (nodes[name], given))
         nodes[name].replace_all_uses_with(average, delete_user_cb=partial(operator.is_not, average))
-    return fx.GraphModule(root, graph)
+    return GraphModule(root, graph)
 
 
 def _average(tokens: Tensor, groups: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..planning.modes import PixelPlan, Refused
 from ..tracing.graphs import nodes_by_name, shape_of
 from ..tracing.numerics import relative_error
 from ..tracing.roles import find
+from ..tracing.sources import GraphModule
 from .case import Case, ComparisonError
 from .rewrite import Rewrite
 
@@ -79,7 +80,7 @@ def error(case: Case, kept: Sequence[Tensor], unmasked: Sequence[Tensor], images
         for cells, choice in zip(unmasked, case.rewrite.choices, strict=True)
     ]
     images = case.images[: len(kept[0])] if images is None else images
-    masked = case.run(fx.GraphModule(case.root, mask_branches(case)), images, *masks)
+    masked = case.run(GraphModule(case.root, mask_branches(case)), images, *masks)
     return relative_error(case.run_pruned(kept, images), masked)
 
 

@@ -12,6 +12,7 @@ from ..errors import ProposalError
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import ancestors, cut, descendants, shape_of
 from ..tracing.macs import count_macs
+from ..tracing.sources import GraphModule
 from .fold import kernel_size
 
 
@@ -88,7 +89,7 @@ def cut_classifier(gm: fx.GraphModule, features: fx.Node) -> nn.Module | None:
             return None
         copied[node] = graph.node_copy(node, lambda n: copied[n])
     graph.output(copied[output])
-    return fx.GraphModule(gm, graph)
+    return GraphModule(gm, graph)
 
 
 def _covers(shape: tuple[int, ...], sample: Tensor) -> bool:

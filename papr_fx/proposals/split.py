@@ -14,6 +14,7 @@ from ..errors import ProposalError, TraceError, VerifyError
 from ..tracing.fakes import TRACED_BATCH, fake_like, faking, scratch_copy
 from ..tracing.graphs import cut, descendants
 from ..tracing.numerics import exact_float32, relative_error
+from ..tracing.sources import GraphModule
 from ..tracing.trace import Traced, trace
 from .features import cut_classifier, find_cut
 from .fold import fold_batch_norms, kernel_size
@@ -53,7 +54,7 @@ def split_network(network: nn.Module, source: nn.Module, sample: Tensor, *, veri
         traced, pool = _traced(network, sample)
     except TraceError as error:
         return _unsplit(network, sample, error)
-    gm = fx.GraphModule(traced.root(network), traced.graph)
+    gm = GraphModule(traced.root(network), traced.graph)
     found = find_cut(gm, sample)
     with torch.no_grad():
         fold_batch_norms(gm)
@@ -75,7 +76,7 @@ def _traced(network: nn.Module, sample: Tensor) -> tuple[Traced, str]:
             raise
         traced = trace(network, sample, _is_opened)
         (pool, *_) = traced.graph.find_nodes(op="call_module", target=name)
-        gm = fx.GraphModule(traced.root(network), traced.graph)
+        gm = GraphModule(traced.root(network), traced.graph)
         later = {node.name for node in descendants(pool)}
         if any(prod(kernel_size(gm, node) or ()) > 1 for node in gm.graph.nodes if node.name in later):
             raise

@@ -13,6 +13,7 @@ from ..errors import TraceError, first_line
 from .checkpoints import regions_of
 from .fakes import TRACED_BATCH, fake_images, faking
 from .results import LikeResults, ReshapedError, Result, is_in_place
+from .sources import GraphModule
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -127,7 +128,7 @@ def cut(root: nn.Module, graph: fx.Graph, *outputs: fx.Node) -> fx.GraphModule:
         if node in needed or node.op == "placeholder":
             copied[node] = part.node_copy(node, lambda n: copied[n])
     part.output(copied[outputs[0]] if len(outputs) == 1 else tuple(copied[node] for node in outputs))
-    return fx.GraphModule(root, part)
+    return GraphModule(root, part)
 
 
 class Run(fx.Interpreter):

@@ -21,6 +21,7 @@ from .graphs import attribute, remove_dead_code
 from .joins import WatchDraws
 from .numerics import forked_random
 from .results import LikeResults, ReshapedError
+from .sources import GraphModule
 from .tracer import ValueTracer
 
 _HOOKS = "Forward hooks (of {}) do not run while a model is traced: it must not need them"
@@ -74,7 +75,7 @@ class Traced:
 
     def module(self, model: nn.Module) -> fx.GraphModule:
         """The graph over a scratch copy of `model`, in eval mode."""
-        return fx.GraphModule(self.scratch_root(model).eval(), copy.deepcopy(self.graph))
+        return GraphModule(self.scratch_root(model).eval(), copy.deepcopy(self.graph))
 
     def beside(self, other: Traced) -> Traced:
         """The same with new names for those constants that differ from the constants of `other`."""
@@ -201,7 +202,7 @@ def _cleaned(graph: fx.Graph, root: nn.Module, model: nn.Module) -> Traced:
     """The graph without dead code, and its constants."""
     constants = _merged_constants(graph, root, model)
     recorded = copy.deepcopy(graph)
-    graph = fx.GraphModule(root, graph).graph  # whether code is dead is asked of the graph's module
+    graph = GraphModule(root, graph).graph  # whether code is dead is asked of the graph's module
     remove_dead_code(graph)
     graph.lint()
     graph._tracer_cls = None  # a pickled graph would ask for a tracer built without arguments

@@ -1,7 +1,8 @@
-"""Small noise images in files, tar files and readers, and what must come back from them."""
+"""Small noise images in files, tar files and readers, what must come back from them, and an object that does harm."""
 
 import io
 import tarfile
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -46,3 +47,13 @@ def opened(data, **options):
 def expected(number):
     with Image.open(io.BytesIO(noise(number))) as image:
         return to_tensor(image.convert("RGB"))
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)

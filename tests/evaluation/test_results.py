@@ -4,7 +4,7 @@ import pytest
 
 import papr_fx
 from papr_fx.evaluation.counts import Counts, Progress
-from papr_fx.evaluation.results import read_part, write_part, write_whole
+from papr_fx.evaluation.results import part_of, read_part, remove_part, write_part, write_whole
 
 
 def test_a_part_of_another_run_is_refused(tmp_path):
@@ -24,3 +24,13 @@ def test_files_are_whole_or_not_there(tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
     with pytest.raises(papr_fx.ArgumentError, match="cannot be written"):
         write_whole(tmp_path / "folder" / "a" / "b", "text")
+
+
+def test_what_killed_runs_left_goes_with_the_part_file(tmp_path):
+    others = ["a.json", "a.csv.part", ".a.json.part", ".a.json.12.txt", ".b.json.12", ".a.json."]
+    for name in [*others, "a.json.part", ".a.json.12", ".a.json.part.345"]:
+        (tmp_path / name).touch()
+    remove_part(tmp_path / "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
+    assert not part_of(tmp_path / "a.json").exists()
+    remove_part(tmp_path / "nowhere" / "a.json")

@@ -1,5 +1,8 @@
 """Changing the keep ratio and the mode of a transformed module in place."""
 
+import gc
+import weakref
+
 import pytest
 import timm
 import torch
@@ -8,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import papr_fx
 
-from ..models import Attention, Shape, ToyViT, toy_proposal
+from ..models import Attention, Shape, ToyViT, enliven, toy_proposal
 
 IMAGES = torch.randn(2, 3, 8, 12)
 
@@ -40,6 +43,24 @@ def test_a_keep_ratio_that_fails_changes_nothing():
     assert torch.equal(gm(IMAGES), before)
     papr_fx.set_keep_ratio(gm, 0.7)
     assert gm(IMAGES).shape == before.shape
+
+
+def test_only_the_last_graphs_are_kept():
+    gm = papr_fx.transform(enliven(ToyViT(Shape())).eval(), toy_proposal(), 0.5, verify=False)
+    first, expected = weakref.ref(gm._written.__code__), gm(IMAGES)
+    ratios = [0.2 + 0.01 * step for step in range(20)]
+    for z in ratios:
+        papr_fx.set_keep_ratio(gm, z)
+    gc.collect()
+    assert first() is None
+    code = gm._written.__code__
+    papr_fx.set_keep_ratio(gm, ratios[-16])  # the oldest that is kept
+    assert gm._written.__code__ is not code
+    for z in ratios[-15:]:
+        papr_fx.set_keep_ratio(gm, z)
+    assert gm._written.__code__ is code
+    papr_fx.set_keep_ratio(gm, 0.5)
+    assert torch.equal(gm(IMAGES), expected)
 
 
 def compilations(gm: nn.Module, changes) -> int:
