@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
-.PHONY: setup demo test test-all test-oldest check bench accept coverage coverage-columns
+.PHONY: setup demo test test-all test-oldest check bench accept coverage coverage-columns docs
 
 setup: $(STAMP)
 
@@ -54,3 +54,7 @@ coverage: setup
 # Some twenty minutes on two idle cores: what the page says besides the proofs, where it says nothing yet.
 coverage-columns: setup
 	$(PYTHON) -m papr_fx models --workers 2 --table docs/coverage.md --columns
+
+# Into out/site: open out/site/index.html. Nothing of it is read from the network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
