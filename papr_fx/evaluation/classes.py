@@ -6,6 +6,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
@@ -50,8 +51,10 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         ArgumentError: There is no such file, or it does not list classes.
     """
     try:
-        classes: dict[str, int] = load_class_map(file, root)
-        lines = _lines(Path(file) if Path(file).exists() else Path(root, file)) if file.endswith(".txt") else [*classes]
+        path = Path(file) if Path(file).exists() else Path(root, file)
+        given = _Plain.read(path) if file.endswith(".pkl") else file  # older versions of timm would run what a pickle names
+        classes: dict[str, int] = load_class_map(given, root)
+        lines = _lines(path) if file.endswith(".txt") else [*classes]
     except (OSError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
         raise ArgumentError(f"--class-map {file}: {error}") from error
     if "" in lines:
@@ -60,6 +63,22 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     if twice is not None:
         raise ArgumentError(f"--class-map {file} lists {twice!r} twice: its number is not clear")
     return {name: classes[name] for name in lines}
+
+
+class _Plain(pickle.Unpickler):
+    """Reads pickles of numbers, texts and dictionaries alone."""
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, int]:
+        """The dictionary in a file."""
+        with path.open("rb") as file:
+            found = cls(file).load()
+        if not isinstance(found, dict):
+            raise ValueError(f"sought a dictionary of names and numbers, found {type(found).__name__}")
+        return cast("dict[str, int]", found)
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"sought names and numbers, found {module_name}.{global_name}, which is not loaded")
 
 
 def _lines(file: Path) -> list[str]:
