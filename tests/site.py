@@ -89,8 +89,12 @@ class Site:
         return found
 
     def literal_markdown(self) -> list[str]:
-        """Paragraphs in which Markdown was not understood."""
-        return [f"{address}: {text}" for address, page in self.pages.items() for text in page.texts if LITERAL.search(text)]
+        """Paragraphs in which Markdown was not understood, and emphasis inside of a word, as between two products."""
+        found = [f"{address}: {text}" for address, page in self.pages.items() for text in page.texts if LITERAL.search(text)]
+        htmls = {address: (self.folder / address).read_text() for address in self.pages}
+        return found + [
+            f"{address}: {text}" for address, html in htmls.items() for text in re.findall(r"\w+<em>.*?</em>", html)
+        ]
 
     def _leads(self, address: str, link: str) -> bool:
         parts = urlsplit(link)

@@ -70,7 +70,7 @@ def test_a_broken_site_is_seen(tmp_path):
         '<p id="one">[text](b.html)</p><a href="b.html#two"></a><a href="b.html#three"></a>'
         '<a href="#one"></a><a href="c.html"></a>'
         '<img src="none.png"><script src="https://example.org/x.js"></script><link rel="stylesheet" href="s.css">'
-        "<p>a\n- b</p><p><code>[](</code></p><style>@import '//example.org/s.css';</style>"
+        "<p>a\n- b</p><p>a<em>b</em></p><p><code>[](</code></p><style>@import '//example.org/s.css';</style>"
     )
     (tmp_path / "b.html").write_text('<h1 id="two"></h1><a href="https://example.org"></a>')
     (tmp_path / "s.css").write_text("@font-face { src: url(https://example.org/f.woff2) } p { background: url('data:,') }")
@@ -83,7 +83,7 @@ def test_a_broken_site_is_seen(tmp_path):
         "s.css: https://example.org/f.woff2",
     ]
     assert site.broken_resources() == found
-    assert site.literal_markdown() == ["a.html: [text](b.html)", "a.html: a\n- b"]
+    assert site.literal_markdown() == ["a.html: [text](b.html)", "a.html: a\n- b", "a.html: a<em>b</em>"]
 
 
 DRIVER = """<!doctype html><title>driver</title><iframe id="frame" width="1300" height="900"></iframe><pre id="told"></pre>
