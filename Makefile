@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
-.PHONY: setup demo test test-all test-oldest check bench accept coverage coverage-columns
+.PHONY: setup demo test test-all test-oldest check bench accept coverage coverage-columns docs
 
 setup: $(STAMP)
 
@@ -29,6 +29,7 @@ test: setup check
 	$(PYTHON) -m pytest -n 2
 
 test-all: setup check
+	.ci/packages chromium  # opens the site of the documentation
 	$(PYTHON) -m pytest -n 2 --all
 
 # The suite on the oldest versions. Their wheels of torch bring the CUDA libraries, 5 GB: OLDEST_VENV says where to.
@@ -54,3 +55,7 @@ coverage: setup
 # Some twenty minutes on two idle cores: what the page says besides the proofs, where it says nothing yet.
 coverage-columns: setup
 	$(PYTHON) -m papr_fx models --workers 2 --table docs/coverage.md --columns
+
+# Into out/site: open out/site/index.html. Nothing of it is read from the network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet

@@ -1,5 +1,7 @@
 """papr-fx: one call that makes a pretrained vision model run only on the significant patches (PaPr, ECCV 2024)."""
 
+import importlib.metadata
+
 from . import requirements as requirements  # the first: it refuses versions that the others fail on
 
 # isort: split
@@ -51,3 +53,10 @@ __all__ = [
     "transform",
     "video",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, as it was installed: it is looked up when it is asked for, as a checkout on the path has none."""
+    if name == "__version__":
+        return importlib.metadata.version("papr-fx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

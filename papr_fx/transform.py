@@ -83,7 +83,7 @@ def transform(
         saliency: Source of the map: "psm", the mean over the proposal's last feature maps; "expected-cam", "cam", "gradcam",
             "scorecam", which weight them by its classes; "random"; or a function of features (B, K, h, w) to maps (B, h, w).
             For clips also "motion", the change from frame to frame without a proposal, and its product with the map of a
-            proposal: "motion*psm", "motion*cam" and so on.
+            proposal: `"motion*psm"`, `"motion*cam"` and so on.
         merge: `Merge(r, blocks, proportional, schedule=...)`: token merging after the pruning, or alone with z=1. Or a peer.
         output: "logits", what the model returns, or "features", what its `forward_features` (timm) returns.
         narrow: Whether to compute only those rows of the last tokens that are read: in most ViTs the class token's. Exact;

@@ -11,8 +11,8 @@ import papr_fx
 ROOT = Path(__file__).parent.parent
 # docs/coverage.md is written by `make coverage`.
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "coverage.md"),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "coverage.md"),
 ]
 LINKS = re.compile(r"\]\(([^)]+)\)")
 WIDTH = 120

@@ -13,6 +13,7 @@ from .diff import add_diff
 from .eval import add_eval
 from .models import add_models
 from .reproduce import add_reproduce
+from .shell import SHELLS, Completion, Version
 from .show import add_show
 from .tune import add_tune
 
@@ -30,8 +31,8 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 2 if the input is refused, 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
     except PaprError as error:
         print(f"papr-fx: {error}", file=sys.stderr)
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="papr-fx", description="Prunes the patches that matter least to a vision model.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the versions of papr-fx and of what it runs on")
+    completion = "print a script for a shell that completes commands, options and files (needs the extra completion)"
+    parser.add_argument("--print-completion", action=Completion, choices=SHELLS, metavar="SHELL", help=completion)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (add_options, summary) in _COMMANDS.items():
         add_options(commands.add_parser(name, help=summary))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
@@ -58,9 +59,9 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     """
     path = Path(file) if Path(file).exists() else Path(root, file)
     try:
-        if path.suffix.lower() == ".pkl":
-            _check_pickle(path.read_bytes())
-        classes: dict[str, int] = load_class_map(file, root)
+        pickled = path.suffix.lower() == ".pkl"
+        given = _Plain.read(path) if pickled else file  # older versions of timm would run what a pickle names
+        classes: dict[str, int] = load_class_map(given, root)
         lines = _lines(path) if file.endswith(".txt") else [*classes]
     except _DAMAGED as error:
         raise ArgumentError(f"--class-map {file}: {error}") from error
@@ -73,6 +74,23 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     if twice is not None:
         raise ArgumentError(f"--class-map {file} lists {twice!r} twice: its number is not clear")
     return {name: classes[name] for name in lines}
+
+
+class _Plain(pickle.Unpickler):
+    """Reads pickles of numbers, texts and dictionaries alone."""
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, int]:
+        """The dictionary in a file."""
+        content = path.read_bytes()
+        _check_pickle(content)
+        found = cls(io.BytesIO(content)).load()
+        if not isinstance(found, dict):
+            raise ValueError(f"sought a dictionary of names and numbers, found {type(found).__name__}")
+        return cast("dict[str, int]", found)
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"sought names and numbers, found {module_name}.{global_name}, which is not loaded")
 
 
 def _lines(file: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from timm.data import create_dataset
 
 from ..errors import ArgumentError
-from .classes import NATURAL
+from .classes import NATURAL, read_class_map
 from .folders import ClassRules, FolderReader
 from .image_file import IMAGE_SUFFIXES
 from .samples import Reader
@@ -102,7 +102,8 @@ def _check_source(source: Source) -> None:
 
 def _hub_reader(source: Source) -> Any:
     """Timm's reader of a Hugging Face data set."""
-    options: dict[str, Any] = {"class_map": source.class_map, **source.keys}
+    classes = read_class_map(source.class_map) if source.class_map else ""
+    options: dict[str, Any] = {"class_map": classes, **source.keys}
     dataset: Any = create_dataset(source.data, root=source.data_dir, split=source.split, **options)
     dataset.reader[0][0].close()  # a missing column shows only when a sample is read
     return dataset.reader

@@ -1,5 +1,7 @@
 """Folders of classes: which files are read, how classes are numbered, what is skipped aloud, and what is refused."""
 
+import os
+import pickle
 import tarfile
 
 import pytest
@@ -173,3 +175,18 @@ def test_class_maps_that_list_no_order(content, message, tmp_path):
 def test_orders_are_for_names(data):
     with pytest.raises(papr_fx.ArgumentError, match="numbers its own classes"):
         opened(data, order="torchvision")
+
+
+def test_a_class_map_that_is_a_pickle_runs_nothing(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "classes.pkl"
+    path.write_bytes(pickle.dumps({"b": 0, "a": 1}))
+    assert read_class_map(str(path)) == {"b": 0, "a": 1}
+    for content, message in ((Code(), "found .*[.]mkdir, which is not loaded"), (["b"], "found list")):
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(papr_fx.ArgumentError, match=f"--class-map .*: sought .*, {message}"):
+            read_class_map(str(path))
+    assert not (tmp_path / "ran").exists()
