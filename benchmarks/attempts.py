@@ -1,5 +1,6 @@
 """Reads a file in a process of its own, with little memory and time; says what came of it. Linux only."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -88,6 +89,7 @@ def _child(read: Callable[[], str], sink: int) -> NoReturn:
     for number in (0, 1, 2):
         os.dup2(nothing, number)
     warnings.simplefilter("ignore")
+    faulthandler.disable()
     before = _status("VmRSS")
     limit = 1024 * _status("VmSize") + _ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -170,7 +170,8 @@ def live(settings: Settings, stop: Any = None) -> dict[str, Any]:
         samples = _watched(settings, gate, stop, start)
         for worker in workers:
             worker.result()
-    return _row(life, [*samples, sample((time.monotonic() - start) / 60)], settings)
+        samples.append(sample((time.monotonic() - start) / 60))  # while the threads are there, as for the others
+    return _row(life, samples, settings)
 
 
 def _watched(settings: Settings, gate: Gate, stop: Any, start: float) -> list[Sample]:

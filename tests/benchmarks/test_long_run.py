@@ -57,7 +57,7 @@ def test_a_call_may_see_what_is_set_meanwhile(life):
 
 def test_a_life(monkeypatch, tmp_path, capsys):
     path = tmp_path / "life.json"
-    given = ["long_run", "--minutes", "0.05", "--threads", "3", "--processes", "1", "--out", str(path)]
+    given = ["long_run", "--minutes", "0.02", "--threads", "3", "--processes", "1", "--out", str(path)]
     monkeypatch.setattr("sys.argv", given)
     long_run.main()
     (row,) = json.loads(path.read_text())["rows"]
