@@ -231,6 +231,6 @@ _OWN: tuple[type[Trap], ...] = (
 )  # fmt: skip
 KINDS: dict[str, Callable[[Sizes], Trap]] = {kind.__name__: kind for kind in (*mixing.KINDS, *_OWN, *reading.KINDS)}
 HARMLESS = (
-    "ChannelBatchNorm", "AddedInPlace", "Dropped", "WholeSizes", "Table", "Numbered", "TokenBatchNorm", "Counting",
+    "ChannelBatchNorm", "AddedInPlace", "Dropped", "WholeSizes", "Table", "Numbered", "Counting",
     "TransposedTable", "LookedUp", "SomeScaled", "InParts", "BatchLast", "Clipped",
 )  # fmt: skip

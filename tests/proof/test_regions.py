@@ -6,6 +6,7 @@ from torch import nn
 
 import papr_fx
 from papr_fx.dataflow.positionwise import PositionwiseProbe, Verdict
+from papr_fx.proof import regions
 
 from ..models import enliven, toy_proposal
 from .parts import case_of, failures
@@ -25,6 +26,18 @@ class NormOverSpace(nn.Module):
 def mixing() -> nn.Module:
     layers = (nn.Conv2d(3, 8, 4, 4), NormOverSpace(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     return enliven(nn.Sequential(*layers)).eval()
+
+
+class LargestOverSpace(NormOverSpace):
+    """A branch that scales all positions by the largest value that any of them has in a channel."""
+
+    def __init__(self, channel: int) -> None:
+        super().__init__()
+        self.branch[0] = nn.Identity()
+        self.channel = channel
+
+    def forward(self, x):
+        return x + self.branch(x * x[:, self.channel].amax((1, 2)).sigmoid()[:, None, None, None])
 
 
 @pytest.fixture
@@ -49,3 +62,12 @@ def test_only_regions_find_a_norm_over_space():
 def test_a_norm_over_space_is_caught():
     with pytest.raises(papr_fx.VerifyError, match="regions: with fewer positions"):
         papr_fx.transform(mixing(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 48), mode="pixels")
+
+
+@pytest.mark.usefixtures("_trusting")
+@pytest.mark.parametrize("channel", range(4))
+def test_one_position_that_scales_all_is_seen(channel):
+    layers = (nn.Conv2d(3, 8, 4, 4), LargestOverSpace(channel), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = enliven(nn.Sequential(*layers)).eval()
+    with pytest.raises(papr_fx.VerifyError, match="regions: with fewer positions"):
+        regions.check(case_of(model, example_input=torch.zeros(1, 3, 16, 24), mode="pixels"))
