@@ -221,7 +221,7 @@ class Convolved(Mixing):
         end = x.shape[1] - self.sizes.suffix
         first, rest, last = x[:, : self.sizes.prefix], x[:, self.sizes.prefix : end], x[:, end:]
         rows = self.sizes.patches // self.sizes.grid[-1]
-        maps = rest.transpose(1, 2).reshape(len(x), -1, rows, self.sizes.grid[-1])
+        maps = rest.transpose(1, 2).reshape(x.shape[0], -1, rows, self.sizes.grid[-1])
         return torch.cat([first, rest + self.conv(maps).flatten(2).transpose(1, 2), last], dim=1)
 
 
