@@ -64,8 +64,13 @@ class FaultError(Exception):
 
 
 @torch.no_grad()
-def judge(spec: Spec) -> Result:
-    """Rewrites the model of a description, and compares it with the oracle."""
+def judge(spec: Spec, *, strict: bool = False) -> Result:
+    """Rewrites the model of a description, and compares it with the oracle.
+
+    Args:
+        spec: The description.
+        strict: Whether traps count that only a proof would see, where the description asks for none.
+    """
     built = build(spec)
     broken = _self_check(spec, built)
     if broken:
@@ -79,7 +84,7 @@ def judge(spec: Spec) -> Result:
     except Exception as error:  # whatever else transform raises is a fault
         return Result("finding", f"transform: {_first_line(error)}")
     found = _compared(spec, built, gm)
-    if found.verdict == "finding" and not spec.verify and excuses(spec):
+    if found.verdict == "finding" and not strict and not spec.verify and excuses(spec):
         return replace(found, verdict="unjudged", reason="a trap, without proof")
     return found
 
