@@ -15,7 +15,6 @@ import papr_fx
 from papr_fx import PaprError, PrunedModule
 
 from . import proposals
-from .attention import UNUSUAL
 from .blocks import Mlp
 from .draw import Built, build, images_of, unfit_head
 from .grids import PixelMlp
@@ -154,7 +153,7 @@ def excuses(spec: Spec) -> list[str]:
     found += [name for name in (trap.partition(":")[0] for trap in spec.traps) if name not in HARMLESS]
     if spec.mode == "pixels" or spec.background in ("keep", "zero"):
         found.append("pixel operators of a token model")
-    if spec.attention in UNUSUAL:
+    if spec.attention in ("causal", "linear", "softmax over queries", "rectified"):
         found.append(f"attention: {spec.attention}")
     if spec.inner != "none" and spec.patches < spec.prefix + spec.suffix + 3:
         found.append("too few patches to tell their number from that of other tokens")

@@ -196,6 +196,30 @@ def test_weights_that_are_summed_with_values_are_attention(kind):
     assert not failures(case_of(with_extra(kind)))
 
 
+class ExtraKeys(Attention):
+    """Attention with keys and values of its own in front of the tokens' or behind them (prefix tuning)."""
+
+    def __init__(self, *, behind: bool) -> None:
+        super().__init__(8, 2, True)
+        self.behind = behind
+        self.extra = nn.Parameter(torch.zeros(2, 1, 2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        pairs = [[own.expand(b, -1, -1, -1), given] for own, given in zip(self.extra, (k, v), strict=True)]
+        k, v = (torch.cat(pair[::-1] if self.behind else pair, dim=2) for pair in pairs)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_attention_may_have_keys_of_its_own(behind):
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = ExtraKeys(behind=behind)
+    assert not failures(case_of(enliven(model)))
+
+
 class MixedHeads(Attention):
     """Attention whose heads are mixed after the softmax, so that hidden keys get weights again, and summed in some way."""
 
