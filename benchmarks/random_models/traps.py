@@ -221,7 +221,7 @@ class Convolved(Mixing):
         end = x.shape[1] - self.sizes.suffix
         first, rest, last = x[:, : self.sizes.prefix], x[:, self.sizes.prefix : end], x[:, end:]
         rows = self.sizes.patches // self.sizes.grid[-1]
-        maps = rest.transpose(1, 2).reshape(len(x), -1, rows, self.sizes.grid[-1])
+        maps = rest.transpose(1, 2).reshape(x.shape[0], -1, rows, self.sizes.grid[-1])
         return torch.cat([first, rest + self.conv(maps).flatten(2).transpose(1, 2), last], dim=1)
 
 
@@ -231,6 +231,6 @@ _OWN: tuple[type[Trap], ...] = (
 )  # fmt: skip
 KINDS: dict[str, Callable[[Sizes], Trap]] = {kind.__name__: kind for kind in (*mixing.KINDS, *_OWN, *reading.KINDS)}
 HARMLESS = (
-    "ChannelBatchNorm", "AddedInPlace", "Dropped", "WholeSizes", "Table", "Numbered", "TokenBatchNorm", "Counting",
+    "ChannelBatchNorm", "AddedInPlace", "Dropped", "WholeSizes", "Table", "Numbered", "Counting",
     "TransposedTable", "LookedUp", "SomeScaled", "InParts", "BatchLast", "Clipped",
 )  # fmt: skip

@@ -160,22 +160,22 @@ class HiddenKeys(TorchFunctionMode):
             parts = cast("tuple[Any, ...]", index)[:2] if isinstance(index, tuple) else ()
             if whole is not None and len(parts) == 2 and all(isinstance(part, slice) for part in parts):
                 self._parts[id(out)] = (out, whole[:, parts[1]])  # the tensor itself is held, so that its id stays its own
-        elif func in _CONCATENATIONS and out.ndim == 3 and _axis(args, kwargs) in (1, -2):
+        elif func in _CONCATENATIONS and out.ndim in (3, 4) and _axis(args, kwargs) in (out.ndim - 2, -2):
             pieces = kwargs["tensors"] if "tensors" in kwargs else args[0]
             masks = [self._rows_of(piece) for piece in pieces]
             if any(mask is not None for mask in masks):
                 none = torch.zeros_like(self.hidden[:, :1])
-                known = [none.expand(-1, p.shape[1]) if m is None else m for p, m in zip(pieces, masks, strict=True)]
+                known = [none.expand(-1, p.shape[-2]) if m is None else m for p, m in zip(pieces, masks, strict=True)]
                 whole = torch.cat(known, dim=1)
                 self._parts[id(out)] = (out, whole)
-                if out.shape[1] > self.hidden.shape[1]:
-                    self._longer[out.shape[1]] = whole
+                if out.shape[-2] > self.hidden.shape[1]:
+                    self._longer[out.shape[-2]] = whole
 
     def _rows_of(self, tokens: Tensor) -> Tensor | None:
-        """Which rows of a value (B, n, C) are hidden, (B, n); None if it does not hold the tokens."""
+        """Which rows of a value (B, n, C) or (B, H, n, D) are hidden, (B, n); None if it does not hold the tokens."""
         if id(tokens) in self._parts:
             return self._parts[id(tokens)][1]
-        return self._mask(tokens.shape[1]) if tokens.ndim == 3 and len(tokens) == len(self.hidden) else None
+        return self._mask(tokens.shape[-2]) if tokens.ndim in (3, 4) and len(tokens) == len(self.hidden) else None
 
     def _key_axis(self, args: Any, kwargs: Any) -> int:
         """The axis of the keys, -1 or -2, that a softmax of attention weights is over; 0 if it is none."""

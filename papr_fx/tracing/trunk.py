@@ -106,7 +106,7 @@ def find_trunk(model: nn.Module, images: Tensor) -> Trunk:
     chosen = min(as_many, key=lambda family: family.order)
     others = [family for family in candidates if family.is_apart(chosen)]
     as_long = [f for f in on_tokens if f.tokens == chosen.tokens and f.is_apart(chosen)]
-    alike = [f for f in as_long if _kind(model, f) == _kind(model, chosen)]
+    alike = [f for f in as_long if _are_alike(*(model.get_submodule(family.members[0]) for family in (f, chosen)))]
     same = alike + [f for f in others if f in as_long and f not in alike and len(f.members) == len(chosen.members) > 1]
     return Trunk(
         _in_order(model, [name for family in (chosen, *same) for name in family.members]),
@@ -200,10 +200,11 @@ def _family(members: Mapping[str, nn.Module], calls: Mapping[nn.Module, _Calls],
     )
 
 
-def _kind(model: nn.Module, family: _Family) -> tuple[type[nn.Module], tuple[torch.Size, ...]]:
-    """The class of a family's first block, and the shapes of its parameters."""
-    block = model.get_submodule(family.members[0])
-    return type(block), tuple(parameter.shape for parameter in block.parameters())
+def _are_alike(block: nn.Module, other: nn.Module) -> bool:
+    """Whether two blocks are of one class and size. One may hold more than the other, such as a convolution of its own."""
+    shapes, others = ({name: p.shape for name, p in module.named_parameters()} for module in (block, other))
+    common = shapes.keys() & others.keys()
+    return type(block) is type(other) and bool(common) and all(shapes[name] == others[name] for name in common)
 
 
 def _largest(model: nn.Module, families: Collection[_Family]) -> tuple[str, ...]:

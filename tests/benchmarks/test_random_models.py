@@ -71,7 +71,7 @@ def test_an_oracle_sees_a_planted_fault(name, monkeypatch):
     spec = replace(spec, verify=False, narrow=False)
     assert judge(spec).verdict == "equal"
     monkeypatch.setattr(name, fault)
-    result = judge(spec)
+    result = judge(spec, strict=True)
     assert result.verdict == "finding"
     assert result.reason == "differs"
     assert result.error > 1e-3
@@ -80,8 +80,9 @@ def test_an_oracle_sees_a_planted_fault(name, monkeypatch):
 def test_a_trap_that_is_accepted_is_a_finding(monkeypatch):
     spec = Spec(traps=("Mixer:between",), verify=False)
     assert judge(replace(spec, verify=True)).verdict == "refused"
+    assert judge(replace(Spec(), verify=False, traps=("MeanAdded:between",))).verdict == "unjudged"
     monkeypatch.setattr("benchmarks.random_models.mixing.Mixer.forward", lambda self, x: x + x.mean(1, keepdim=True))
-    result = judge(spec)
+    result = judge(spec, strict=True)
     assert result.verdict == "finding"
     assert result.reason == "accepted: Mixer"
 

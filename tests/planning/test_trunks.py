@@ -94,6 +94,29 @@ class InParts(ToyViT):
         return self.classify(x)
 
 
+class Convolving(Block):
+    """A block that may convolve the grid of its tokens in front of its MLP (CPVT)."""
+
+    def __init__(self, *, convolves: bool) -> None:
+        super().__init__(8, Attention(8, 2, True))
+        self.conv = nn.Conv2d(8, 8, 3, padding=1) if convolves else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        if self.conv is not None:
+            grid = x[:, 1:].transpose(1, 2).reshape(x.shape[0], 8, 4, 4)
+            x = torch.cat([x[:, :1], x[:, 1:] + self.conv(grid).flatten(2).transpose(1, 2)], dim=1)
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_block_with_more_in_it_is_one_of_the_trunk():
+    """Else what it does with the grid would be taken for that of a dense head, which reads filled places."""
+    model = InParts(1, 1)
+    model.part0[0], model.part1[0] = Convolving(convolves=False), Convolving(convolves=True)
+    with pytest.raises(papr_fx.NoSiteError, match="a reshape to the grid inside a block"):
+        papr_fx.transform(enliven(model).eval(), toy_proposal(), 0.5, mode="tokens")
+
+
 FIRST_BLOCKS = {
     "one block, then two": (lambda: InParts(1, 2), "part0.0"),
     "two blocks, then one": (lambda: InParts(2, 1), "part0.0"),

@@ -145,8 +145,6 @@ class Extra(nn.Module):
                 return x + values * F.softmax(scores, dim=-2).to(x.dtype).clone()
             case "product with channels":
                 return x + scores.softmax(dim=1).transpose(1, 2).contiguous().transpose(1, 2).sigmoid() * values
-            case "by the largest":
-                return x / x.norm(dim=-1).amax(dim=1)[:, None, None]
             case "context":
                 return x + (scores[..., :1].softmax(dim=1) * values).sum(dim=1, keepdim=True)
             case "product of vectors":
@@ -159,10 +157,10 @@ class Extra(nn.Module):
                 return x + torch.einsum("bnc,bnd->bcd", scores.softmax(dim=1), values).mean(1, keepdim=True)
 
 
-def with_extra(kind: str, seed: int = 0) -> ToyViT:
+def with_extra(kind: str) -> ToyViT:
     model = ToyViT(Shape())
     model.blocks = nn.ModuleList(Extra(kind) for _ in range(2))
-    return enliven(model, seed)
+    return enliven(model)
 
 
 @pytest.mark.parametrize("kind", ["gate", "gate by one score", "gate that is cast", "product with channels"])
@@ -172,16 +170,54 @@ def test_a_softmax_over_tokens_that_gates_them_is_refused(kind):
     assert "is no attention: its weights multiply each token instead of being summed" in found["hidden keys"]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_one_token_that_scales_all_is_seen(seed):
+class ByLargest(Extra):
+    """A block that scales its tokens by the largest value that any of them has in a channel."""
+
+    def __init__(self, channel: int) -> None:
+        super().__init__("context")
+        self.channel = channel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x * (1 + x[..., self.channel].amax(dim=1).sigmoid()[:, None, None])
+
+
+@pytest.mark.parametrize("channel", range(5))
+def test_one_token_that_scales_all_is_seen(channel):
     """Whichever it is: in one of two choices it is dropped."""
+    model = with_extra("context")
+    model.blocks[1] = ByLargest(channel)
     with pytest.raises(papr_fx.VerifyError, match=r"hidden keys: the kept tokens of .* are off"):
-        hidden_keys.check(case_of(with_extra("by the largest", seed)))
+        hidden_keys.check(case_of(enliven(model)))
 
 
 @pytest.mark.parametrize("kind", ["context", "product of vectors", "mean of weights", "linear attention", "einsum"])
 def test_weights_that_are_summed_with_values_are_attention(kind):
     assert not failures(case_of(with_extra(kind)))
+
+
+class ExtraKeys(Attention):
+    """Attention with keys and values of its own in front of the tokens' or behind them (prefix tuning)."""
+
+    def __init__(self, *, behind: bool) -> None:
+        super().__init__(8, 2, True)
+        self.behind = behind
+        self.extra = nn.Parameter(torch.zeros(2, 1, 2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        pairs = [[own.expand(b, -1, -1, -1), given] for own, given in zip(self.extra, (k, v), strict=True)]
+        k, v = (torch.cat(pair[::-1] if self.behind else pair, dim=2) for pair in pairs)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_attention_may_have_keys_of_its_own(behind):
+    model = ToyViT(Shape())
+    for block in model.blocks:
+        block.attn = ExtraKeys(behind=behind)
+    assert not failures(case_of(enliven(model)))
 
 
 class MixedHeads(Attention):
