@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .draw import draw
-from .judge import Result
+from .judge import Result, excuses
 from .spec import Spec
 
 # The trunks as a page names them.
@@ -57,12 +57,17 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def is_trapped(line: dict[str, Any]) -> bool:
+    """Whether a model holds a trap, or anything else for which it may be refused, such as column-major tokens."""
+    return bool(line["traps"]) or bool(excuses(draw(line["number"])))
+
+
 def rows_of(lines: list[dict[str, Any]]) -> list[list[str | int]]:
     """A row for each kind of trunk, with traps and without, and one for all: name and the numbers of `COLUMNS`."""
     rows: list[list[str | int]] = []
     for trunk, name in TRUNKS.items():
         for trapped in (False, True):
-            part = [line for line in lines if line["trunk"] == trunk and bool(line["traps"]) == trapped]
+            part = [line for line in lines if line["trunk"] == trunk and is_trapped(line) == trapped]
             rows.append([f"{name}, {'with' if trapped else 'without'} traps", *_counts(part)])
     return [*rows, ["all", *_counts(lines)]]
 
