@@ -19,8 +19,8 @@ CHUNK = 20
 
 
 def chunk(first: int) -> object:
-    """A part of the numbers; the first hundred in each run."""
-    return pytest.param(first, marks=[pytest.mark.slow] if first >= 100 else [])
+    """A part of the numbers; the first forty in each run."""
+    return pytest.param(first, marks=[pytest.mark.slow] if first >= 40 else [])
 
 
 @pytest.mark.parametrize("first", [chunk(first) for first in range(0, 300, CHUNK)])
