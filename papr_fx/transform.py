@@ -25,6 +25,7 @@ from .planning.module import PrunedModule, checked_z
 from .proof.fusing import FusingError
 from .proof.narrowing import NarrowingError
 from .proof.prove import prove
+from .proof.sizes import SizesError
 from .proposals.build import ImageSpec, ProposalOptions, build_proposal, check_proposal
 from .proposals.network import SignificanceNet
 from .proposals.saliency import Saliency, checked_saliency
@@ -226,7 +227,7 @@ def _prove(model: nn.Module, gm: PrunedModule) -> None:
     """Proves `gm`. Pixel operators with positions out of order, or without effect, become dense again if others are left.
 
     Where it cannot be proved that nobody reads what is left out, all patches are embedded, then all rows computed. Where fused
-    attention cannot be proved, it is written out.
+    attention cannot be proved, it is written out. Where the graph does not hold for images of other sizes, these are refused.
     """
     while True:
         try:
@@ -235,6 +236,8 @@ def _prove(model: nn.Module, gm: PrunedModule) -> None:
             gm.follow(gm.plan.computing_more(str(error)))
         except FusingError as error:
             gm.follow(gm.plan.writing_out(str(error)))
+        except SizesError:
+            gm.follow(gm.plan.of_one_size())
         except SiteError as error:
             if not error.additions or not gm.leave_dense(error.additions, str(error)):
                 raise

@@ -130,6 +130,11 @@ class Plan:
         """The same plan of a token model with less left out, for this reason: at first with all patches embedded."""
         return self._each(lambda mode: mode.computing_more(reason) if isinstance(mode, TokenPlan) else mode)
 
+    def of_one_size(self) -> Plan:
+        """The same plan for images of the traced size alone."""
+        shape, layout = self.example.shape, self.target.layout
+        return replace(self, target=replace(self.target, sizes=()), signature=self.signature.for_size(shape, layout))
+
     def writing_out(self, reason: str = "") -> Plan:
         """The same plan with attention as it is written, for this reason."""
         return replace(self, fusing=Fusing(reason=reason))

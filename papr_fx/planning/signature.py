@@ -83,7 +83,7 @@ class Signature:
     def for_size(self, shape: Sequence[int], layout: str) -> Signature:
         """The same for images of this size only."""
         axes = tuple(layout.index(letter) for letter in "THW" if letter in layout)
-        return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes)
+        return replace(self, sides=tuple(shape[axis] for axis in axes), axes=axes, grid=())
 
     def casting(self, parameter: str, *, integers: bool) -> Signature:
         """The same for a model that converts images to the dtype of this parameter: floating ones, or `integers` too."""

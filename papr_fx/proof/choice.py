@@ -65,8 +65,9 @@ def compare(case: Case, images: Tensor, grids: Mapping[Grid, Grid]) -> None:
         for scores, index in zip(psm.flatten(1).tolist(), keep.tolist(), strict=True):
             _check_kept(choice, rows, scores, index, case.own_z)
         kept.append(keep)
-    whole = case.rewrite.graph_on(narrow=False, fuse=False) if case.rewrite.mode.reduces else case.rewrite.pruned_graph()
-    expected = case.run(GraphModule(case.root, whole), images[:1], *(keep[:1] for keep in kept))
+    reduces = case.rewrite.mode.reduces
+    whole = GraphModule(case.root, case.rewrite.graph_on(narrow=False, fuse=False)) if reduces else case.pruned
+    expected = case.run(whole, images[:1], *(keep[:1] for keep in kept))
     error = relative_error(case.run(GraphModule(case.root, graph), images[:1]), expected)
     if not error <= case.tolerance:
         raise ComparisonError(

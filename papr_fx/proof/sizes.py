@@ -18,6 +18,10 @@ from .case import Case, ComparisonError
 from .rewrite import Stream
 
 
+class SizesError(ComparisonError):
+    """On images of another size the graph differs from the model. It may still be right for those of the traced size."""
+
+
 def check(case: Case) -> None:
     """Runs the graph on one image of another size: with all positions kept the output must be the model's.
 
@@ -29,7 +33,7 @@ def check(case: Case) -> None:
     Does nothing for a model that takes one size.
 
     Raises:
-        VerifyError: Another grid, another choice or another output.
+        SizesError: Another grid, another choice or another output.
     """
     if not case.rewrite.plan.target.sizes:
         return
@@ -42,21 +46,21 @@ def check(case: Case) -> None:
     indices = [_all_rows(c, grids[c.rows.grid], images.device) for c in case.rewrite.choices]
     error = relative_error(case.run(case.pruned, images, *indices), case.run(case.model, images))
     if not error <= case.tolerance:
-        raise ComparisonError(
+        raise SizesError(
             f"sizes: on images {tuple(shape)}, with all positions kept, the output is off by {error:.1e} (relative; "
             f"{case.tolerance:.0e} is allowed)"
         )
     try:
         choice.compare(case, images, grids)
     except VerifyError as error:
-        raise type(error)(f"sizes: on images {tuple(shape)}, {error}") from error
+        raise SizesError(f"sizes: on images {tuple(shape)}, {error}") from error
 
 
 def _grid(case: Case, stream: Stream, value: Sequence[int], images: Sequence[int]) -> tuple[int, ...]:
     """The grid of a stream whose value has this shape on images of that one.
 
     Raises:
-        VerifyError: Tokens are not as many as patches of the traced size lie in the images.
+        SizesError: Tokens are not as many as patches of the traced size lie in the images.
     """
     layout, rows = case.rewrite.image_layout, stream.rows
     if "H" in stream.layout:
@@ -66,7 +70,7 @@ def _grid(case: Case, stream: Stream, value: Sequence[int], images: Sequence[int
     grid = tuple(images[axis] * count // traced[axis] for axis, count in zip(axes, rows.grid, strict=True))
     count = value[stream.layout.index("N")]
     if prod(grid) + rows.others != count:
-        raise VerifyError(
+        raise SizesError(
             f"sizes: on images {tuple(images)} `{stream.node}` holds {count} positions, where {rows.grid} "
             f"on {tuple(traced)} would become {grid} and {rows.others} others"
         )

@@ -57,3 +57,19 @@ def test_tokens_that_no_patches_of_the_traced_size_explain():
 def test_grids_of_pixel_operators():
     family = FAMILIES["ConvNeXt"]
     sizes.check(case_of(family.model(), family.size))
+
+
+def test_a_model_whose_graph_holds_for_the_traced_size_alone(monkeypatch):
+    """Its graph is refused at other sizes, and as it was at the traced one."""
+
+    def embedded(images, keep, conv):
+        return ops.embed_patches(images if images.shape[-1] == 12 else images.flip(-1), keep, conv)
+
+    model, x = Sized().double().eval(), torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    right = papr_fx.transform(model, toy_proposal(), 0.5)
+    right(torch.randn(2, 3, 12, 18, dtype=torch.float64))
+    monkeypatch.setattr(embed_kept_patches, "embed_patches", embedded)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    assert torch.equal(gm(x), right(x))
+    with pytest.raises(papr_fx.ArgumentError, match="was transformed for images of 8 x 12, not 12 x 18"):
+        gm(torch.randn(2, 3, 12, 18, dtype=torch.float64))
