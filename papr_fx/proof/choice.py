@@ -49,7 +49,13 @@ def check(case: Case) -> None:
 
 
 def compare(case: Case, images: Tensor, grids: Mapping[Grid, Grid]) -> None:
-    """The same for these images, which may have another size than the traced ones: `grids` of those become other grids."""
+    """The same for these images, which may have another size than the traced ones.
+
+    Args:
+        case: The case.
+        images: They.
+        grids: What grids of the traced images are for these; a number of positions where the grid is not known.
+    """
     graph, choices = case.own_graph, case.rewrite.choices
     nodes = [find(graph, Kind.MAP)]
     nodes += [node for choice in choices for node in (find(graph, Kind.PSM, choice.number), keep_of(graph, choice))]
@@ -60,8 +66,9 @@ def compare(case: Case, images: Tensor, grids: Mapping[Grid, Grid]) -> None:
     for choice, psm, keep in zip(choices, found[::2], found[1::2], strict=True):
         _check_map(case, maps, psm)
         rows = TokenRows(tuple(psm.shape[1:]), choice.rows.prefix, choice.rows.suffix)
-        if rows.grid != grids[choice.rows.grid]:
-            raise VerifyError(f"choice: {choice.where}, the map has grid {rows.grid}, the positions {grids[choice.rows.grid]}")
+        wanted = grids[choice.rows.grid]
+        if (rows.grid if len(wanted) > 1 else (rows.cells,)) != wanted:
+            raise VerifyError(f"choice: {choice.where}, the map has grid {rows.grid}, the positions {wanted}")
         for scores, index in zip(psm.flatten(1).tolist(), keep.tolist(), strict=True):
             _check_kept(choice, rows, scores, index, case.own_z)
         kept.append(keep)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from fractions import Fraction
+from itertools import product
+from math import ceil, floor, prod
 
 import torch
 from torch import Tensor
@@ -59,22 +61,17 @@ def check(case: Case) -> None:
 def _grid(case: Case, stream: Stream, value: Sequence[int], images: Sequence[int]) -> tuple[int, ...]:
     """The grid of a stream whose value has this shape on images of that one.
 
-    Raises:
-        SizesError: Tokens are not as many as patches of the traced size lie in the images.
+    Positions in one axis are laid out as many to a side as the side is long, rounded up or down. Where that leaves no grid of
+    as many positions, or several, they are one row.
     """
     layout, rows = case.rewrite.image_layout, stream.rows
     if "H" in stream.layout:
         return tuple(value[stream.layout.index(letter)] for letter in "THW" if letter in stream.layout)
     axes = [layout.index(letter) for letter in "THW" if letter in layout]
-    traced = case.images.shape
-    grid = tuple(images[axis] * count // traced[axis] for axis, count in zip(axes, rows.grid, strict=True))
-    count = value[stream.layout.index("N")]
-    if prod(grid) + rows.others != count:
-        raise SizesError(
-            f"sizes: on images {tuple(images)} `{stream.node}` holds {count} positions, where {rows.grid} "
-            f"on {tuple(traced)} would become {grid} and {rows.others} others"
-        )
-    return grid
+    exact = [Fraction(images[axis] * count, case.images.shape[axis]) for axis, count in zip(axes, rows.grid, strict=True)]
+    positions = value[stream.layout.index("N")] - rows.others
+    found = {grid for grid in product(*({floor(side), ceil(side)} for side in exact)) if prod(grid) == positions}
+    return found.pop() if len(found) == 1 else (positions,)
 
 
 def _all_rows(choice: Choice, grid: tuple[int, ...], device: torch.device) -> Tensor:

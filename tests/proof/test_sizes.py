@@ -44,14 +44,12 @@ def test_an_operator_that_is_wrong_at_other_sizes_alone(monkeypatch):
     assert list(failures(case_of(Sized().double().eval()))) == ["sizes"]
 
 
-def test_tokens_that_no_patches_of_the_traced_size_explain():
+@pytest.mark.parametrize("size", [(9, 13), (11, 14)])
+def test_images_that_patches_do_not_cover(size):
+    """Its convolution leaves pixels over; another model might pad them."""
     case = case_of(Sized().double().eval())
-    target = case.rewrite.plan.target
-    object.__setattr__(target, "sizes", ((1, 3, 9, 13),))  # its convolution leaves pixels over
+    object.__setattr__(case.rewrite.plan.target, "sizes", ((1, 3, *size),))
     sizes.check(case)
-    case.rewrite.choices[0].rows.__dict__["grid"] = (2, 8)
-    with pytest.raises(papr_fx.VerifyError, match="sizes: on images"):
-        sizes.check(case)
 
 
 def test_grids_of_pixel_operators():
