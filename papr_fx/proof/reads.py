@@ -66,5 +66,5 @@ def _reading(case: Case, graph: fx.Graph, tokens: Tensor, probed: list[int], *ke
         rows[sample, row] = torch.nan
     images = case.images[:1].repeat(len(rows), *[1] * (case.images.ndim - 1))
     outputs = tensors_of(case.run(behind, images, *(index.repeat(len(rows), 1) for index in keep), rows))
-    by_sample = [(number, out) for number, out in enumerate(outputs) if len(out) == len(rows)]
+    by_sample = [(number, out) for number, out in enumerate(outputs) if out.shape[:1] == (len(rows),)]
     return [[number for number, out in by_sample if bool(out[sample].isnan().any())] for sample in range(len(rows))]
