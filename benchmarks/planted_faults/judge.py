@@ -22,13 +22,17 @@ from .plant import plant
 _ALL = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "--no-header", "--tb=no", "-W", "ignore"]
 
 
+# What differs as soon as the module is there. All else is asked of it later: another mode or keep ratio, what it keeps.
+AT_ONCE = frozenset({"output", "three images", "other size", "refusal"})
+
+
 class Acting(NamedTuple):
     """A model on which a fault acts.
 
     Attributes:
         model: Its name.
         differs: In what.
-        proof: What became of it with the proof: the class of the error, "healed" if the result is right after all, or "".
+        proof: What became of it with the proof: the class of the error, "healed" if the output is right after all, or "".
     """
 
     model: str
@@ -134,7 +138,9 @@ def _acting(subject: Subject, right: Seen) -> Acting | None:
     proved = transformed(subject, verify=True)
     if proved.refused:
         return Acting(subject.name, differs, proved.refused)
-    return Acting(subject.name, differs, "" if proved.unlike(right) else "healed")
+    left = proved.unlike(right)
+    healed = not left or (AT_ONCE & {*differs} and not AT_ONCE & {*left})
+    return Acting(subject.name, differs, "healed" if healed else "")
 
 
 def _without_module(seen: Seen) -> Seen:

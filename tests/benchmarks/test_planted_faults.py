@@ -51,11 +51,13 @@ def test_the_table():
     def entry(room, acting, suite, equivalent=""):
         return {"room": room, "acting": acting, "suite": suite, "equivalent": equivalent}
 
-    seen, unseen = {"proof": "VerifyError"}, {"proof": ""}
-    entries = {"a": entry("ops", [unseen, seen], "a test"), "b": entry("ops", [unseen], ""), "c": entry("ops", [], "", "why")}
-    *_, ops, total = table.table([entries]).splitlines()
-    assert [cell.strip() for cell in ops.split("|")[1:-1]] == ["ops", "3", "2", "1", "1", "1"]
-    assert total.split("|")[2].strip() == "3"
+    seen = {"proof": "VerifyError", "differs": ["output"]}
+    unseen, later = ({"proof": "", "differs": [name]} for name in ("output", "kept"))
+    found = [entry("ops", [unseen, seen], "a test"), entry("ops", [unseen], ""), entry("ops", [], "", "why")]
+    found += [entry("ops", [later], "a test"), entry("ops", None, "")]
+    *_, ops, total = table.table([dict(enumerate(found))]).splitlines()
+    assert [cell.strip() for cell in ops.split("|")[1:-1]] == ["ops", "5", "3", "2", "1", "1", "2"]
+    assert total.split("|")[2].strip() == "5"
 
 
 @pytest.mark.slow
