@@ -59,6 +59,7 @@ def test_one_graph_compiled():
     assert len(counted) <= 2  # for two images, and for any number
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_export_and_onnx(tmp_path):
     gm = coarse(enliven(AnySize()).eval(), 0.4, example_input=torch.zeros(1, 3, 16, 16))

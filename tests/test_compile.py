@@ -143,7 +143,8 @@ def test_compiles_as_one_graph_in_inductor(name):
     assert relative_error(compiled(x), gm(x)) < 1e-4
 
 
-@pytest.mark.parametrize("mode", [pytest.param("reduce-overhead", marks=pytest.mark.slow), "max-autotune"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @torch.no_grad()
 def test_modes(mode):
     _, gm, shape = pair("ViT")

@@ -125,7 +125,8 @@ def test_where_nothing_moves_the_proposal_decides():
     assert torch.equal(mask.all(1).flatten().nonzero().flatten(), best.sort().values)
 
 
-@pytest.mark.parametrize("saliency", ["motion", pytest.param("motion*psm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("saliency", ["motion", "motion*psm"])
 @torch.no_grad()
 def test_compiled_exported_copied_and_in_half_precision(saliency):
     model = ClipViT(GRID, 1).eval()
