@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torchvision.models.maxvit import MaxVit
 
-from .models import Shape, ToyViT, enliven, toy_proposal, traps
+from .models import Shape, ToyViT, attentions, enliven, toy_proposal, traps
 from .models.clips import ClipViT, JointViT, clip_proposal
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
@@ -83,7 +83,7 @@ def _maxvit() -> nn.Module:
 
 
 def _attending(make: Callable[[], nn.Module], **shape: Any) -> Callable[[], nn.Module]:
-    return lambda: traps.with_attention(make, **shape)
+    return lambda: attentions.with_attention(make, **shape)
 
 
 def _family(name: str, **options: Any) -> Subject:
@@ -111,7 +111,7 @@ SUBJECTS = (
     ),
     Subject(
         "ViT, order of queries, keys and values its own",
-        _attending(lambda: traps.Separate(8, 2, True), prefix=2, pool="cls"),
+        _attending(lambda: attentions.Separate(8, 2, True), prefix=2, pool="cls"),
         _TOY,
     ),
     Subject("ViT, rotary table", lambda: positioned(Shape(prefix=1, pool="cls"), "rotary"), _TOY),
@@ -178,11 +178,11 @@ SUBJECTS = (
         options={"saliency": "motion*psm", "background": "coarse"},
     ),
     Subject("two trunks", traps.Twins, _TOY),
-    Subject("causal attention", _attending(lambda: traps.Causal(8, 2, True), pool="cls"), _TOY),
-    Subject("causal attention, averaged", _attending(lambda: traps.Causal(8, 2, True)), _TOY),
+    Subject("causal attention", _attending(lambda: attentions.Causal(8, 2, True), pool="cls"), _TOY),
+    Subject("causal attention, averaged", _attending(lambda: attentions.Causal(8, 2, True)), _TOY),
     Subject(
         "causal attention, merged",
-        _attending(lambda: traps.Causal(8, 2, True)),
+        _attending(lambda: attentions.Causal(8, 2, True)),
         _TOY,
         1.0,
         options=_MERGED,
@@ -190,9 +190,9 @@ SUBJECTS = (
     Subject("attention with a mask, merged", lambda: positioned(Shape(), "bias"), _TOY, 1.0, options=_MERGED),
     Subject("heads of torch with dropout, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
     Subject("means of channels, merged", lambda: traps.Averaging(Shape(depth=3)), _TOY, 0.9, options=_MERGED),
-    Subject("attention written out, sums multiplied", _attending(lambda: traps.Written("sums")), _TOY),
-    Subject("attention written out, softmax over queries", _attending(lambda: traps.Written("queries")), _TOY),
-    Subject("ViT, columns interleaved", _attending(lambda: traps.Interleaved(8, 2, True), pool="cls"), _TOY),
+    Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("sums")), _TOY),
+    Subject("attention written out, softmax over queries", _attending(lambda: attentions.Written("queries")), _TOY),
+    Subject("ViT, columns interleaved", _attending(lambda: attentions.Interleaved(8, 2, True), pool="cls"), _TOY),
     Subject("ViT, as many channels as patches, bias", lambda: positioned(Shape(image=(4, 12), prefix=0), "bias"), (3, 4, 12)),
     Subject("grid whose windows are averaged", lambda: traps.Padded(Shape()), _TOY),
     Subject("grids stacked along the batch", traps.Stacked, _TOY),
