@@ -12,6 +12,19 @@ from torch import Tensor, nn
 from .vits import Attention, Shape, ToyViT, enliven
 
 
+class PairBiased(Attention):
+    """Adds a bias for each pair of tokens."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(8, 2, True)
+        self.bias = nn.Parameter(torch.randn(1, 2, count, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).reshape(b, n, c))
+
+
 class Causal(Attention):
     """Sees the tokens before each token alone."""
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attentions import PairBiased
 from .vits import Attention, Block, Shape, ToyViT, enliven
 
 
@@ -16,7 +17,7 @@ class Behind(ToyViT):
         super().__init__(Shape())
         self.last = nn.Parameter(torch.zeros(1, 2, 8))
         self.pos = nn.Parameter(torch.zeros(1, 19, 8))
-        self.blocks = nn.ModuleList(Block(8, _Biased(19)) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(8, PairBiased(19)) for _ in range(2))
         enliven(self)
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -25,19 +26,6 @@ class Behind(ToyViT):
 
     def classify(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x)[:, -1])
-
-
-class _Biased(Attention):
-    """Adds a bias for each pair of tokens."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(8, 2, True)
-        self.bias = nn.Parameter(torch.randn(1, 2, count, count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).reshape(b, n, c))
 
 
 class Between(ToyViT):
@@ -50,9 +38,6 @@ class Between(ToyViT):
 
 class Mixed(ToyViT):
     """Mixes its tokens by a sum over those before, as no attention does."""
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return super().tokens(x)
 
     def classify(self, x: Tensor) -> Tensor:
         return super().classify(x.cumsum(1))
