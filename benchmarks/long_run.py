@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,13 @@ def live(settings: Settings, stop: Any = None) -> dict[str, Any]:
 
     def work(number: int) -> None:
         draw = random.Random(1000 * settings.seed + number)
-        try:
+        with ExitStack() as failing:
+            failing.callback(stop.set)  # for the other threads
             while time.monotonic() < start + settings.seconds and not stop.is_set():
                 with gate.working():
                     (what,) = draw.choices([*WORKS], [*WORKS.values()])
                     what(life, draw.choice([*MODELS]), draw)
-        except BaseException:
-            stop.set()  # for the other threads
-            raise
+            failing.pop_all()
 
     with ThreadPoolExecutor(settings.threads) as pool:
         workers = [pool.submit(work, number) for number in range(settings.threads)]
@@ -226,11 +226,11 @@ def _begin(stop: Any) -> None:
 
 def _live(settings: Settings) -> dict[str, Any]:
     (stop,) = _stopping
-    try:
-        return live(settings, stop)
-    except BaseException:
-        stop.set()  # for the other processes
-        raise
+    with ExitStack() as failing:
+        failing.callback(stop.set)  # for the other processes
+        told = live(settings, stop)
+        failing.pop_all()
+    return told
 
 
 def run(settings: list[Settings]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def check(case: Case) -> None:
 
     Fault: a choice that keeps the wrong positions, or the wrong number of them. The other parts do not find it: they give
     positions to the graph.
-    Example: one position too many: the module keeps 10 of 16 patches where z=0.5 leaves 9.
+    Example: one position too many: the module keeps 9 of 16 patches where z=0.5 leaves 8.
 
     Raises:
         VerifyError: Another map, other positions, or another output.
