@@ -54,20 +54,25 @@ class KeepRatio(float):
     Attributes:
         curve: One point per keep ratio that was tried, in ascending order.
         random: The same for a random map; empty unless it was measured.
+        dense: Accuracy of the dense model, from 0 to 1; None unless it was measured.
     """
 
     curve: tuple[Point, ...]
     random: tuple[RandomPoint, ...]
+    dense: float | None
 
-    def __new__(cls, z: float, curve: Iterable[Point], random: Iterable[RandomPoint] = ()) -> KeepRatio:
+    def __new__(
+        cls, z: float, curve: Iterable[Point], random: Iterable[RandomPoint] = (), dense: float | None = None
+    ) -> KeepRatio:
         """Makes a keep ratio from a number and its points."""
         ratio = super().__new__(cls, z)
+        ratio.dense = dense
         ratio.curve = tuple(sorted(curve))
         ratio.random = tuple(sorted(random, key=lambda point: point.z))
         return ratio
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KeepRatio, (float(self), self.curve, self.random)
+        return KeepRatio, (float(self), self.curve, self.random, self.dense)
 
 
 def choose_keep_ratio(
@@ -131,9 +136,11 @@ def _by_drop(
     """The smallest ratio whose drop in accuracy is allowed."""
     dense: list[Tensor] = []
     right = total = 0
+    labelled = False
     for images, labels in _batches(loader, proved):
         answers = _answers(model, images)
         dense.append(answers)
+        labelled = labels is not None
         right += int((answers == (answers if labels is None else labels)).sum())
         total += len(answers)
     if not total:
@@ -157,7 +164,7 @@ def _by_drop(
         return (right - still_right) / total
 
     found = _bisected(drop, lambda value: value <= allowed, least=True)
-    return KeepRatio(found, found.curve, by_chance)
+    return KeepRatio(found, found.curve, by_chance, right / total if labelled else None)
 
 
 def _by_macs(model: nn.Module, proved: PrunedModule, most: float) -> KeepRatio:

@@ -43,6 +43,7 @@ def test_choosing_by_accuracy(labels):
     data = [(batch, model.eval()(batch).argmax(1)) for batch in x] if labels else x
     z = papr_fx.choose_keep_ratio(model.train(), toy_proposal(), data, max_drop=0.25)
     assert model.training
+    assert z.dense == (1.0 if labels else None)
     seen = dict(z.curve)
     assert z == 1.0 or seen[min(seen, key=lambda ratio: abs(ratio - z))] <= 0.25
     assert any(value > 0.25 for value in seen.values())
@@ -111,11 +112,11 @@ def test_flags_of_every_module_are_as_before():
 
 
 def test_a_keep_ratio_is_copied_and_pickled_with_its_curve():
-    ratio = KeepRatio(0.5, [Point(0.5, 1.0), Point(0.05, 2.0)], [RandomPoint(0.5, 1.0, Versus(9, 2, 1))])
+    ratio = KeepRatio(0.5, [Point(0.5, 1.0), Point(0.05, 2.0)], [RandomPoint(0.5, 1.0, Versus(9, 2, 1))], 0.8)
     for again in (copy.copy(ratio), copy.deepcopy(ratio), pickle.loads(pickle.dumps(ratio))):
         assert again == 0.5
         assert again.curve == (Point(0.05, 2.0), Point(0.5, 1.0))
-        assert again.random == ratio.random
+        assert (again.random, again.dense) == (ratio.random, 0.8)
 
 
 def test_a_curve_holds_what_was_measured():

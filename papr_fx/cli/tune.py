@@ -61,7 +61,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 
 def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
-    """Prints what was measured at each ratio, and whether the map was better there than a random one."""
+    """Prints what was measured of the dense model and at each ratio, and whether the map was better there than a random one."""
     table: list[list[Any]] = [[*point] for point in z.curve]
     headers, ratios = ["z", name], dict[str, list[str]]()
     for row, point in zip(table, z.random, strict=False):  # one for each ratio, or none at all
@@ -70,6 +70,8 @@ def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
         ratios.setdefault(versus.said(kind_of(subject)), []).append(f"{point.z:g}")
     if z.random:
         headers += [f"{name}, random map", "map - random, points", "verdict"]
+    if z.dense is not None:
+        print(f"dense model: {100 * z.dense:.2f} % top-1")
     print(tabulate(table, headers=headers, floatfmt=(".4f", ".3f", ".3f"), tablefmt="github"))
     for sentence, where in ratios.items():
         print(f"z={', '.join(where)}: {sentence}")

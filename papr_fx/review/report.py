@@ -18,6 +18,8 @@ from ..tracing.graphs import ancestors, nodes_by_name, shape_of
 from ..tracing.macs import count_macs_by_node
 from ..tracing.roles import find_all, number_of
 
+_SMALLER = "take a lighter proposal, a smaller proposal_size, or a smaller z"
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -135,6 +137,8 @@ class Report:
             [row], headers=["GMACs dense", "pruned", "proposal", "total", "ratio"], tablefmt="github", disable_numparse=True
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
+        if self.total_macs > self.dense_macs:
+            left = f"\nmore work than the dense model: {_SMALLER}{left}"
         for site in self.sites:
             if site.background == "coarse":
                 cells = f"{site.coarse} coarse tokens for a cell of 2 x 2 patches each, {site.dropped} cells dropped"

@@ -36,12 +36,15 @@ def test_tune_says_where_the_map_is_no_better(labelled, monkeypatch, capsys):
     curve = [Point(0.05, 0.4), Point(0.3, 0.3), Point(0.5, 0.2)]
     versus = [Versus(300, 20, 81, remedy), Versus(300, 20, 50, remedy), Versus(300, 90, 20, remedy)]
     random = [RandomPoint(z, 0.25, found) for (z, _), found in zip(curve, versus, strict=True)]
-    monkeypatch.setattr(tune, "choose_keep_ratio", lambda *_, **given: asked.update(given) or KeepRatio(0.5, curve, random))
+    monkeypatch.setattr(
+        tune, "choose_keep_ratio", lambda *_, **given: asked.update(given) or KeepRatio(0.5, curve, random, 0.8125)
+    )
     given = ["tune", str(labelled), *map(str, weights(labelled)), "--workers", "0", "--max-drop", "0.2"]
     assert main(given) == 0
     printed = capsys.readouterr().out
     assert f"\nz=0.05, 0.3: on these images the map is no better than chance: use {remedy}\n" in printed
     assert "\nz=0.5: on these images the map is better than chance\n" in printed
+    assert "dense model: 81.25 % top-1\n" in printed
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| 0")]
     assert lines[0] == ["0.0500", "0.400", "0.250", "-20.3 +- 3.4", "no better"]
     assert asked["random"]

@@ -66,6 +66,15 @@ def test_site_and_table():
     assert whole.total_macs == whole.dense_macs == found.dense_macs
 
 
+@pytest.mark.parametrize("z", [0.5, 1])
+def test_a_proposal_that_costs_more_than_it_saves_is_named(z):
+    """The toy proposal takes more MACs than the toy model; at z=1 it does not run."""
+    gm = papr_fx.transform(ToyViT(Shape(image=(8, 8), patch=(4, 4))), toy_proposal(), z, verify=False)
+    found = papr_fx.report(gm)
+    assert (found.total_macs > found.dense_macs) == (z < 1)
+    assert ("\nmore work than the dense model: take a lighter proposal" in str(found)) == (z < 1)
+
+
 def test_report_leaves_the_module_as_it_was():
     gm = papr_fx.transform(ToyViT(Shape()), toy_proposal(), 0.5).train()
     before = [(n.name, n.meta.get("shape")) for n in gm.graph.nodes]
