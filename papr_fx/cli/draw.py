@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def draw(
-    path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]], *, dpi: int = 110
-) -> None:
+def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]], *, dpi: int = 110) -> None:
     """Writes a picture: one panel for the photograph, one for its map, and one per set of kept positions.
 
     Args:
