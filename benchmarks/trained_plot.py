@@ -51,8 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="JSON file")
     parser.add_argument("picture", type=Path, help="PNG file")
+    parser.add_argument("--measured", default="probe", help="the column that is drawn: probe (default) or k-NN")
     arguments = parser.parse_args()
-    draw(arguments.picture, json.loads(arguments.record.read_text())["rows"])
+    draw(arguments.picture, json.loads(arguments.record.read_text())["rows"], arguments.measured)
 
 
 if __name__ == "__main__":
