@@ -3,7 +3,8 @@
 Twelve photographs that scikit-image, scikit-learn and matplotlib ship, and two clips: an animation that scikit-image ships, and
 a crop that moves over the photograph of a cat. A picture of a photograph shows the map and what a ViT keeps of it, with both
 backgrounds, and in a second row the stages of a ConvNeXt; that of a clip what a VideoMAE keeps. The proposal has its ImageNet
-weights and alone decides what is kept, so the weights of the models are random. `docs/gallery.md` shows the pictures.
+weights and alone decides what is kept, so the weights of the models are random. Printed is what the map prefers in noise.
+`docs/gallery.md` shows the pictures.
 """
 
 from __future__ import annotations
@@ -97,8 +98,7 @@ def shipped(place: str) -> Path:
 
 def photograph(name: str, size: int) -> Tensor:
     """The centre of a photograph, (3, size, size) in [0, 1]."""
-    unscaled = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    preprocess: Any = create_transform((3, size, size), interpolation="bicubic", crop_pct=1.0, **unscaled)
+    preprocess: Any = create_transform((3, size, size), interpolation="bicubic", mean=(0,) * 3, std=(1,) * 3, crop_pct=1.0)
     return preprocess(read_image(shipped(PHOTOGRAPHS[name])))
 
 
@@ -110,6 +110,13 @@ def clip(name: str, frames: int, size: int) -> Tensor:
     side, width = cat.shape[1:]
     starts = torch.linspace(0, width - side, frames).round().int().tolist()
     return shown_frames(torch.stack([cat[:, :, start : start + side] for start in starts]), size)
+
+
+def columns_of_noise(pruned: Pruned, size: int, images: int = 8) -> list[float]:
+    """The means of the columns of the map, in 0..1: what the network prefers where there is nothing to see."""
+    noise = torch.rand((images, 3, size, size), generator=torch.Generator().manual_seed(0))
+    columns = torch.stack([pruned.map_of(image).float() for image in noise]).mean((0, 1))  # (w,)
+    return ((columns - columns.min()) / (columns.max() - columns.min())).tolist()
 
 
 def draw_photographs(out: Path, names: list[str], vit: str, convnext: str) -> Iterator[Path]:
@@ -126,6 +133,7 @@ def draw_photographs(out: Path, names: list[str], vit: str, convnext: str) -> It
         rows = [models[0].kept(image, RATIOS), models[1].kept(image, (STAGES_RATIO,))]
         draw(path, image, models[0].map_of(image), rows, dpi=_PHOTOGRAPH_DPI)
         yield path
+    print("columns of the map of noise:", *(f"{value:.2f}" for value in columns_of_noise(models[0], size)))
 
 
 def draw_clips(out: Path, names: list[str], video: str) -> Iterator[Path]:

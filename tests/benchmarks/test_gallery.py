@@ -96,7 +96,7 @@ def coarse_levels(places):
     return torch.where(places < 0, DROPPED, torch.where(counts == 1, 1.0, COARSE))
 
 
-def test_a_photograph(monkeypatch, tmp_path, figures, pruned):
+def test_a_photograph(monkeypatch, tmp_path, capsys, figures, pruned):
     depths = {"test_vit": {"depth": 1}, "test_convnext": {"depths": (1, 1, 1, 1)}}
     monkeypatch.setattr(gallery, "image_model", lambda name, pretrained: timm.create_model(name, **depths[name]).eval())
     run(monkeypatch, tmp_path, "--only", "coffee", "--vit", "test_vit", "--convnext", "test_convnext")
@@ -125,6 +125,9 @@ def test_a_photograph(monkeypatch, tmp_path, figures, pruned):
     assert flat[expected[3].repeat_interleave(8, 0).repeat_interleave(8, 1) < 1].all()  # a coarse cell has half the resolution
     for panel, kept in zip(panels[8:12], papr_fx.keep_masks(stages, images).values(), strict=True):
         assert_shown(array_of(panel), photograph, levels(kept[0]))
+    noise = papr_fx.significance(drop, 2 * torch.rand(8, 3, 160, 160, generator=torch.Generator().manual_seed(0)) - 1)
+    columns, printed = noise.mean((0, 1)), capsys.readouterr().out.split("noise: ")[1].split()
+    assert [int(columns.argmin()), int(columns.argmax())] == [printed.index("0.00"), printed.index("1.00")]
 
 
 def test_clips(monkeypatch, tmp_path, figures, pruned):
