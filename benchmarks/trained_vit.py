@@ -25,6 +25,7 @@ from tqdm import tqdm
 import papr_fx
 from papr_fx.evaluation.image_file import read_image
 from papr_fx.proposals.named import LITE0_STATISTICS, lite0
+from papr_fx.tracing.macs import count_module_macs
 
 from .record import environment, write
 from .saliency_vit import Saliency, backbone, read_weights
@@ -147,7 +148,8 @@ def measure(
                 title = f"{name} {background} {z:g}"
                 found = judges.scores(outputs(classifier, test.images, title), outputs(dense_model, shown, title))
                 row: dict[str, Any] = {"map": name, "z": z, "background": background}
-                row["tokens"] = papr_fx.report(classifier).sites[0].kept
+                counted = papr_fx.report(classifier)
+                row |= {"tokens": counted.sites[0].kept, "GMACs": counted.total_macs / 1e9}
                 for key, values in found.items():
                     row[key], row[f"{key} +-"] = with_error(values, 100 if key in judges.classify else 1)
                     if drop:
@@ -157,11 +159,21 @@ def measure(
                 yield row
 
 
+def dense_row(model: nn.Module, judges: Judges, image: Tensor) -> dict[str, Any]:
+    """The row of the dense classifier, whose GMACs are those of an image (1, 3, H, W)."""
+    row: dict[str, Any] = {"map": "dense", "background": "dense", "GMACs": count_module_macs(model, image) / 1e9}
+    scores = judges.scores(judges.features, judges.maps)
+    for key in judges.classify:
+        row[key], row[f"{key} +-"] = with_error(scores[key], 100)
+    return row
+
+
 def table(rows: list[dict[str, Any]], judges: Judges) -> str:
     """The rows with their standard errors, and paired differences."""
     cells: list[dict[str, str]] = []
     for row in rows:
         cell = {key: str(row[key]) for key in ("map", "z", "tokens", "background")}
+        cell["GMACs"] = f"{row['GMACs']:.2f}"
         for key in (*judges.classify, "cosine", "correlation", "IoU"):
             digits = 1 if key in judges.classify else 3
             cell[key] = f"{row[key]:.{digits}f} +- {row[f'{key} +-']:.{digits}f}"
@@ -194,7 +206,7 @@ def main() -> None:
     parser.add_argument("--off-centre", action="store_true", help="move the subjects of all photographs towards the corners")
     parser.add_argument("--images", type=int, help="at most as many test images")
     parser.add_argument("--saliency-images", type=int, default=40, help="test images whose saliency maps are compared")
-    parser.add_argument("--plot", type=Path, help="a PNG file for the probe's accuracy")
+    parser.add_argument("--plot", type=Path, help="a PNG file for the probe's accuracy against GMACs")
     parser.add_argument("--out", type=Path, default=Path("out/trained_vit.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -204,16 +216,14 @@ def main() -> None:
     weights = read_weights(arguments.weights)
     models = backbone(weights[0]), Saliency(weights)
     judges = judges_of(models, train, test, arguments.saliency_images)
-    dense = judges.scores(judges.features, judges.maps)
+    dense = dense_row(models[0], judges, test.images[:1])
     print(f"{len(test.images)} images; {environment(0)}")
-    print(
-        "dense: " + ", ".join("{} {:.1f} +- {:.1f}".format(key, *with_error(dense[key], 100)) for key in judges.classify) + "\n"
-    )
+    print("dense: " + ", ".join(f"{key} {dense[key]:.1f} +- {dense[f'{key} +-']:.1f}" for key in judges.classify) + "\n")
     rows = list(measure(models, judges, test, arguments.maps, arguments.z))
     print(table(rows, judges))
-    write(arguments.out, rows, seed=0)
+    write(arguments.out, [dense, *rows], seed=0)
     if arguments.plot:
-        draw(arguments.plot, rows, with_error(dense["probe"], 100)[0])
+        draw(arguments.plot, [dense, *rows])
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def _show(arguments: argparse.Namespace, path: Path) -> None:
     model = named.model
     example = inputs.example_images(model, None)  # (1, T, C, H, W)
     frames, size = example.shape[1], example.shape[-1]
-    shown = sample_views(read_video(path, frames=frames), frames, step=1, size=size, temporal=1, spatial=1)[0]
+    shown = shown_frames(read_video(path, frames=frames), size)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in named.statistics)
     clips = ((shown - mean) / std).unsqueeze(0)  # (1, T, C, H, W)
     proposal, statistics = proposal_for(named.statistics, arguments.proposal, pretrained=arguments.pretrained)
@@ -71,6 +71,11 @@ def _show(arguments: argparse.Namespace, path: Path) -> None:
     print(tabulate(rows, headers=headers, floatfmt=("g", "", ".1f", ".1f"), tablefmt="github"))
     _draw(arguments.out, gm, clips, shown, kept)
     print(f"\nwhat changed in the graph at z={arguments.z[-1]:g}:\n{graph_diff(model, gm)}")
+
+
+def shown_frames(video: Tensor, size: int) -> Tensor:
+    """The centres of all frames (T, C, H, W) of a video, as the one view (T, C, size, size) in [0, 1] that is shown."""
+    return sample_views(video, len(video), step=1, size=size, temporal=1, spatial=1)[0]
 
 
 def _draw(out: Path, gm: PrunedModule, clips: Tensor, frames: Tensor, kept: dict[str, Tensor]) -> None:

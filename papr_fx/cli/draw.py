@@ -13,14 +13,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]]) -> None:
+def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Mapping[str, Tensor]], *, dpi: int = 110) -> None:
     """Writes a picture: one panel for the photograph, one for its map, and one per set of kept positions.
 
     Args:
-        path: The PNG file to write.
+        path: The file to write, in the format of its suffix.
         photograph: (3, H, W) in [0, 1].
         significance: The map (h, w), shown min-max normalised.
         kept: One mapping per row of panels, from title to how much is kept of each position (rows, columns), see `dimmed`.
+        dpi: Pixels per inch; a panel is three inches wide.
     """
     image = _pixels(photograph)
     height, width = photograph.shape[1:]
@@ -42,17 +43,18 @@ def draw(path: Path, photograph: Tensor, significance: Tensor, kept: Sequence[Ma
         for panel, (title, mask) in zip(grid[place][2:], masks.items(), strict=False):
             panel.imshow(_pixels(dimmed(photograph.unsqueeze(0), mask.unsqueeze(0))[0]))
             panel.set_title(title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
 
 
-def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor]) -> None:
+def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor], *, dpi: int = 110) -> None:
     """Writes a picture with one column per time step of the token grid: a frame, its map, the kept tubelets.
 
     Args:
-        path: The PNG file to write.
+        path: The file to write, in the format of its suffix.
         frames: (T, 3, H, W) in [0, 1].
         psm: The map on the token grid (t, h, w), shown min-max normalised over the whole clip.
         kept: How much is kept of each tubelet (t, h, w), by title; one row each. See `dimmed`.
+        dpi: Pixels per inch; a panel is 1.6 inches wide.
     """
     steps = len(psm)
     first = frames[torch.arange(steps) * len(frames) // steps]  # (t, 3, H, W)
@@ -71,11 +73,11 @@ def draw_clip(path: Path, frames: Tensor, psm: Tensor, kept: Mapping[str, Tensor
         for row, mask in enumerate(kept.values(), start=2):
             grid[row][step].imshow(_pixels(dimmed(first[step : step + 1], mask[step : step + 1])[0]))
     for row, title in enumerate(("frames", "significance map", *kept)):
-        grid[row][0].set_ylabel(title, fontsize=8)
+        grid[row][0].set_ylabel(title.replace(": ", ":\n").replace(", ", ",\n"), fontsize=8)  # longer than a panel is high
         for panel in grid[row]:
             panel.set_xticks([])
             panel.set_yticks([])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
 
 
 def dimmed(frames: Tensor, level: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
 """The measurement of a trained ViT, on toy models, and its statistics, against plain Python."""
 
 import math
+import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from benchmarks import saliency_vit, trained_vit
+import papr_fx
+from benchmarks import saliency_vit, trained_plot, trained_vit
+from benchmarks.record import write
 from benchmarks.trained_maps import Detail, PsmAndDetail, centre, off_centre
-from benchmarks.trained_plot import draw
-from benchmarks.trained_vit import Judges, Photographs, correlation, knn, measure, overlap, table, with_error
+from benchmarks.trained_vit import Judges, Photographs, correlation, dense_row, knn, measure, overlap, table, with_error
 
 from ..models import Shape, ToyViT, enliven, toy_proposal
 
@@ -39,6 +42,7 @@ def test_rows_of_toy_models(monkeypatch, tmp_path):
     with torch.no_grad():
         features, maps = models[0](images), models[1](images[:5])
     judges = Judges(classes, features, {"k-NN": lambda f: knn(features, classes, f, k=1)}, maps)
+    dense = dense_row(models[0], judges, images[:1])
     rows = list(measure(models, judges, Photographs(images, classes), ["psm", "centre"], [0.5, 0.9]))
     assert [(row["map"], row["z"], row["background"]) for row in rows] == [
         (name, z, background) for name in ("psm", "centre") for z in (0.5, 0.9) for background in ("drop", "coarse")
@@ -50,11 +54,36 @@ def test_rows_of_toy_models(monkeypatch, tmp_path):
         assert "cosine - drop" not in drop
     assert all(rows[2][key] > rows[0][key] for key in ("cosine", "correlation"))  # more tokens
     assert table(rows, judges).count("\n") == 9
-    draw(tmp_path / "curve.png", rows, 50.0, "k-NN")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.size == (840, 480)
+    assert_curve([dense, *rows], tmp_path, monkeypatch)
+    counted = papr_fx.report(trained_vit.pruned(models[0], "psm", "coarse", images[:1]))
+    assert rows[1]["GMACs"] * 1e9 == pytest.approx(counted.total_macs)
+    assert counted.proposal_macs > 0
+    assert dense["GMACs"] * 1e9 == pytest.approx(counted.dense_macs)
+    assert dense["k-NN"] == pytest.approx(100)
     same = judges.scores(features, maps)
     assert {key: with_error(values)[0] for key, values in same.items()} == pytest.approx(dict.fromkeys(same, 1.0))
+
+
+def assert_curve(rows, folder, monkeypatch):
+    """A record is drawn as accuracy against GMACs: a line for each map and background, and a point for the dense model."""
+    write(folder / "record.json", rows, seed=0)
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *given, **options: figures.append(save(figure, *given, **options) or figure)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["trained_plot", str(folder / "record.json"), str(folder / "curve.png"), "--measured", "k-NN"]
+    )
+    trained_plot.main()
+    with Image.open(folder / "curve.png") as picture:
+        assert picture.size == (840, 480)
+    (axes,) = figures[0].axes
+    lines, labels = axes.get_legend_handles_labels()
+    assert labels == ["psm, drop", "psm, coarse", "centre, drop", "centre, coarse", "dense"]
+    drawn = {label: line[0].get_xydata().tolist() for line, label in zip(lines, labels, strict=True)}
+    assert drawn["psm, coarse"] == [[row["GMACs"], row["k-NN"]] for row in (rows[2], rows[4])]
+    assert drawn["dense"] == [[rows[0]["GMACs"], rows[0]["k-NN"]]]
+    assert "GMACs" in axes.get_xlabel()
 
 
 def test_nearest_neighbours_vote():

@@ -5,10 +5,11 @@ import json
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import papr_fx
-from papr_fx.cli.draw import dimmed
+from papr_fx.cli.draw import dimmed, draw_clip
 from papr_fx.cli.kept import COARSE, kept_levels, title
 from papr_fx.cli.main import main
 from papr_fx.evaluation import paper
@@ -46,6 +47,18 @@ def test_coarse_cells_are_drawn_at_half_resolution():
     assert torch.equal(drawn[:, :, :2, :2], frame[:, :, :2, :2])
     assert torch.allclose(drawn[:, :, 2:, :2], 0.15 * frame[:, :, 2:, :2])
     assert torch.allclose(drawn[:, :, :2, 2:], frame[:, :, :2, 2:].mean((2, 3), keepdim=True) * (0.15 + 0.85 * COARSE))
+
+
+def test_rows_of_a_clip_are_named_beside_their_own_panels(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: (figures.append(figure), save(figure, *given)))
+    level, names = torch.full((2, 2, 2), COARSE), [title(z, torch.full((8, 14, 14), COARSE)) for z in (0.5, 0.3)]
+    assert names[1] == "z=0.3: 0 of 8 x 14 x 14, 1568 coarse"
+    draw_clip(tmp_path / "clip.png", torch.rand(2, 3, 8, 8), torch.rand(2, 2, 2), dict.fromkeys(names, level))
+    (figure,) = figures
+    for panel in figure.axes[4::2]:
+        assert "coarse" in panel.get_ylabel()
+        assert panel.yaxis.label.get_window_extent().height < panel.get_window_extent().height
 
 
 def test_show_and_diff(tmp_path, capsys):
