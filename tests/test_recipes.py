@@ -23,12 +23,10 @@ MODELS = {
     "Swin": lambda: (FAMILIES["Swin"].model().float(), torch.randn(3, 3, 64, 64)),
 }
 # Compilers in C++ take their time: not for every model.
-FOR_ALL = ("torch.export and AOTInductor", "ONNX", "Half precision", "Saving and loading", "int8 weights")
+FOR_ALL = ("torch.export and AOTInductor", "ONNX", "OpenVINO", "Half precision", "Saving and loading", "int8 weights")
 SLOW = {("torch.export and AOTInductor", model) for model in MODELS} | {
     ("torch.compile", "ViT"),
-    ("ONNX", "rotary ViT"),
-    ("ONNX", "ConvNeXt"),
-    ("ONNX", "Swin"),
+    *((name, model) for name in ("ONNX", "OpenVINO") for model in MODELS if model != "ViT"),
 }
 
 
@@ -51,7 +49,6 @@ def cases():
 
 @pytest.mark.filterwarnings("ignore:Int8Tensor does not implement _stable_hash_for_caching")  # torchao's own
 @pytest.mark.parametrize(("name", "kind"), [*cases()])
-@torch.no_grad()
 def test_recipe(name, kind, tmp_path):
     torch.compiler.reset()
     model, batch = MODELS[kind]()
