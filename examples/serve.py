@@ -102,7 +102,8 @@ class Worker(threading.Thread):
         """Sets a keep ratio. A new one is compiled at once: for one image, for more, and for full batches."""
         papr_fx.set_keep_ratio(self.gm, z)
         self.z = z
-        for count in () if z in self.warm else (1, 2, self.given.max_batch):
+        most = self.given.max_batch
+        for count in {1, min(2, most), most} if z not in self.warm and self.model is not self.gm else ():
             self.logits(torch.zeros(count, *self.size))
         self.warm.add(z)
         return z

@@ -18,7 +18,7 @@ from PIL import Image
 import papr_fx
 from examples import serve
 
-from .models import enliven, toy_proposal
+from .models import Shape, ToyViT, enliven, toy_proposal
 
 SIDE, MOST = 16, 32
 CONFIG = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -214,14 +214,19 @@ def test_nothing_is_compiled_after_the_warm_up():
         compiled.append(graph)
         return graph
 
-    worker = serve.Worker(pruned(), CONFIG["input_size"], options(no_compile=False, backend=count, busy_z=0.2))
+    shape = Shape(depth=1)
+    gm = papr_fx.transform(enliven(ToyViT(shape)).eval().float(), toy_proposal(), 0.5, verify=False)
+    worker = serve.Worker(gm, (3, *shape.image), options(no_compile=False, backend=count, busy_z=0.2))
     worker.follow(0.2)
     worker.follow(0.5)
     assert len(compiled) == 6  # for each ratio: one image, more, and 16 and more, for the convolutions of a CPU
     for z in (0.5, 0.2):
         worker.asked = z
         for size in range(1, MOST + 1):
-            assert [found["z"] for found in worker.classify(waiting(size))] == [z] * size
+            images = torch.randn(size, 3, *shape.image)
+            assert [found["z"] for found in worker.classify([serve.Job(serve.CLASSIFY, image) for image in images])] == [
+                z
+            ] * size
     assert len(compiled) == 6
 
 
@@ -229,7 +234,7 @@ def test_from_start_to_stop(tmp_path, capsys, monkeypatch):
     """As on the command line, until SIGTERM."""
     timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path)
     torch.save({"state_dict": vit(64, 16).state_dict()}, tmp_path / "model.pt")
-    answers = []
+    answers, before = [], {*threading.enumerate()}
     monkeypatch.setattr(serve.Server, "serve_forever", watched(serve.Server.serve_forever, answers))
     arguments = ["--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "model.pt"), "--z", "0.25", "--port", "0"]
     arguments += ["--proposal", f"local-dir:{tmp_path}", "--no-compile", "--device", "cpu"]
@@ -239,7 +244,7 @@ def test_from_start_to_stop(tmp_path, capsys, monkeypatch):
     assert printed.endswith("stops\n")
     ((status, found),) = answers
     assert (status, found["z"], len(found["top5"])) == (200, 0.25, 5)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("model")]
+    assert {*threading.enumerate()} <= before
 
 
 def watched(forever, answers):
