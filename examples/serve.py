@@ -102,8 +102,8 @@ class Worker(threading.Thread):
         """Sets a keep ratio. A new one is compiled at once: for one image, for more, and for full batches."""
         papr_fx.set_keep_ratio(self.gm, z)
         self.z = z
-        most = self.given.max_batch
-        for count in {1, min(2, most), most} if z not in self.warm and self.model is not self.gm else ():
+        known, most = z in self.warm or self.given.no_compile, self.given.max_batch
+        for count in () if known else sorted({1, min(2, most), most}):  # the size becomes a variable at the second one
             self.logits(torch.zeros(count, *self.size))
         self.warm.add(z)
         return z
