@@ -2,7 +2,7 @@
 
 The model is a Depth-Anything of transformers. Unless `--pretrained` names one, or a folder, its weights are random, in the size
 of Depth-Anything-S: times are those of the trained model, maps are not. Kept tokens go back to their places before the decoder.
-The photograph, the dense map and the pruned one are drawn side by side.
+The photograph, the dense map and the pruned one are drawn side by side. docs/dense.md explains it.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
     figure = Figure(figsize=(4 * len(panels), 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        panel.imshow(value.permute(1, 2, 0) if value.ndim == 3 else value, cmap="inferno")
+        panel.imshow((value.permute(1, 2, 0) if value.ndim == 3 else value).numpy(), cmap="inferno")
         panel.set_title(title)
         panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options.add_argument("--img-size", type=int, default=518, help=f"the side of the square image; a multiple of {PATCH}")
     options.add_argument("--proposal", default="lite0", help="its weights are loaded; lite0's come with pip")
     options.add_argument("--z", type=float, default=0.5, help="keep ratio")
-    options.add_argument("--background", default="auto", choices=("auto", "drop", "coarse"), help="of dropped patches")
+    options.add_argument("--background", default="drop", choices=("drop", "coarse"), help="of dropped patches")
     options.add_argument("--image", type=Path, help="default: a photograph that scikit-image ships")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--output", type=Path, default=Path("out/depth.png"))

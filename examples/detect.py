@@ -3,7 +3,7 @@
 The detector is a Faster R-CNN, a Mask R-CNN or a RetinaNet on a ConvNeXt or Swin of torchvision. Only `detector.backbone.body`
 is transformed: pyramid and heads read all positions, and a detector takes lists of images. Weights are random, so boxes mean
 nothing; `--pretrained` loads the body's, of ImageNet, and `--checkpoint` those of a whole detector that you trained, whose
-boxes are real. Times, and how far feature maps and boxes move, are printed for both.
+boxes are real. Times, and how far feature maps and boxes move, are printed. docs/dense.md explains it.
 """
 
 import argparse

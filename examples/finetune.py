@@ -3,7 +3,7 @@
 DATA holds `train/` and `val/`, each with a folder per class. The accuracy on `val/` is printed before, dense and pruned, and
 after. Before, a head for classes that the weights do not know guesses. Parts of the model can stay as they are: `--freeze
 patch_embed blocks.0 blocks.1`. The file that is written holds the weights under the model's own names, so timm loads it too
-(`--checkpoint`, here and in examples/serve.py); `load` makes the pruned model of it again.
+(`--checkpoint`, here and in examples/serve.py); `load` makes the pruned model of it again. docs/training.md explains it.
 """
 
 import argparse

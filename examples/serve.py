@@ -6,7 +6,7 @@
 
 One thread owns the model: it gathers requests into batches, changes the keep ratio between two of them, and with `--busy-z`
 lowers it while many wait. Each answer names its ratio. Weights are random unless `--pretrained` or `--checkpoint` is given;
-those of the proposal `lite0` come with pip.
+those of the proposal `lite0` come with pip. docs/serve.md explains it.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Without a file it takes a clip that scikit-image ships, and without `--pretrained` a VideoMAE-B with random weights: its times
 are those of the trained model, its scores mean nothing. The clip is cut into views, whose scores are averaged. `--saliency
-motion` keeps what moves, without a proposal; else the proposal sees each frame.
+motion` keeps what moves, without a proposal; else the proposal sees each frame. docs/video.md explains it.
 """
 
 import argparse
