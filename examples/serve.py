@@ -13,8 +13,10 @@ import argparse
 import io
 import json
 import signal
+import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -32,8 +34,12 @@ from torch import Tensor
 import papr_fx
 
 MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of an image, as it is sent and when it is decoded
+LONGEST = 50  # times the shorter side
 MOST_WAITING, SECONDS = 1024, 120.0  # images in the queue, and how long a request waits for its answer
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, Image.DecompressionBombError)  # of Pillow
+DAMAGED = (  # what Pillow raises
+    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 CHANGE, CLASSIFY, STOP = range(3)  # what goes first
 
 
@@ -166,8 +172,10 @@ class Handler(BaseHTTPRequestHandler):
         """A JPEG or PNG, prepared for the model."""
         try:
             with Image.open(io.BytesIO(body), formats=("JPEG", "PNG")) as opened:
-                if opened.width * opened.height > MOST_PIXELS:
-                    raise RefusedError(400, f"the image has {opened.size} pixels; at most {MOST_PIXELS} are decoded")
+                short, long = sorted(opened.size)
+                if short * long > MOST_PIXELS or long > LONGEST * short:  # a long one grows when its shorter side is resized
+                    most = f"{MOST_PIXELS}, and sides of 1 to {LONGEST}"
+                    raise RefusedError(400, f"the image has {short} x {long} pixels; at most {most} are decoded")
                 image = ImageOps.exif_transpose(opened).convert("RGB")
         except DAMAGED as error:
             raise RefusedError(400, f"no JPEG or PNG that can be read: {error}") from error

@@ -51,11 +51,19 @@ def served():
     thread.join()
 
 
-def png(seed, side=40):
-    pixels = np.random.default_rng(seed).integers(256, size=(side, side, 3), dtype=np.uint8)
+def png(seed, height=40, width=40):
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
+
+
+def odd_exif():
+    """A photograph that is to be turned, with a text among the numbers of its EXIF."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    Image.new("RGB", (16, 16)).save(file, "jpeg", exif=exif)
+    return file.getvalue().replace(b"\x01\x0f\x00\x02", b"\x01\x3f\x00\x02", 1)
 
 
 def send(server, path, body=None, method="POST", headers=()):
@@ -188,7 +196,9 @@ def test_a_batch_that_fails_harms_no_other(monkeypatch):
     [
         ("/classify", b"", {}, 400, "no JPEG or PNG"),
         ("/classify", png(0)[:-200], {}, 400, "no JPEG or PNG"),
-        ("/classify", png(0, 64), {}, 400, "at most 4000 are decoded"),
+        ("/classify", odd_exif(), {}, 400, "no JPEG or PNG"),
+        ("/classify", png(0, 64, 64), {}, 400, "the image has 64 x 64 pixels; at most 4000, and"),
+        ("/classify", png(0, 300, 1), {}, 400, "the image has 1 x 300 pixels; at most 4000, and"),
         ("/classify", b"few", {"Content-Length": "20000001"}, 413, "at most 20000000 are read"),
         ("/classify", png(0), {"Content-Length": "-1"}, 411, "Content-Length"),
         ("/keep-ratio", b"0.3", {}, 400, '{"z": 0.3}'),
