@@ -55,7 +55,7 @@ def photograph(path: Path | None, side: int) -> Tensor:
         image = to_tensor(data.coffee())
     else:
         image = to_tensor(Image.open(path).convert("RGB"))
-    return resize(image, [side, side], antialias=True)
+    return resize(image, [side, side], antialias=True).clamp(0, 1)
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     found["correlation"] = torch.corrcoef(torch.stack([dense.flatten(), pruned.flatten()]).double())[0, 1].item()
     counted = papr_fx.report(gm)
     print(f"{counted.dense_macs / 1e9:.1f} GMACs dense, {counted.total_macs / 1e9:.1f} with the proposal at z={given.z:g}")
-    print("\n".join(f"{name}: {value:.3g}" for name, value in found.items()))
+    print(f"{found['dense, ms']:.0f} ms dense, {found['pruned, ms']:.0f} pruned; correlation {found['correlation']:.3f}")
     weights = "" if given.pretrained else ", random weights"
     draw(given.output, {"photograph": image, f"dense{weights}": dense, f"z={given.z:g}, {given.background}": pruned})
     print(f"picture: {given.output}")

@@ -103,10 +103,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options.add_argument("--checkpoint", default="", help="the state dictionary of a whole detector")
     options.add_argument("--num-classes", type=int, default=91)
     options.add_argument("--proposal", default="lite0", help="its weights are loaded; lite0's come with pip")
+    options.add_argument("--proposal-size", type=int, help="the shorter side for the proposal; default: the body's")
     options.add_argument("--z", type=float, default=0.65, help="keep ratio")
     options.add_argument("--background", default="auto", choices=("auto", "keep", "zero"), help="of dropped positions")
     options.add_argument("--image", type=Path, help="default: a photograph that scikit-image ships")
-    options.add_argument("--img-size", type=int, default=800, help="the shorter side, as the detector resizes it")
+    options.add_argument("--img-size", type=int, default=512, help="the shorter side, as the detector resizes it")
     options.add_argument("--rounds", type=int, default=3)
     given = options.parse_args(arguments)
     torch.manual_seed(0)
@@ -119,7 +120,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     detector.eval()
     image = photograph(given.image)
     resized: Tensor = detector.transform([image])[0].tensors  # as the body gets it: (1, 3, H, W)
-    gm = papr_fx.transform(body, given.proposal, given.z, background=given.background, example_input=resized)
+    gm = papr_fx.transform(
+        body, given.proposal, given.z, example_input=resized, background=given.background, proposal_size=given.proposal_size
+    )
 
     def detect(module: nn.Module) -> dict[str, Tensor]:
         detector.backbone.body = module  # all that there is to do

@@ -122,7 +122,8 @@ class Worker(threading.Thread):
         if wanted != self.z:
             self.follow(wanted)
         self.sizes[len(jobs)] += 1
-        scores, classes = self.logits(torch.stack([job.given for job in jobs])).softmax(-1).topk(5)
+        found = self.logits(torch.stack([job.given for job in jobs])).softmax(-1)  # (B, classes)
+        scores, classes = found.topk(min(5, found.shape[-1]))
         best = [zip(*both, strict=True) for both in zip(classes.tolist(), scores.tolist(), strict=True)]
         return [{"z": self.z, "top5": [{"class": c, "score": s} for c, s in image]} for image in best]
 
