@@ -52,7 +52,7 @@ def small_swin():
     ("detector", "body", "build"),
     [
         ("fasterrcnn", "convnext_small_one", small_convnext),
-        ("retinanet", "swin_small_one", small_swin),
+        pytest.param("retinanet", "swin_small_one", small_swin, marks=pytest.mark.slow),
         pytest.param("maskrcnn", "convnext_small_one", small_convnext, marks=pytest.mark.slow),
     ],
 )
@@ -71,6 +71,19 @@ def test_detect(detector, body, build, proposal, made, monkeypatch, capsys):
     if "convnext" in body:
         dense = detect.main([*arguments, "--z", "1"])
         assert [dense[name] for name in (*stages, "boxes")] == pytest.approx([1.0] * 5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("body", "build"), [("convnext_small_one", small_convnext), ("swin_small_one", small_swin)])
+@torch.no_grad()
+def test_stages_of_a_body(body, build, monkeypatch):
+    whole = build().eval()
+    monkeypatch.setattr(detect, "get_model", lambda name, weights: whole)
+    images = torch.randn(2, 3, 64, 96)
+    maps = detect.Body(body, pretrained=False).eval()(images)
+    shapes = [(2, width, 64 // side, 96 // side) for width, side in zip(WIDTHS, (4, 8, 16, 32), strict=True)]
+    assert [(name, value.shape) for name, value in maps.items()] == list(zip("0123", shapes, strict=True))
+    last = whole.features(images)
+    assert torch.equal(maps["3"], last.permute(0, 3, 1, 2) if "swin" in body else last)
 
 
 def test_boxes_that_are_found_again():
