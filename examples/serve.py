@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         """What was sent."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > 20:
             raise RefusedError(411, "send a Content-Length")
         if int(length) > MOST_BYTES:
             raise RefusedError(413, f"the body has {length} bytes; at most {MOST_BYTES} are read")
@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         """A keep ratio to set."""
         try:
             return Job(CHANGE, json.loads(body)["z"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RefusedError(400, 'send {"z": 0.3}') from error
 
     def reply(self, status: int, found: object) -> None:

@@ -201,6 +201,8 @@ def test_a_batch_that_fails_harms_no_other(monkeypatch):
         ("/classify", png(0, 300, 1), {}, 400, "the image has 1 x 300 pixels; at most 4000, and"),
         ("/classify", b"few", {"Content-Length": "20000001"}, 413, "at most 20000000 are read"),
         ("/classify", png(0), {"Content-Length": "-1"}, 411, "Content-Length"),
+        ("/classify", png(0), {"Content-Length": "9" * 5000}, 411, "Content-Length"),
+        ("/keep-ratio", b"[" * 200_000, {}, 400, '{"z": 0.3}'),
         ("/keep-ratio", b"0.3", {}, 400, '{"z": 0.3}'),
         ("/keep-ratio", b'{"z": 0}', {}, 400, "z must lie"),
         ("/keep-ratio", b'{"z": "half"}', {}, 400, "must be a number"),
