@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def run(*arguments, **options):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+SCRIPTS = {"serve": "serve", "finetune": "training", "detect": "dense", "depth": "dense", "video": "video"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_and_its_page_name_each_other(name, capsys):
+    assert f"](../examples/{name}.py)" in (ROOT / "docs" / f"{SCRIPTS[name]}.md").read_text()
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"examples.{name}").main(["--help"])
+    assert stop.value.code == 0
+    assert f"docs/{SCRIPTS[name]}.md explains it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_images_are_what_they_say():

@@ -1,0 +1,261 @@
+"""Serves a pruned classifier over HTTP, in batches. `python -m examples.serve --no-compile`.
+
+    curl --data-binary @photograph.jpg http://127.0.0.1:8000/classify
+    curl --data '{"z": 0.3}' http://127.0.0.1:8000/keep-ratio
+    curl http://127.0.0.1:8000/health
+
+One thread owns the model: it gathers requests into batches, changes the keep ratio between two of them, and with `--busy-z`
+lowers it while many wait. Each answer names its ratio. Weights are random unless `--pretrained` or `--checkpoint` is given;
+those of the proposal `lite0` come with pip. docs/serve.md explains it.
+"""
+
+import argparse
+import io
+import json
+import signal
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from concurrent import futures
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Empty, PriorityQueue
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from timm.utils import ParseKwargs
+from torch import Tensor
+
+import papr_fx
+
+MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of an image, as it is sent and when it is decoded
+LONGEST = 50  # times the shorter side
+MOST_WAITING, SECONDS = 1024, 120.0  # images in the queue, and how long a request waits for its answer
+DAMAGED = (  # what Pillow raises
+    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+CHANGE, CLASSIFY, STOP = range(3)  # what goes first
+
+
+class RefusedError(Exception):
+    """The status of an answer, and what is wrong with the request."""
+
+
+@dataclass(order=True)
+class Job:
+    """An image (3, H, W) to classify, or a keep ratio to set, and the answer to come."""
+
+    urgency: int
+    given: Any = field(default=None, compare=False)
+    since: float = field(default_factory=time.monotonic)
+    answer: futures.Future[Any] = field(default_factory=futures.Future[Any], compare=False)
+
+
+class Worker(threading.Thread):
+    """Gathers jobs that other threads hand in, and has one thread run the model."""
+
+    def __init__(self, gm: papr_fx.PrunedModule, size: tuple[int, ...], given: argparse.Namespace) -> None:
+        super().__init__(daemon=True)
+        self.gm, self.size, self.given = gm, size, given
+        self.model = gm if given.no_compile else torch.compile(gm, fullgraph=True, backend=given.backend)
+        self.z = self.asked = given.z  # in force, and asked for
+        self.warm: set[float] = set()
+        self.sizes: Counter[int] = Counter()  # how many batches of each size
+        self.jobs: PriorityQueue[Job] = PriorityQueue()
+
+    def ask(self, job: Job) -> futures.Future[Any]:
+        """Hands a job in, from any thread; returns its answer to come."""
+        if job.urgency == CLASSIFY and self.jobs.qsize() >= MOST_WAITING:
+            raise RefusedError(503, f"{MOST_WAITING} images are waiting: ask again later")
+        self.jobs.put(job)
+        return job.answer
+
+    def run(self) -> None:
+        """Works until it is told to stop; all images that came before have been answered then."""
+        with futures.ThreadPoolExecutor(1, "model") as model:
+            while jobs := self.gather():
+                done = model.submit(self.retarget if jobs[0].urgency == CHANGE else self.classify, jobs)
+                error = done.exception()
+                for place, job in enumerate(jobs):
+                    job.answer.set_exception(error) if error else job.answer.set_result(done.result()[place])
+
+    def gather(self) -> list[Job]:
+        """The next batch: what comes within `--deadline` of its first image. Or a change of the ratio; or nothing, to stop."""
+        jobs = [self.jobs.get()]
+        while jobs[0].urgency == CLASSIFY and len(jobs) < self.given.max_batch:
+            try:
+                job = self.jobs.get(timeout=max(0.0, jobs[0].since + self.given.deadline / 1e3 - time.monotonic()))
+            except Empty:
+                break
+            if job.urgency != CLASSIFY:
+                self.jobs.put(job)  # after this batch
+                break
+            jobs.append(job)
+        return [job for job in jobs if job.urgency != STOP]
+
+    def retarget(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """Sets the keep ratio that was asked for."""
+        self.asked = self.follow(jobs[0].given)
+        return [{"z": self.z}]
+
+    def follow(self, z: float) -> float:
+        """Sets a keep ratio. A new one is compiled at once: for one image, for more, and for full batches."""
+        papr_fx.set_keep_ratio(self.gm, z)
+        self.z = z
+        known, most = z in self.warm or self.given.no_compile, self.given.max_batch
+        for count in () if known else sorted({1, min(2, most), most}):  # the size becomes a variable at the second one
+            self.logits(torch.zeros(count, *self.size))
+        self.warm.add(z)
+        return z
+
+    def classify(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """The five best classes of each image. The ratio falls if more than a batch is waiting, until nothing is."""
+        waiting = self.jobs.qsize()
+        busy = waiting > self.given.max_batch or (waiting > 0 and self.z < self.asked)
+        wanted = min(self.asked, self.given.busy_z) if busy and self.given.busy_z else self.asked
+        if wanted != self.z:
+            self.follow(wanted)
+        self.sizes[len(jobs)] += 1
+        found = self.logits(torch.stack([job.given for job in jobs])).softmax(-1)  # (B, classes)
+        scores, classes = found.topk(min(5, found.shape[-1]))
+        best = [zip(*both, strict=True) for both in zip(classes.tolist(), scores.tolist(), strict=True)]
+        return [{"z": self.z, "top5": [{"class": c, "score": s} for c, s in image]} for image in best]
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """Runs the model on (B, 3, H, W). Batches are not padded: what was compiled for two serves more, and full ones."""
+        return self.model(images.to(self.given.device))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request and writes its answer, in a thread of its own."""
+
+    server: "Server"  # pyright: ignore[reportIncompatibleVariableOverride]
+    timeout = 10.0  # seconds without a byte
+
+    def do_GET(self) -> None:
+        """/health: the ratios in force and asked for, how many images wait, how many batches of each size there were."""
+        worker, known = self.server.worker, self.path == "/health"
+        state = {"z": worker.z, "asked": worker.asked, "waiting": worker.jobs.qsize(), "batches": dict(worker.sizes)}
+        self.reply((200 if worker.is_alive() else 503) if known else 404, state if known else {"error": "GET /health"})
+
+    def do_POST(self) -> None:
+        """/classify, with an image; /keep-ratio, with {"z": a number}."""
+        try:
+            read = {"/classify": self.image, "/keep-ratio": self.ratio}.get(self.path)
+            if read is None:
+                raise RefusedError(404, "POST /classify or /keep-ratio")
+            answer = self.server.worker.ask(read(self.body()))
+            if error := answer.exception(SECONDS):
+                raise RefusedError(400 if isinstance(error, papr_fx.PaprError) else 500, f"{type(error).__name__}: {error}")
+            self.reply(200, answer.result())
+        except RefusedError as error:
+            self.reply(error.args[0], {"error": error.args[1]})
+        except futures.TimeoutError:
+            self.reply(503, {"error": f"no answer within {SECONDS:g} s"})
+
+    def body(self) -> bytes:
+        """What was sent."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or len(length) > 20:
+            raise RefusedError(411, "send a Content-Length")
+        if int(length) > MOST_BYTES:
+            raise RefusedError(413, f"the body has {length} bytes; at most {MOST_BYTES} are read")
+        return self.rfile.read(int(length))
+
+    def image(self, body: bytes) -> Job:
+        """A JPEG or PNG, prepared for the model."""
+        try:
+            with Image.open(io.BytesIO(body), formats=("JPEG", "PNG")) as opened:
+                short, long = sorted(opened.size)
+                if short * long > MOST_PIXELS or long > LONGEST * short:  # a long one grows when its shorter side is resized
+                    most = f"{MOST_PIXELS}, and sides of 1 to {LONGEST}"
+                    raise RefusedError(400, f"the image has {short} x {long} pixels; at most {most} are decoded")
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except DAMAGED as error:
+            raise RefusedError(400, f"no JPEG or PNG that can be read: {error}") from error
+        return Job(CLASSIFY, self.server.prepare(image))
+
+    def ratio(self, body: bytes) -> Job:
+        """A keep ratio to set."""
+        try:
+            return Job(CHANGE, json.loads(body)["z"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise RefusedError(400, 'send {"z": 0.3}') from error
+
+    def reply(self, status: int, found: object) -> None:
+        """Writes an answer."""
+        written = json.dumps(found).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(written)))
+        self.end_headers()
+        self.wfile.write(written)
+        while status == 413 and self.rfile.read(1 << 16):  # to close over unread bytes would take the answer along
+            pass
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing of each request."""
+
+
+class Server(ThreadingHTTPServer):
+    """The worker, and what reads requests for it."""
+
+    daemon_threads = False  # `server_close` waits for answers that are under way
+    request_queue_size = 128
+
+    def __init__(self, gm: papr_fx.PrunedModule, config: dict[str, Any], given: argparse.Namespace) -> None:
+        self.prepare: Any = create_transform(**config)
+        self.worker = Worker(gm, config["input_size"], given)
+        self.worker.start()
+        for z in (given.busy_z or given.z, given.z):
+            self.worker.ask(Job(CHANGE, z)).result()
+        super().__init__((given.host, given.port), Handler)
+
+    def server_close(self) -> None:
+        """Answers what is under way, and stops the worker."""
+        super().server_close()
+        self.worker.jobs.put(Job(STOP))
+        self.worker.join()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serves until Ctrl-C or SIGTERM."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="vit_base_patch16_224")
+    options.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    options.add_argument("--pretrained", action="store_true")
+    options.add_argument("--checkpoint", default="")
+    options.add_argument("--proposal", default="lite0", help="its weights are loaded")
+    options.add_argument("--z", type=float, default=0.5, help="keep ratio")
+    options.add_argument("--busy-z", type=float, help="keep ratio while more than a batch is waiting")
+    options.add_argument("--max-batch", type=int, default=32)
+    options.add_argument("--deadline", type=float, default=5.0, help="ms that the first image of a batch waits for others")
+    options.add_argument("--no-compile", action="store_true")
+    options.add_argument("--backend", default="inductor")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--port", type=int, default=8000)
+    given = options.parse_args(arguments)
+    weights = {"pretrained": given.pretrained, "checkpoint_path": given.checkpoint}
+    model = timm.create_model(given.model, **weights, **given.model_kwargs).eval()
+    gm = papr_fx.transform(model, given.proposal, given.z).to(given.device)
+    with Server(gm, resolve_data_config(given.model_kwargs, model=model), given) as server:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        print(f"http://{server.server_name}:{server.server_port}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("answers what is under way, and stops", flush=True)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()
