@@ -19,7 +19,7 @@ from ..tracing.graphs import nodes_by_name
 from ..tracing.numerics import relative_error, tensors_of
 from ..tracing.roles import find, find_all
 from ..tracing.sources import GraphModule
-from . import picks
+from . import picks, sums
 from .case import Case, ComparisonError
 
 
@@ -31,7 +31,8 @@ def check(case: Case) -> None:
     its group. The groups are those of the merged run, so ties do not matter. With one token in another group, results must
     differ. This is proved for merging in proportion to size; other reductions change the same graph at the same sites.
 
-    Before, each call of the module that picks tokens is compared with its definition (see `picks`).
+    Before, each call of the module that picks tokens is compared with its definition (see `picks`), and so is what becomes of
+    them (see `sums`).
 
     Fault: an attention or a mean ignores sizes, or something counts tokens. The other parts do not find it: they are about
     the graph without a reduction.
@@ -45,6 +46,7 @@ def check(case: Case) -> None:
     if not additions:
         return
     picks.check(case)
+    sums.check(case)
     (choice,), graph = case.rewrite.choices, case.dense.graph
     last = last_tokens(graph, nodes_by_name(graph)[choice.stream], case.rewrite.blocks).name
     *merged, matchings = case.run(_merging(case, additions, last), case.images)

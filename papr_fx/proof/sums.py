@@ -1,0 +1,168 @@
+"""What becomes of the tokens that a reduction merges or drops: the papers' definitions, in other words than `papr_fx.ops`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..errors import VerifyError
+from ..ops import (
+    choose_tokens,
+    fuse_tokens,
+    match_tokens,
+    mean_by_size,
+    merge_tokens,
+    most_attended,
+    neighbour_graph,
+    propagate_tokens,
+    size_bias,
+)
+from ..passes.reduction import Reduction
+from ..planning.plan import keep_of
+from ..tracing.graphs import cut, leaves_of
+from .case import Case
+
+Summed = tuple[Tensor, Tensor]
+_PICKS = (match_tokens, most_attended, choose_tokens)
+_OTHERS = (neighbour_graph, size_bias, mean_by_size)
+_OPTIONS = ("prefix", "suffix", "grid", "strength", "edges")
+
+
+def check(case: Case) -> None:
+    """Runs the module's own graph on two images, and follows tokens, their sizes and their places from block to block.
+
+    Raises:
+        VerifyError: A call gives other tokens than its definition, or is given other sizes, places or options.
+    """
+    graph = case.own_graph
+    (choice,) = case.rewrite.choices
+    reduction = case.rewrite.plan.reduction
+    if reduction is None:
+        return
+    keep = keep_of(graph, choice)
+    calls = dict.fromkeys(node for node in graph.nodes if node.target in (*_PICKS, *_SUMS, *_OTHERS))
+    needed = dict.fromkeys((keep, *_read(calls)))
+    values = dict(zip(needed, case.run(cut(case.root, graph, *needed), case.images), strict=True))
+    follower = _Follower(reduction, choice.rows.prefix, choice.rows.suffix, choice.rows.grid, values[keep])
+    for node in graph.nodes:
+        if node.target is F.scaled_dot_product_attention:
+            follower.attends(node)
+        elif node in calls:
+            given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            given.apply_defaults()
+            follower.calls(node, fx.map_arg(given.arguments, lambda leaf: values[leaf]), values[node])
+
+
+def _read(calls: Iterable[fx.Node]) -> list[fx.Node]:
+    """The calls, and what they are given."""
+    leaves = [leaf for node in calls for leaf in (*leaves_of((node.args, node.kwargs)), node)]
+    return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+
+class _Follower:
+    """What is known of the tokens at one place of the graph: sizes (B, N), None while all are 1; places (B, N) in the dense."""
+
+    def __init__(self, reduction: Reduction, prefix: int, suffix: int, grid: tuple[int, ...], places: Tensor) -> None:
+        self.options = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
+        self.amounts = [number for number in reduction.numbers if number] if reduction.schedule == "constant" else []
+        self.one_amount = isinstance(reduction.r, int)
+        self.proportional = reduction.proportional
+        self.sizes: Tensor | None = None
+        self.places = places
+        self.stay: Tensor | None = None
+        self.weighted = True
+
+    def attends(self, node: fx.Node) -> None:
+        """An attention: in proportion to sizes, if it is to be."""
+        if self.proportional and not self.weighted:
+            raise VerifyError(f"merging: `{node.name}` does not weigh tokens by what they stand for")
+
+    def calls(self, node: fx.Node, given: Mapping[str, Any], found: Any) -> None:
+        """One of the calls, with what it was given, by the names of its arguments, and what it gave."""
+        for name in _OPTIONS:
+            if name in given and given[name] != self.options[name]:
+                raise VerifyError(f"merging: `{node.name}` is given {name} {given[name]}, not {self.options[name]}")
+        if node.target in _PICKS:
+            self._picks(node, found[0] if isinstance(found, tuple) else found)
+        if "sizes" in given:
+            self._check_sizes(node, given["sizes"])
+        if node.target is neighbour_graph and not self._at(given["places"]):
+            raise VerifyError(f"merging: `{node.name}` takes tokens for others in the image")
+        if node.target is size_bias:
+            self.weighted = True
+        if node.target in _SUMS:
+            self._sums(node, given, found)
+
+    def _picks(self, node: fx.Node, stay: Tensor) -> None:
+        if self.stay is not None:
+            self.places = self.places.gather(1, self.stay)
+        total = self.places.shape[1]
+        patches = total - self.options["prefix"] - self.options["suffix"]
+        if self.amounts:
+            wanted = self.amounts[0] if self.one_amount else self.amounts.pop(0)
+            if total - stay.shape[1] != min(wanted, patches // 2):
+                raise VerifyError(f"merging: `{node.name}` removes {total - stay.shape[1]} of {patches} patches, not {wanted}")
+        self.stay = stay
+
+    def _check_sizes(self, node: fx.Node, sizes: Tensor | None) -> None:
+        right = sizes is None if self.sizes is None else sizes is not None and _close(sizes, self.sizes)
+        if not right:
+            raise VerifyError(f"merging: `{node.name}` is given other sizes than its tokens have by then")
+
+    def _at(self, places: Tensor | None) -> bool:
+        if places is None:
+            return torch.equal(self.places, torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places))
+        return torch.equal(places, self.places)
+
+    def _sums(self, node: fx.Node, given: Mapping[str, Any], found: Summed) -> None:
+        tokens = cast(Tensor, given["tokens"]).double()
+        sizes = torch.ones_like(tokens[:, :, 0]) if self.sizes is None else self.sizes.double()
+        rest = [value for name, value in given.items() if name not in ("tokens", "sizes")]
+        wanted = _SUMS[node.target](tokens, sizes, *rest)
+        if not all(_close(one.double(), other) for one, other in zip(found, wanted, strict=True)):
+            raise VerifyError(f"merging: `{node.name}` gives other tokens than `{node.target.__name__}` says")
+        self.sizes, self.weighted = wanted[1], False
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are equal up to rounding."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * b.abs().max()) if b.numel() else a.shape == b.shape
+
+
+def _shares(sizes: Tensor, matching: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which tokens (B, N, M) each of M new ones is made of, each as often as patches that it stands for; and M new sizes."""
+    stay, merged, into = matching
+    group = torch.zeros_like(sizes, dtype=torch.int64)
+    group.scatter_(1, stay, torch.arange(stay.shape[1], device=stay.device).expand_as(stay)).scatter_(1, merged, into)
+    members = F.one_hot(group, stay.shape[1]).double() * sizes.unsqueeze(2)
+    return members, members.sum(1)
+
+
+def _merged(tokens: Tensor, sizes: Tensor, matching: tuple[Tensor, Tensor, Tensor]) -> Summed:
+    """The mean of its members, weighted by size (Bolya et al., ICLR 2023, Sec. 3.2)."""
+    members, sums = _shares(sizes, matching)
+    return torch.einsum("bnm,bnc->bmc", members / sums.unsqueeze(1), tokens), sums
+
+
+def _fused(tokens: Tensor, sizes: Tensor, matching: tuple[Tensor, Tensor, Tensor]) -> Summed:
+    """That mean, as long as its longest member (MLERP; Kim et al., WACV 2024, Sec. 3)."""
+    means, sums = _merged(tokens, sizes, matching)
+    lengths = tokens.square().sum(2).sqrt().unsqueeze(2) * (_shares(sizes, matching)[0] > 0)
+    return means / means.square().sum(2, keepdim=True).sqrt() * lengths.amax(1).unsqueeze(2), sums
+
+
+def _propagated(tokens: Tensor, sizes: Tensor, chosen: tuple[Tensor, Tensor], weights: Tensor, strength: float) -> Summed:
+    """X_stay + strength * A_hat X_drop, for tokens and sizes (Xu et al., WACV 2024, Sec. 3)."""
+    dropped = torch.zeros_like(sizes).scatter(1, chosen[1], 1.0)
+    spread = torch.eye(sizes.shape[1], device=sizes.device).double() + strength * weights.double() * dropped.unsqueeze(1)
+    both = spread @ torch.cat([tokens, sizes.unsqueeze(2)], 2)  # (B, N, C + 1)
+    kept = torch.stack([sample[stay] for sample, stay in zip(both, chosen[0], strict=True)])
+    return kept[:, :, :-1], kept[:, :, -1]
+
+
+_SUMS: Mapping[Any, Callable[..., Summed]] = {merge_tokens: _merged, fuse_tokens: _fused, propagate_tokens: _propagated}

@@ -1,0 +1,121 @@
+"""What becomes of merged and dropped tokens, against the definitions of the papers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import papr_fx
+from papr_fx import ops, peers
+from papr_fx.proof import sums
+from papr_fx.proof.case import Case
+
+from ..models import Shape, ToyViT, toy_proposal
+from ..models.traps import Behind
+
+REDUCTIONS = {
+    "merged": papr_fx.Merge(2, "all"),
+    "merged by a list": papr_fx.Merge([1, 0, 2], "all"),
+    "merged late": papr_fx.Merge(2, "all", schedule="late"),
+    "merged, not in proportion": papr_fx.Merge(2, "all", proportional=False),
+    "fused": peers.TokenFusion(2, linear_from=1),
+    "attended": peers.AttentionPruning(2),
+    "propagated": peers.TokenPropagation(2),
+}
+
+
+def reduced(name: str, pool: str = "avg", z: float = 0.9) -> Case:
+    model = ToyViT(Shape(depth=3, pool=pool)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), z, merge=REDUCTIONS[name], verify=False)
+    return Case.of(model, gm, torch.float64)
+
+
+@pytest.mark.parametrize("z", [0.8, 1])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_right_sums_pass(name, z):
+    sums.check(reduced(name, "cls" if name == "attended" else "avg", z))
+
+
+@pytest.mark.parametrize("reduction", [papr_fx.Merge(2, "all"), peers.TokenPropagation(2)])
+def test_tokens_behind_the_patches(reduction):
+    gm = papr_fx.transform(Behind().eval(), toy_proposal(), 0.9, merge=reduction, verify=False)
+    sums.check(Case.of(Behind().eval(), gm, torch.float64))
+
+
+def test_half_of_the_patches_go_at_most():
+    model = ToyViT(Shape(depth=3)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.9, merge=papr_fx.Merge(5, "all"), verify=False)
+    sums.check(Case.of(model, gm, torch.float64))
+
+
+def unweighted(tokens, sizes, matching):
+    return ops.merge_tokens(tokens, None if sizes is None else torch.ones_like(sizes), matching)
+
+
+def of_mean_length(tokens, sizes, matching):
+    means, found = ops.merge_tokens(tokens, sizes, matching)
+    return F.normalize(means, dim=-1) * tokens.norm(dim=-1).gather(1, matching[0]).unsqueeze(-1), found
+
+
+def lost_sizes(tokens, sizes, *given):
+    return ops.propagate_tokens(tokens, sizes, *given)[0], torch.ones_like(tokens[:, given[0][1].shape[1] :, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("merged", ops.merge_tokens, unweighted),
+        ("fused", ops.fuse_tokens, of_mean_length),
+        ("propagated", ops.propagate_tokens, lost_sizes),
+    ],
+)
+def test_other_sums(name, right, wrong, monkeypatch):
+    case = reduced(name)
+    case.own[False].find_nodes(op="call_function", target=right)[-1].target = wrong
+    monkeypatch.setitem(sums._SUMS, wrong, sums._SUMS[right])
+    with pytest.raises(papr_fx.VerifyError, match="gives other tokens than"):
+        sums.check(case)
+
+
+def changed(case, target, place, value, number=-1):
+    """Gives the call of a function another argument."""
+    node = case.own[False].find_nodes(op="call_function", target=target)[number]
+    node.update_arg(place, value(node) if callable(value) else value)
+
+
+def first_sizes(node):
+    return next(other for other in node.graph.nodes if other.name.startswith("papr_sizes"))
+
+
+FAULTS = [
+    ("merged", ops.match_tokens, 1, 1, "removes 1 of . patches, not 2"),
+    ("merged by a list", ops.match_tokens, 1, 1, "removes 1 of .* patches, not 2"),
+    ("merged", ops.match_tokens, 2, 0, "is given prefix 0, not 1"),
+    ("merged", ops.merge_tokens, 1, None, "is given other sizes"),
+    ("merged", ops.size_bias, 0, first_sizes, "is given other sizes"),
+    ("merged", ops.mean_by_size, 2, first_sizes, "is given other sizes"),
+    ("fused", ops.fuse_tokens, 1, None, "is given other sizes"),
+    ("propagated", ops.propagate_tokens, 4, 0.0, "is given strength 0.0, not 0.2"),
+    ("propagated", ops.neighbour_graph, 4, 1, "is given edges 1, not 8"),
+    ("propagated", ops.neighbour_graph, 2, (2, 8), "is given grid"),
+    ("propagated", ops.neighbour_graph, 1, None, "takes tokens for others in the image"),
+    ("propagated", ops.choose_tokens, 2, None, "is given other sizes"),
+]
+
+
+@pytest.mark.parametrize(("name", "target", "place", "value", "said"), FAULTS)
+def test_other_arguments(name, target, place, value, said):
+    case = reduced(name)
+    changed(case, target, place, value)
+    with pytest.raises(papr_fx.VerifyError, match=said):
+        sums.check(case)
+
+
+def test_attention_that_ignores_sizes():
+    case = reduced("merged")
+    graph = case.own[False]
+    bias = graph.find_nodes(op="call_function", target=ops.size_bias)[-1]
+    (attention,) = (user for user in bias.users if user.target is F.scaled_dot_product_attention)
+    attention.kwargs = {name: value for name, value in attention.kwargs.items() if value is not bias}
+    graph.erase_node(bias)
+    with pytest.raises(papr_fx.VerifyError, match="does not weigh tokens"):
+        sums.check(case)
