@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 from torchvision.models.maxvit import MaxVit
 
-from .models import Shape, ToyViT, attentions, enliven, toy_proposal, traps
+from .models import Shape, ToyViT, attentions, branches, enliven, lengths, rows, toy_proposal, traps
 from .models.clips import ClipViT, JointViT, clip_proposal
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
-from .models.windows import ToyWindows
+from .models.windows import ToyWindows, WindowAttention, over_queries
 
 _TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
 
@@ -188,10 +188,12 @@ SUBJECTS = (
         options=_MERGED,
     ),
     Subject("attention with a mask, merged", lambda: positioned(Shape(), "bias"), _TOY, 1.0, options=_MERGED),
-    Subject("heads of torch with dropout, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
+    Subject("heads of torch, sequence first, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
+    Subject("heads of torch with dropout, merged", _attending(attentions.Heads), _TOY, 0.9, options=_MERGED),
     Subject("means of channels, merged", lambda: traps.Averaging(Shape(depth=3)), _TOY, 0.9, options=_MERGED),
-    Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("sums")), _TOY),
-    Subject("attention written out, softmax over queries", _attending(lambda: attentions.Written("queries")), _TOY),
+    Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("product")), _TOY),
+    Subject("attention written out, dropout", _attending(lambda: attentions.Written("dropout")), _TOY),
+    Subject("attention with a mask of the tokens, merged", _attending(lambda: attentions.Masked(8, 2, True), depth=4), _TOY, 0.9, options=_MERGED),
     Subject("ViT, columns interleaved", _attending(lambda: attentions.Interleaved(8, 2, True), pool="cls"), _TOY),
     Subject("ViT, as many channels as patches, bias", lambda: positioned(Shape(image=(4, 12), prefix=0), "bias"), (3, 4, 12)),
     Subject("grid whose windows are averaged", lambda: traps.Padded(Shape()), _TOY),
@@ -207,13 +209,30 @@ SUBJECTS = (
     Subject("patches normalised together", lambda: traps.Normalised(Shape()), _TOY),
     Subject("embeddings that are read twice", lambda: traps.Decoding(Shape()), _TOY),
     Subject("patches dropped in training", lambda: traps.Dropped(Shape()), _TOY),
+    Subject("class token, batch norm in the last block", rows.BatchNormed, _TOY),
+    Subject("class token divided by the number of tokens", lambda: rows.PerToken(Shape(pool="cls")), _TOY),
+    Subject("class token, queries changed in place", _attending(lambda: rows.Shared(8, 2, True), pool="cls"), _TOY),
+    Subject("class token, every second column", _attending(rows.Sparse, pool="cls"), _TOY),
+    Subject("class token, columns shuffled", _attending(lambda: rows.Shuffled(8, 2, True), pool="cls"), _TOY),
+    Subject("largest of four patches", lengths.Pooling, _TOY, 0.95),
+    Subject("ends of equal length", lengths.EqualEnds, _TOY),
+    Subject("grid that is smoothed", lambda: lengths.Smoothed(Shape()), _TOY),
+    Subject("tokens picked by number", _attending(lambda: lengths.Picking(8, 2, True)), _TOY),
+    Subject("biases that fade in place", lengths.Fading, _TOY),
+    Subject("tables times a number for each token", lengths.gated, _TOY),
     _family("ConvNeXt"),
     _family("ConvNeXt V2", z=0.4),
     _family("Swin", z=0.65),
     _family("Swin, padded windows"),
     _family("torchvision SwinV2"),
     Subject("toy windows", ToyWindows, (3, 8, 8)),
+    Subject("toy windows, softmax over queries", lambda: ToyWindows(WindowAttention(weights=over_queries)), (3, 8, 8)),
     Subject("batch norm in branches", traps.ConvNet, (3, 16, 24)),
     Subject("norms over space in branches", traps.SpaceNormed, (3, 16, 24)),
+    _family("transformers Swin"),
+    Subject("rows and columns exchanged", lambda: branches.ConvTrunk(branches.TransposedBlock()), (3, 16, 16)),
+    Subject("branches that others read", branches.Telling, (3, 16, 16)),
+    Subject("grouped convolutions", lambda: branches.ConvTrunk(branches.ConvBlock(4), branches.ConvBlock(8)), (3, 16, 16)),
+    Subject("windows of bounded values", branches.BoundedWindows, (3, 8, 8)),
     Subject("torchvision MaxViT", _maxvit, (3, 64, 64)),
 )

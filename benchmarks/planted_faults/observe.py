@@ -90,6 +90,8 @@ def _parts(subject: Subject, gm: nn.Module, papr_fx: Any) -> dict[str, list[Tens
     note("training mode", training)
     gm.eval()
     note("eval mode again", lambda: gm(x))
+    note("dropout by itself", lambda: torch.tensor(_drops(gm, x)))
+    gm.eval()
 
     def at(z: float) -> Any:
         papr_fx.set_keep_ratio(gm, z)
@@ -102,6 +104,13 @@ def _parts(subject: Subject, gm: nn.Module, papr_fx: Any) -> dict[str, list[Tens
     note("another shape", lambda: gm(images(2, (*subject.shape[:-1], subject.shape[-1] + 1))))
     note("state", lambda: [torch.tensor(len(gm.state_dict()))])
     return found
+
+
+def _drops(gm: nn.Module, x: Tensor) -> bool:
+    """Whether two calls in eval mode give unlike results once dropout alone is switched on."""
+    for module in gm.modules():
+        module.train(isinstance(module, nn.Dropout))
+    return not _alike(_tensors(gm(x)), _tensors(gm(x)))
 
 
 def _tensors(value: Any) -> list[Tensor]:
