@@ -96,6 +96,7 @@ def _merge(kind: str, **options: Any) -> Callable[[Any], Any]:
 
 
 _TOY = 3, 8, 12
+_COARSE = {"background": "coarse"}
 _MERGED = {"merge": _merge("Merge", r=2)}
 _CLIP = 3, 6, 12, 9
 
@@ -147,8 +148,8 @@ SUBJECTS = (
         0.9,
         options={"merge": _merge("AttentionPruning", r=2)},
     ),
-    Subject("ViT, coarse", lambda: ToyViT(Shape(image=(10, 15), pool="cls")), (3, 10, 15), options={"background": "coarse"}),
-    Subject("ViT, coarse, rotary and tokens behind", traps.Behind, _TOY, options={"background": "coarse"}),
+    Subject("ViT, coarse", lambda: ToyViT(Shape(image=(10, 15), pool="cls")), (3, 10, 15), options=_COARSE),
+    Subject("ViT, coarse, rotary and tokens behind", traps.Behind, _TOY, options=_COARSE),
     Subject("timm ViT, proposal of its own statistics", _vit("vit_tiny_patch16_224"), (3, 64, 64), proposal=_conv_proposal),
     Subject(
         "timm ViT, expected CAM at another size",
@@ -178,6 +179,9 @@ SUBJECTS = (
         options={"saliency": "motion*psm", "background": "coarse"},
     ),
     Subject("two trunks", traps.Twins, _TOY),
+    Subject("two trunks of unlike blocks", lambda: traps.Twins(12), _TOY),
+    Subject("ViT by pixels", lambda: ToyViT(Shape(pool="cls")), _TOY, options={"mode": "pixels"}),
+    Subject("ViT by pixels, several sizes", traps.Sized, _TOY, options={"mode": "pixels"}, sizes=(3, 12, 18)),
     Subject("causal attention", _attending(lambda: attentions.Causal(8, 2, True), pool="cls"), _TOY),
     Subject("causal attention, averaged", _attending(lambda: attentions.Causal(8, 2, True)), _TOY),
     Subject(
@@ -211,7 +215,7 @@ SUBJECTS = (
     Subject("a number read from the tokens", lambda: traps.Counted(Shape()), _TOY),
     Subject("random numbers in training", lambda: traps.Drawing(Shape()), _TOY),
     Subject("a slice by number", lambda: traps.Sliced(Shape()), _TOY),
-    Subject("overlapping patches, coarse", traps.Overlapping, _TOY, options={"background": "coarse"}),
+    Subject("overlapping patches, coarse", traps.Overlapping, _TOY, options=_COARSE),
     Subject("patches normalised together", lambda: traps.Normalised(Shape()), _TOY),
     Subject("embeddings that are read twice", lambda: traps.Decoding(Shape()), _TOY),
     Subject("patches dropped in training", lambda: traps.Dropped(Shape()), _TOY),
@@ -226,6 +230,10 @@ SUBJECTS = (
     Subject("tokens picked by number", _attending(lambda: lengths.Picking(8, 2, True)), _TOY),
     Subject("biases that fade in place", lengths.Fading, _TOY),
     Subject("tables times a number for each token", lengths.gated, _TOY),
+    Subject("coarse, tables without the tokens behind", lengths.ended, _TOY, options=_COARSE),
+    Subject("a table that is asked for its length", lengths.asking, _TOY),
+    Subject("padded images, coarse", lengths.Rounded, (3, 7, 12), options=_COARSE),
+    Subject("padded patches", lengths.Offset, (3, 16, 16)),
     _family("ConvNeXt"),
     _family("ConvNeXt V2", z=0.4),
     _family("Swin", z=0.65),
@@ -239,6 +247,9 @@ SUBJECTS = (
     Subject("rows and columns exchanged", lambda: branches.ConvTrunk(branches.TransposedBlock()), (3, 16, 16)),
     Subject("branches that others read", branches.Telling, (3, 16, 16)),
     Subject("grouped convolutions", lambda: branches.ConvTrunk(branches.ConvBlock(4), branches.ConvBlock(8)), (3, 16, 16)),
+    Subject("two entries", lambda: branches.ConvTrunk(branches.GatedBlock()), (3, 16, 16)),
+    Subject("means that scale branches", lambda: branches.ConvTrunk(branches.ExcitedBlock()), (3, 16, 16)),
+    Subject("branches that start elsewhere", lambda: branches.ConvTrunk(branches.ConvBlock(1), branches.ConvBlock()), (3, 16, 16)),
     Subject("windows of bounded values", branches.BoundedWindows, (3, 8, 8)),
     Subject("torchvision MaxViT", _maxvit, (3, 64, 64)),
 )

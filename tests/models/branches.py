@@ -27,6 +27,21 @@ class TransposedBlock(ConvBlock):
         return x + self.mlp(self.conv(x)).transpose(2, 3)
 
 
+class GatedBlock(ConvBlock):
+    """A branch that reads the convolution and the shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.conv(x) * x.sigmoid())
+
+
+class ExcitedBlock(ConvBlock):
+    """A branch that its means over space scale, in front of its convolution and in the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.mean((2, 3), keepdim=True).sigmoid()
+        return x + self.mlp(self.conv(x * scale)) * scale
+
+
 class ConvTrunk(nn.Module):
     """Images (B, 3, 16, 16) through a stem and some blocks."""
 

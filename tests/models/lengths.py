@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .positioned import Rotary
+from .traps import Behind
 from .vits import Attention, Block, Shape, ToyViT, enliven
 
 
@@ -110,3 +112,59 @@ def gated() -> nn.Module:
     for block in model.blocks:
         block.attn = Gated()
     return enliven(model)
+
+
+class Ended(Attention):
+    """Adds a table to the patches, between one token in front of them and two behind."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, True)
+        self.table = nn.Parameter(torch.zeros(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x[:, :1], x[:, 1:-2] + self.table, x[:, -2:]], dim=1))
+
+
+def ended() -> nn.Module:
+    """A ViT with such tables, and two tokens behind the patches."""
+    model = Behind()
+    model.blocks = nn.ModuleList(Block(8, Ended()) for _ in range(2))
+    return enliven(model)
+
+
+class Asking(Rotary):
+    """Asks its table how many patches there are."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        cosine, sine = self.angles.cos(), self.angles.sin()
+        count = cosine.shape[0]
+        first, rest = x.split((x.shape[2] - count, count), dim=2)
+        return torch.cat([first, rest * cosine + rest.flip(-1) * sine], dim=2)
+
+
+def asking() -> nn.Module:
+    """A ViT with such attentions."""
+    model = ToyViT(Shape(pool="cls"))
+    for block in model.blocks:
+        block.attn = Asking(model.shape, late=False)
+    return enliven(model)
+
+
+class Rounded(ToyViT):
+    """Pads its images to whole patches."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape())
+        self.image_size = 7, 12
+
+    def patches(self, x: Tensor) -> Tensor:
+        return super().patches(F.pad(x, (0, 0, 0, 1)))
+
+
+class Offset(ToyViT):
+    """Embeds patches one pixel before their places, by a padded convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(Shape(image=(16, 16), patch=(4, 4)))
+        self.proj = nn.Conv2d(3, 8, 4, 4, padding=1)
+        enliven(self)

@@ -77,9 +77,9 @@ class Twins(nn.Module):
 
     img_size = 8, 12
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.one, self.other = ToyViT(Shape(pool="cls")), ToyViT(Shape(pool="avg"))
+        self.one, self.other = ToyViT(Shape(pool="cls")), ToyViT(Shape(pool="avg"), width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.one(x) + self.other(x)
