@@ -96,6 +96,8 @@ def _merge(kind: str, **options: Any) -> Callable[[Any], Any]:
 
 
 _TOY = 3, 8, 12
+_SQUARE: dict[str, Any] = {"image": (8, 8), "patch": (2, 2)}
+_PIXELS = {"mode": "pixels"}
 _COARSE = {"background": "coarse"}
 _MERGED = {"merge": _merge("Merge", r=2)}
 _CLIP = 3, 6, 12, 9
@@ -179,9 +181,9 @@ SUBJECTS = (
         options={"saliency": "motion*psm", "background": "coarse"},
     ),
     Subject("two trunks", traps.Twins, _TOY),
-    Subject("two trunks of unlike blocks", lambda: traps.Twins(12), _TOY),
-    Subject("ViT by pixels", lambda: ToyViT(Shape(pool="cls")), _TOY, options={"mode": "pixels"}),
-    Subject("ViT by pixels, several sizes", traps.Sized, _TOY, options={"mode": "pixels"}, sizes=(3, 12, 18)),
+    Subject("two trunks of unlike blocks", lambda: traps.Twins(3, 12), _TOY),
+    Subject("ViT by pixels", lambda: ToyViT(Shape(**_SQUARE, pool="cls")), (3, 8, 8), options=_PIXELS),
+    Subject("ViT by pixels, several sizes", lambda: traps.Sized(**_SQUARE), (3, 8, 8), options=_PIXELS, sizes=(3, 12, 16)),
     Subject("causal attention", _attending(lambda: attentions.Causal(8, 2, True), pool="cls"), _TOY),
     Subject("causal attention, averaged", _attending(lambda: attentions.Causal(8, 2, True)), _TOY),
     Subject(
@@ -233,7 +235,7 @@ SUBJECTS = (
     Subject("coarse, tables without the tokens behind", lengths.ended, _TOY, options=_COARSE),
     Subject("a table that is asked for its length", lengths.asking, _TOY),
     Subject("padded images, coarse", lengths.Rounded, (3, 7, 12), options=_COARSE),
-    Subject("padded patches", lengths.Offset, (3, 16, 16)),
+    Subject("padded patches", lengths.Offset, (3, 32, 32)),
     _family("ConvNeXt"),
     _family("ConvNeXt V2", z=0.4),
     _family("Swin", z=0.65),
@@ -248,8 +250,10 @@ SUBJECTS = (
     Subject("branches that others read", branches.Telling, (3, 16, 16)),
     Subject("grouped convolutions", lambda: branches.ConvTrunk(branches.ConvBlock(4), branches.ConvBlock(8)), (3, 16, 16)),
     Subject("two entries", lambda: branches.ConvTrunk(branches.GatedBlock()), (3, 16, 16)),
-    Subject("means that scale branches", lambda: branches.ConvTrunk(branches.ExcitedBlock()), (3, 16, 16)),
-    Subject("branches that start elsewhere", lambda: branches.ConvTrunk(branches.ConvBlock(1), branches.ConvBlock()), (3, 16, 16)),
+    Subject(
+        "means that scale branches", lambda: branches.ConvTrunk(branches.ExcitedBlock(), branches.ConvBlock()), (3, 16, 16)
+    ),
+    Subject("branches that start elsewhere", branches.Elsewhere, (3, 16, 16)),
     Subject("windows of bounded values", branches.BoundedWindows, (3, 8, 8)),
     Subject("torchvision MaxViT", _maxvit, (3, 64, 64)),
 )

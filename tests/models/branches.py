@@ -56,6 +56,19 @@ class ConvTrunk(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+class Elsewhere(ConvTrunk):
+    """A branch that starts at a second stem."""
+
+    def __init__(self) -> None:
+        super().__init__(ConvBlock())
+        self.other = nn.Conv2d(3, 8, 2, 2)
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.stem(x) + self.blocks[0].mlp(self.other(x))
+        return self.head(self.blocks(grid).mean((2, 3)))
+
+
 class Telling(ConvTrunk):
     """A head that reads what is inside its branches too."""
 

@@ -165,6 +165,6 @@ class Offset(ToyViT):
     """Embeds patches one pixel before their places, by a padded convolution."""
 
     def __init__(self) -> None:
-        super().__init__(Shape(image=(16, 16), patch=(4, 4)))
-        self.proj = nn.Conv2d(3, 8, 4, 4, padding=1)
+        super().__init__(Shape(image=(32, 32), patch=(8, 8)))
+        self.proj = nn.Conv2d(3, 8, 8, 8, padding=1)
         enliven(self)
