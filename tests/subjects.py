@@ -182,7 +182,7 @@ SUBJECTS = (
     ),
     Subject("two trunks", traps.Twins, _TOY),
     Subject("two trunks of unlike blocks", lambda: traps.Twins(3, 12), _TOY),
-    Subject("ViT by pixels", lambda: ToyViT(Shape(**_SQUARE, pool="cls")), (3, 8, 8), options=_PIXELS),
+    Subject("ViT by pixels", lambda: branches.branches_first(**_SQUARE, pool="cls"), (3, 8, 8), options=_PIXELS),
     Subject("ViT by pixels, several sizes", lambda: traps.Sized(**_SQUARE), (3, 8, 8), options=_PIXELS, sizes=(3, 12, 16)),
     Subject("causal attention", _attending(lambda: attentions.Causal(8, 2, True), pool="cls"), _TOY),
     Subject("causal attention, averaged", _attending(lambda: attentions.Causal(8, 2, True)), _TOY),

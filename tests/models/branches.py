@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from .vits import enliven
+from .vits import Attention, Block, Shape, ToyViT, enliven
 from .windows import ToyWindows
 
 
@@ -57,7 +59,7 @@ class ConvTrunk(nn.Module):
 
 
 class Elsewhere(ConvTrunk):
-    """A branch that starts at a second stem."""
+    """A branch that starts at a second stem, which others read too."""
 
     def __init__(self) -> None:
         super().__init__(ConvBlock())
@@ -65,8 +67,9 @@ class Elsewhere(ConvTrunk):
         enliven(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = self.stem(x) + self.blocks[0].mlp(self.other(x))
-        return self.head(self.blocks(grid).mean((2, 3)))
+        other = self.other(x)
+        grid = self.stem(x) + self.blocks[0].mlp(other)
+        return self.head((self.blocks(grid) + other).mean((2, 3)))
 
 
 class Telling(ConvTrunk):
@@ -101,3 +104,18 @@ class BoundedWindows(ToyWindows):
         windows = grid.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
         windows = windows + self.mlp(windows)
         return self.head(self.norm(windows).mean((1, 2)))
+
+
+class BranchFirst(Block):
+    """A block that adds its shortcuts to its branches, and not the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x)) + x
+        return self.mlp(self.norm2(x)) + x
+
+
+def branches_first(**shape: Any) -> nn.Module:
+    """A ViT of such blocks."""
+    model = ToyViT(Shape(**shape))
+    model.blocks = nn.ModuleList(BranchFirst(8, Attention(8, 2, True)) for _ in range(2))
+    return enliven(model)

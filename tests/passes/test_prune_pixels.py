@@ -187,6 +187,22 @@ class Convolved(Before):
         self.widen, self.narrow = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
 
 
+class Skipping(Before):
+    """A skip connection that spans the whole block: the block's own branch is pruned, and it stays dense."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x) + super().forward(x)
+
+
+def test_a_branch_that_holds_another_one_stays_dense():
+    model = Skipping()
+    sites, skipped = sites_of(model)
+    assert [site.addition for site in sites] == ["add"]
+    assert [miss.reason for miss in skipped if miss.addition == "add_1"] == [
+        "`narrow`: its branch holds the residual addition `add`, whose own branch is pruned"
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "reasons"),
     [
