@@ -179,6 +179,14 @@ class Elsewhere(Before):
         return self.stem(x) + self.narrow(self.act(self.widen(self.spatial(x))))
 
 
+class Grouped(Before):
+    """Near miss: the branch starts at a convolution that mixes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+
+
 class Convolved(Before):
     """Near miss: no layer of the branch is pointwise."""
 
@@ -208,6 +216,7 @@ def test_a_branch_that_holds_another_one_stays_dense():
     [
         (Normed, ["`narrow`: `act` mixes positions"]),
         (Elsewhere, ["`narrow`: its branch starts at `x`, neither the residual's source nor a depthwise convolution"]),
+        (Grouped, ["`narrow`: `spatial` mixes positions"]),
         (Convolved, []),
     ],
 )
