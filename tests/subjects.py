@@ -245,7 +245,7 @@ SUBJECTS = (
     Subject("toy windows, softmax over queries", lambda: ToyWindows(WindowAttention(weights=over_queries)), (3, 8, 8)),
     Subject("batch norm in branches", traps.ConvNet, (3, 16, 24)),
     Subject("norms over space in branches", traps.SpaceNormed, (3, 16, 24)),
-    _family("transformers Swin"),
+    Subject("MLP on positions in one axis", branches.Flat, (3, 16, 16), options=_PIXELS),
     Subject("rows and columns exchanged", lambda: branches.ConvTrunk(branches.TransposedBlock()), (3, 16, 16)),
     Subject("branches that others read", branches.Telling, (3, 16, 16)),
     Subject("grouped convolutions", lambda: branches.ConvTrunk(branches.ConvBlock(4), branches.ConvBlock(8)), (3, 16, 16)),

@@ -106,6 +106,22 @@ class BoundedWindows(ToyWindows):
         return self.head(self.norm(windows).mean((1, 2)))
 
 
+class Flat(nn.Module):
+    """An MLP on the positions of a grid in one axis, (B, N, C)."""
+
+    img_size = 16, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        enliven(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.mlp(self.norm(x))).mean(1))
+
+
 class BranchFirst(Block):
     """A block that adds its shortcuts to its branches, and not the other way round."""
 
