@@ -124,12 +124,17 @@ def _numbers(report: Any) -> Tensor:
 def _hooked(gm: nn.Module, x: Tensor) -> Any:
     """The result with a hook on each layer."""
     layers = [module for module in gm.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
-    hooks = [layer.register_forward_hook(lambda layer, given, out: out * 1.5) for layer in layers]
+    hooks = [layer.register_forward_hook(_larger) for layer in layers]
     try:
         return gm(x)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _larger(layer: nn.Module, given: Any, out: Any) -> Any:
+    """A hook that changes what a layer returns."""
+    return out * 1.5
 
 
 def _tensors(value: Any) -> list[Tensor]:
