@@ -23,7 +23,7 @@ rows whatever was dropped, so the rows are a static slice. In ViT-B at half of i
 Left alone:
     1. Tokens that are averaged, pooled by an attention of its own queries, or returned: all rows are read.
     2. What mixes rows, and everything in front of it: it is read whole. Only modules of the blocks are traced through for this.
-    3. A node that changes its argument in place, a causal attention, and rows that something computes with as a number.
+    3. A node that changes its argument in place, and rows that something computes with as a number.
     4. A reduction of tokens, which needs all of them.
 """
 

@@ -23,6 +23,7 @@ Left alone:
     2. A branch that starts neither at the residual's source nor at a depthwise convolution.
     3. A branch with an operation that mixes positions or depends on the grid's size (see `papr_fx.dataflow.positionwise`).
     4. Positions in one axis that cannot be traced back to rows and columns.
+    5. A branch that holds another operator, as where a long skip connection spans whole blocks.
 
 Tokens before the positions and behind them are always kept, as in a token model. Where values were moved into windows
 (MaxViT), the nodes that moved them are copied onto the numbers of the cells. So the kept positions are known in the order of
@@ -31,7 +32,7 @@ the windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
@@ -139,7 +140,8 @@ def find_sites(graph: fx.Graph, root: nn.Module, probe: PositionwiseProbe) -> tu
     for addition in graph.nodes:
         pair = operands(addition)
         orders = (pair[::-1], pair) if pair else ()  # either operand may be the branch
-        found = [_match(reader, reader.branch(addition, *order)) for order in orders]
+        pruned = {site.addition for site in sites}
+        found = [_match(reader, reader.branch(addition, *order), pruned) for order in orders]
         chosen = next((site for site in found if isinstance(site, PixelSite)), None)
         if chosen:
             sites.append(chosen)
@@ -177,12 +179,18 @@ def background_of(site: PixelSite, background: str, training: bool) -> str:
     return "zero" if site.convolution and not training else "keep"
 
 
-def _match(reader: BranchReader, branch: Branch) -> PixelSite | str | None:
-    """The site of a branch; or why it is not one; or None where there is no pointwise layer to prune."""
+def _match(reader: BranchReader, branch: Branch, pruned: Collection[str]) -> PixelSite | str | None:
+    """The site of a branch; or why it is not one; or None where there is no pointwise layer to prune.
+
+    The additions in `pruned` are those of other sites.
+    """
     layers = reader.pointwise_layers(branch)
     if not layers:
         return None
     layer = f"`{layers[-1].target}`"
+    inner = next((node for node in branch.region if node.name in pruned), None)
+    if inner is not None:
+        return f"{layer}: its branch holds the residual addition `{inner}`, whose own branch is pruned"
     foreign = reader.foreign_entries(branch)
     if foreign or not branch.entries:
         start = foreign[0] if foreign else None

@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 from torchvision.models.maxvit import MaxVit
 
-from .models import Shape, ToyViT, attentions, enliven, toy_proposal, traps
+from .models import Shape, ToyViT, attentions, branches, enliven, lengths, rows, toy_proposal, traps
 from .models.clips import ClipViT, JointViT, clip_proposal
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
-from .models.windows import ToyWindows
+from .models.windows import ToyWindows, WindowAttention, over_queries
 
 _TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
 
@@ -96,6 +96,9 @@ def _merge(kind: str, **options: Any) -> Callable[[Any], Any]:
 
 
 _TOY = 3, 8, 12
+_SQUARE: dict[str, Any] = {"image": (8, 8), "patch": (2, 2)}
+_PIXELS = {"mode": "pixels"}
+_COARSE = {"background": "coarse"}
 _MERGED = {"merge": _merge("Merge", r=2)}
 _CLIP = 3, 6, 12, 9
 
@@ -147,8 +150,8 @@ SUBJECTS = (
         0.9,
         options={"merge": _merge("AttentionPruning", r=2)},
     ),
-    Subject("ViT, coarse", lambda: ToyViT(Shape(image=(10, 15), pool="cls")), (3, 10, 15), options={"background": "coarse"}),
-    Subject("ViT, coarse, rotary and tokens behind", traps.Behind, _TOY, options={"background": "coarse"}),
+    Subject("ViT, coarse", lambda: ToyViT(Shape(image=(10, 15), pool="cls")), (3, 10, 15), options=_COARSE),
+    Subject("ViT, coarse, rotary and tokens behind", traps.Behind, _TOY, options=_COARSE),
     Subject("timm ViT, proposal of its own statistics", _vit("vit_tiny_patch16_224"), (3, 64, 64), proposal=_conv_proposal),
     Subject(
         "timm ViT, expected CAM at another size",
@@ -178,6 +181,9 @@ SUBJECTS = (
         options={"saliency": "motion*psm", "background": "coarse"},
     ),
     Subject("two trunks", traps.Twins, _TOY),
+    Subject("two trunks of unlike blocks", lambda: traps.Twins(3, 12), _TOY),
+    Subject("ViT by pixels", lambda: branches.branches_first(**_SQUARE, pool="cls"), (3, 8, 8), options=_PIXELS),
+    Subject("ViT by pixels, several sizes", lambda: traps.Sized(**_SQUARE), (3, 8, 8), options=_PIXELS, sizes=(3, 12, 16)),
     Subject("causal attention", _attending(lambda: attentions.Causal(8, 2, True), pool="cls"), _TOY),
     Subject("causal attention, averaged", _attending(lambda: attentions.Causal(8, 2, True)), _TOY),
     Subject(
@@ -188,10 +194,18 @@ SUBJECTS = (
         options=_MERGED,
     ),
     Subject("attention with a mask, merged", lambda: positioned(Shape(), "bias"), _TOY, 1.0, options=_MERGED),
-    Subject("heads of torch with dropout, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
+    Subject("heads of torch, sequence first, merged", traps.SequenceFirst, _TOY, 0.9, options=_MERGED),
+    Subject("heads of torch with dropout, merged", _attending(attentions.Heads), _TOY, 0.9, options=_MERGED),
     Subject("means of channels, merged", lambda: traps.Averaging(Shape(depth=3)), _TOY, 0.9, options=_MERGED),
-    Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("sums")), _TOY),
-    Subject("attention written out, softmax over queries", _attending(lambda: attentions.Written("queries")), _TOY),
+    Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("product")), _TOY),
+    Subject("attention written out, dropout", _attending(lambda: attentions.Written("dropout")), _TOY),
+    Subject(
+        "attention with a mask of the tokens, merged",
+        _attending(lambda: attentions.Masked(8, 2, True), depth=4),
+        _TOY,
+        0.9,
+        options=_MERGED,
+    ),
     Subject("ViT, columns interleaved", _attending(lambda: attentions.Interleaved(8, 2, True), pool="cls"), _TOY),
     Subject("ViT, as many channels as patches, bias", lambda: positioned(Shape(image=(4, 12), prefix=0), "bias"), (3, 4, 12)),
     Subject("grid whose windows are averaged", lambda: traps.Padded(Shape()), _TOY),
@@ -203,17 +217,43 @@ SUBJECTS = (
     Subject("a number read from the tokens", lambda: traps.Counted(Shape()), _TOY),
     Subject("random numbers in training", lambda: traps.Drawing(Shape()), _TOY),
     Subject("a slice by number", lambda: traps.Sliced(Shape()), _TOY),
-    Subject("overlapping patches, coarse", traps.Overlapping, _TOY, options={"background": "coarse"}),
+    Subject("overlapping patches, coarse", traps.Overlapping, _TOY, options=_COARSE),
     Subject("patches normalised together", lambda: traps.Normalised(Shape()), _TOY),
     Subject("embeddings that are read twice", lambda: traps.Decoding(Shape()), _TOY),
     Subject("patches dropped in training", lambda: traps.Dropped(Shape()), _TOY),
+    Subject("class token, batch norm in the last block", rows.BatchNormed, _TOY),
+    Subject("class token divided by the number of tokens", lambda: rows.PerToken(Shape(pool="cls")), _TOY),
+    Subject("class token, queries changed in place", _attending(lambda: rows.Shared(8, 2, True), pool="cls"), _TOY),
+    Subject("class token, every second column", _attending(rows.Sparse, pool="cls"), _TOY),
+    Subject("class token, columns shuffled", _attending(lambda: rows.Shuffled(8, 2, True), pool="cls"), _TOY),
+    Subject("largest of four patches", lengths.Pooling, _TOY, 0.95),
+    Subject("ends of equal length", lengths.EqualEnds, _TOY),
+    Subject("grid that is smoothed", lambda: lengths.Smoothed(Shape()), _TOY),
+    Subject("tokens picked by number", _attending(lambda: lengths.Picking(8, 2, True)), _TOY),
+    Subject("biases that fade in place", lengths.Fading, _TOY),
+    Subject("tables times a number for each token", lengths.gated, _TOY),
+    Subject("coarse, tables without the tokens behind", lengths.ended, _TOY, options=_COARSE),
+    Subject("a table that is asked for its length", lengths.asking, _TOY),
+    Subject("padded images, coarse", lengths.Rounded, (3, 7, 12), options=_COARSE),
+    Subject("padded patches", lengths.Offset, (3, 32, 32)),
     _family("ConvNeXt"),
     _family("ConvNeXt V2", z=0.4),
     _family("Swin", z=0.65),
     _family("Swin, padded windows"),
     _family("torchvision SwinV2"),
     Subject("toy windows", ToyWindows, (3, 8, 8)),
+    Subject("toy windows, softmax over queries", lambda: ToyWindows(WindowAttention(weights=over_queries)), (3, 8, 8)),
     Subject("batch norm in branches", traps.ConvNet, (3, 16, 24)),
     Subject("norms over space in branches", traps.SpaceNormed, (3, 16, 24)),
+    Subject("MLP on positions in one axis", branches.Flat, (3, 16, 16), options=_PIXELS),
+    Subject("rows and columns exchanged", lambda: branches.ConvTrunk(branches.TransposedBlock()), (3, 16, 16)),
+    Subject("branches that others read", branches.Telling, (3, 16, 16)),
+    Subject("grouped convolutions", lambda: branches.ConvTrunk(branches.ConvBlock(4), branches.ConvBlock(8)), (3, 16, 16)),
+    Subject("two entries", lambda: branches.ConvTrunk(branches.GatedBlock()), (3, 16, 16)),
+    Subject(
+        "means that scale branches", lambda: branches.ConvTrunk(branches.ExcitedBlock(), branches.ConvBlock()), (3, 16, 16)
+    ),
+    Subject("branches that start elsewhere", branches.Elsewhere, (3, 16, 16)),
+    Subject("windows of bounded values", branches.BoundedWindows, (3, 8, 8)),
     Subject("torchvision MaxViT", _maxvit, (3, 64, 64)),
 )

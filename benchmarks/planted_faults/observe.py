@@ -76,6 +76,9 @@ def _parts(subject: Subject, gm: nn.Module, papr_fx: Any) -> dict[str, list[Tens
     note("output", lambda: gm(x))
     note("three images", lambda: gm(more))
     note("kept", lambda: list(papr_fx.keep_masks(gm, x).values()))
+    note("token map", lambda: papr_fx.token_map(gm, x))
+    note("report", lambda: _numbers(papr_fx.report(gm)))
+    note("hooks", lambda: _hooked(gm, x))
     if subject.sizes:
         other = images(2, subject.sizes)
         note("other size", lambda: gm(other))
@@ -90,6 +93,8 @@ def _parts(subject: Subject, gm: nn.Module, papr_fx: Any) -> dict[str, list[Tens
     note("training mode", training)
     gm.eval()
     note("eval mode again", lambda: gm(x))
+    note("dropout by itself", lambda: torch.tensor(_drops(gm, x)))
+    gm.eval()
 
     def at(z: float) -> Any:
         papr_fx.set_keep_ratio(gm, z)
@@ -102,6 +107,34 @@ def _parts(subject: Subject, gm: nn.Module, papr_fx: Any) -> dict[str, list[Tens
     note("another shape", lambda: gm(images(2, (*subject.shape[:-1], subject.shape[-1] + 1))))
     note("state", lambda: [torch.tensor(len(gm.state_dict()))])
     return found
+
+
+def _drops(gm: nn.Module, x: Tensor) -> bool:
+    """Whether two calls in eval mode give unlike results once dropout alone is switched on."""
+    for module in gm.modules():
+        module.train(isinstance(module, nn.Dropout))
+    return not _alike(_tensors(gm(x)), _tensors(gm(x)))
+
+
+def _numbers(report: Any) -> Tensor:
+    """How many positions there are at each site, and how many are kept."""
+    return torch.tensor([[site.dense, site.kept, site.prefix, site.suffix] for site in report.sites])
+
+
+def _hooked(gm: nn.Module, x: Tensor) -> Any:
+    """The result with a hook on each layer."""
+    layers = [module for module in gm.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    hooks = [layer.register_forward_hook(_larger) for layer in layers]
+    try:
+        return gm(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _larger(layer: nn.Module, given: Any, out: Any) -> Any:
+    """A hook that changes what a layer returns."""
+    return out * 1.5
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -66,9 +66,8 @@ class RowProbe:
             node: A node of a traced graph.
             axis: The axis of its value of which only these rows are read, counted from the end; None if all is read.
         """
-        reason = _unfit(node) if axis is not None else ""
-        if reason:
-            return Trial(reason=reason)
+        if axis is not None and (is_in_place(node) or called(node) in _IN_PLACE):  # twice may be as once: numbers do not tell
+            return Trial(reason="changes its argument in place")
         options = list(self._options(node, axis))
         if not options:
             return Trial(reason="reads no value with a row for each token")
@@ -217,17 +216,6 @@ def _call_module(module: nn.Module, values: dict[str, Tensor], *args: Any, **kwa
 
 def _call_method(name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(value, name)(*args, **kwargs)
-
-
-def _unfit(node: fx.Node) -> str:
-    """Why rows of a node's result cannot be computed by themselves, whatever the numbers say; empty if they can."""
-    if is_in_place(node) or called(node) in _IN_PLACE:
-        return "changes its argument in place"
-    if node.target is F.scaled_dot_product_attention:
-        given = {**dict(zip(SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        return "is a causal attention" if given.get("is_causal") else ""
-    drawn = node.meta.get("random") and node.op != "call_module" and node.target not in _DROPOUTS
-    return "draws random numbers" if drawn else ""
 
 
 def _used(value: Any, used: set[int]) -> Any:

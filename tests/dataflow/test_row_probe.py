@@ -42,6 +42,7 @@ ROWS = Rows(1, 7)
         (F.scaled_dot_product_attention, ((2, 2, 7, 3),) * 3, -2, (Argument(0, -2),)),
         (F.dropout, ((2, 7, 3),), -2, (Argument(0, -2),)),
         (lambda x: x.cumsum(1)[:, -1], ((2, 7, 3),), None, ()),
+        (torch.rand_like, ((2, 7, 3),), -2, ()),
         (lambda x: x.softmax(1), ((2, 7, 3),), -2, ()),
         (lambda x: x + torch.arange(7).view(7, 1), ((2, 7, 3),), -2, ()),
         (lambda x: x[:, 0], ((2, 7, 3),), None, (Argument(0, -2),)),

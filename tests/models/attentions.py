@@ -55,25 +55,51 @@ class Interleaved(Attention):
 
 
 class Written(Attention):
-    """Attention that is written out: a sum of scores and biases, which is multiplied, or a softmax over queries."""
+    """Attention that is written out, in a way that one call would change.
+
+    Args:
+        kind: What is done: "product" of a sum, or "dropout".
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__(8, 2, False)
         self.kind = kind
-        self.bias = nn.Parameter(torch.randn(1, 2, 1, 1))
-        self.drop = nn.Dropout(0.3)
+        self.drop = nn.Dropout(0.3 if kind == "dropout" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-2, -1) + self.bias
-        weights = (scores * 0.5).softmax(-2 if self.kind == "queries" else -1)
-        return self.proj((self.drop(weights) @ v).transpose(1, 2).reshape(b, n, c))
+        scores = q @ k.transpose(-2, -1)
+        if self.kind == "product":
+            scores = (scores + k.sum(-1).unsqueeze(2)) * 0.3
+        return self.proj((self.drop(scores.softmax(-1)) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Masked(Attention):
+    """A mask that follows from the tokens themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, k.sum(-1).unsqueeze(2))
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class Heads(nn.Module):
+    """Attention of torch, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x, x, x, need_weights=False)[0]
 
 
 def with_attention(make: Callable[[], nn.Module], **shape: Any) -> nn.Module:
-    """A ViT of some attention."""
+    """A ViT of some attention, without dropout elsewhere."""
     model = ToyViT(Shape(**shape))
     for block in model.blocks:
         block.attn = make()
+        block.mlp[2].p = 0.0
     return enliven(model)

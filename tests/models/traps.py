@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,9 +79,9 @@ class Twins(nn.Module):
 
     img_size = 8, 12
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2, width: int = 8) -> None:
         super().__init__()
-        self.one, self.other = ToyViT(Shape(pool="cls")), ToyViT(Shape(pool="avg"))
+        self.one, self.other = ToyViT(Shape(pool="cls")), ToyViT(Shape(pool="avg", depth=depth), width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.one(x) + self.other(x)
@@ -124,8 +126,8 @@ class Changing(ToyViT):
 class Sized(ToyViT):
     """Takes any image size, and keeps a number of the traced one."""
 
-    def __init__(self) -> None:
-        super().__init__(Shape(pool="cls"))
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(Shape(pool="cls", **shape))
         self.table = nn.Parameter(torch.zeros(1, 8, 4, 4))
         enliven(self)
 

@@ -26,6 +26,11 @@ def plain_weights(own: WindowAttention, scores: Tensor) -> Tensor:
     return own.dropout(scores.softmax(-1))
 
 
+def over_queries(own: WindowAttention, scores: Tensor) -> Tensor:
+    """A softmax over queries, which no call of attention does."""
+    return scores.softmax(-2)
+
+
 class WindowAttention(nn.Module):
     """Attention of two heads in windows (B * 4, 4, 6)."""
 

@@ -179,6 +179,14 @@ class Elsewhere(Before):
         return self.stem(x) + self.narrow(self.act(self.widen(self.spatial(x))))
 
 
+class Grouped(Before):
+    """Near miss: the branch starts at a convolution that mixes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+
+
 class Convolved(Before):
     """Near miss: no layer of the branch is pointwise."""
 
@@ -187,11 +195,28 @@ class Convolved(Before):
         self.widen, self.narrow = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
 
 
+class Skipping(Before):
+    """A skip connection that spans the whole block: the block's own branch is pruned, and it stays dense."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x) + super().forward(x)
+
+
+def test_a_branch_that_holds_another_one_stays_dense():
+    model = Skipping()
+    sites, skipped = sites_of(model)
+    assert [site.addition for site in sites] == ["add"]
+    assert [miss.reason for miss in skipped if miss.addition == "add_1"] == [
+        "`narrow`: its branch holds the residual addition `add`, whose own branch is pruned"
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "reasons"),
     [
         (Normed, ["`narrow`: `act` mixes positions"]),
         (Elsewhere, ["`narrow`: its branch starts at `x`, neither the residual's source nor a depthwise convolution"]),
+        (Grouped, ["`narrow`: `spatial` mixes positions"]),
         (Convolved, []),
     ],
 )

@@ -150,10 +150,10 @@ def test_trunk(name):
     assert relative_error(gm(x), at_first_block(model, block, kept_tokens(mask.roll(1, 0), 1), x)) > 1e-6
 
 
-@pytest.mark.parametrize("depths", [(2, 2), (2, 3)])
+@pytest.mark.parametrize(("depth", "width"), [(2, 8), (3, 8), (3, 12)])
 @pytest.mark.parametrize("mode", ["auto", "tokens"])
-def test_two_trunks_are_refused(depths, mode):
-    model = Ensemble(*(ToyViT(Shape(depth=depth)) for depth in depths)).eval()
+def test_two_trunks_are_refused(depth, width, mode):
+    model = Ensemble(ToyViT(Shape()), ToyViT(Shape(depth=depth), width)).eval()
     with pytest.raises(papr_fx.NoSiteError, match=r"`models\.\d`.*Transform each by itself") as caught:
         papr_fx.transform(model, toy_proposal(), 0.5, example_input=images(Shape(), 1, dtype=torch.float32), mode=mode)
     assert "mode='pixels'" not in str(caught.value)
