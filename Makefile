@@ -9,10 +9,11 @@ OLDEST_PYTHON ?= python3.10
 setup: $(STAMP)
 
 # torch first, by its exact version: pip then takes the build that the file of constraints names and nothing newer.
+# Python compiles what is imported when it is: a small part of what is installed, and all of it takes a minute.
 define install
 $(1) -m venv $(@D)
-$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' $(2))
-$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[dev]' 'setuptools>=77'
+$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' $(2))
+$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(2) -e '.[dev]' 'setuptools>=77'
 touch $@
 endef
 

@@ -114,17 +114,23 @@ def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
     tried: dict[int, tuple[int, PrunedModule]] = {}  # by r
 
     def macs_with(r: int) -> int:
+        if r in tried:
+            return tried[r][0]
         changed = sibling(gm, reduction=replace(given, r=r))
         count = sum(count_macs_by_node(changed.for_shapes(), changed.graph, changed.example()).values())
         tried[r] = count, changed
         return count
 
-    low, high = 0, 1
+    low, high = 0, 8
     while macs_with(high) > macs and high < 1 << 10:
         low, high = high, 2 * high
+    turn = 0
     while high - low > 1:
-        middle = (low + high) // 2
+        most, least = macs_with(low), macs_with(high)
+        on_a_line = low + round((high - low) * (most - macs) / max(1, most - least))
+        # MACs are nearly linear in r: the guess is right or next to it, on either side. Else the middle is tried.
+        guess = (on_a_line, on_a_line - 1, on_a_line + 1, (low + high) // 2)[turn % 4]
+        middle = min(max(guess, low + 1), high - 1)
         low, high = (middle, high) if macs_with(middle) > macs else (low, middle)
-    if low not in tried:
-        macs_with(low)
+        turn += 1
     return min(tried.values(), key=lambda pair: abs(pair[0] - macs))[1]

@@ -116,7 +116,9 @@ class _Follower:
 
     def _at(self, places: Tensor | None) -> bool:
         if places is None:
-            return torch.equal(self.places, torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places))
+            return torch.equal(
+                self.places, torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places)
+            )
         return torch.equal(places, self.places)
 
     def _sums(self, node: fx.Node, given: Mapping[str, Any], found: Summed) -> None:

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import papr_fx
 from papr_fx import ops, peers
 from papr_fx.proof import sums
 from papr_fx.proof.case import Case
 
-from ..models import Shape, ToyViT, toy_proposal
+from ..models import Attention, Block, Shape, ToyViT, toy_proposal
 from ..models.traps import Behind
 
 REDUCTIONS = {
@@ -37,8 +38,16 @@ def test_right_sums_pass(name, z):
 
 @pytest.mark.parametrize("reduction", [papr_fx.Merge(2, "all"), peers.TokenPropagation(2)])
 def test_tokens_behind_the_patches(reduction):
-    gm = papr_fx.transform(Behind().eval(), toy_proposal(), 0.9, merge=reduction, verify=False)
-    sums.check(Case.of(Behind().eval(), gm, torch.float64))
+    model = Behind()
+    model.blocks = nn.ModuleList(Block(8, Attention(8, 2, True)) for _ in range(2))
+    gm = papr_fx.transform(model.eval(), toy_proposal(), 0.9, merge=reduction, verify=False)
+    sums.check(Case.of(model, gm, torch.float64))
+    case = Case.of(model, gm, torch.float64)
+    for node in case.own[False].nodes:
+        if node.target in (ops.match_tokens, ops.choose_tokens):
+            node.update_arg(len(node.args) - 1, 1)  # the suffix
+    with pytest.raises(papr_fx.VerifyError, match="is given suffix 1, not 2"):
+        sums.check(case)
 
 
 def test_half_of_the_patches_go_at_most():
@@ -56,8 +65,8 @@ def of_mean_length(tokens, sizes, matching):
     return F.normalize(means, dim=-1) * tokens.norm(dim=-1).gather(1, matching[0]).unsqueeze(-1), found
 
 
-def lost_sizes(tokens, sizes, *given):
-    return ops.propagate_tokens(tokens, sizes, *given)[0], torch.ones_like(tokens[:, given[0][1].shape[1] :, 0])
+def lost_sizes(tokens, sizes, chosen, weights, strength):
+    return ops.propagate_tokens(tokens, sizes, chosen, weights, strength)[0], torch.ones_like(chosen[0], dtype=tokens.dtype)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def first_sizes(node):
 
 
 FAULTS = [
-    ("merged", ops.match_tokens, 1, 1, "removes 1 of . patches, not 2"),
+    ("merged", ops.match_tokens, 1, 1, "removes 1 of .* patches, not 2"),
     ("merged by a list", ops.match_tokens, 1, 1, "removes 1 of .* patches, not 2"),
     ("merged", ops.match_tokens, 2, 0, "is given prefix 0, not 1"),
     ("merged", ops.merge_tokens, 1, None, "is given other sizes"),
