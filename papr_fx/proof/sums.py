@@ -68,7 +68,7 @@ class _Follower:
     """What is known of the tokens at one place of the graph: sizes (B, N), None while all are 1; places (B, N) in the dense."""
 
     def __init__(self, reduction: Reduction, prefix: int, suffix: int, grid: tuple[int, ...], places: Tensor) -> None:
-        self.options = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
+        self.options: dict[str, Any] = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
         self.amounts = [number for number in reduction.numbers if number] if reduction.schedule == "constant" else []
         self.one_amount = isinstance(reduction.r, int)
         self.proportional = reduction.proportional
@@ -125,9 +125,10 @@ class _Follower:
         tokens = cast(Tensor, given["tokens"]).double()
         sizes = torch.ones_like(tokens[:, :, 0]) if self.sizes is None else self.sizes.double()
         rest = [value for name, value in given.items() if name not in ("tokens", "sizes")]
-        wanted = _SUMS[node.target](tokens, sizes, *rest)
+        function = cast(Any, node.target)
+        wanted = _SUMS[function](tokens, sizes, *rest)
         if not all(_close(one.double(), other) for one, other in zip(found, wanted, strict=True)):
-            raise VerifyError(f"merging: `{node.name}` gives other tokens than `{node.target.__name__}` says")
+            raise VerifyError(f"merging: `{node.name}` gives other tokens than `{function.__name__}` says")
         self.sizes, self.weighted = wanted[1], False
 
 

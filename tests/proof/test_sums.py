@@ -50,6 +50,12 @@ def test_tokens_behind_the_patches(reduction):
         sums.check(case)
 
 
+def test_coarse_tokens_are_merged_too():
+    model = ToyViT(Shape(image=(12, 18), depth=3)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.7, merge=papr_fx.Merge(2, "all"), background="coarse", verify=False)
+    sums.check(Case.of(model, gm, torch.float64))
+
+
 def test_half_of_the_patches_go_at_most():
     model = ToyViT(Shape(depth=3)).eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.9, merge=papr_fx.Merge(5, "all"), verify=False)
