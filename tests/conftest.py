@@ -10,10 +10,11 @@ from .labelled import save, write_checkpoints
 from .labelled_clips import write_clips
 from .versions import LEFT_OUT, WARNINGS
 
-settings.register_profile(
-    "papr", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
-settings.load_profile("papr")
+EXAMPLES = {"quick": 20, "all": 100}  # of each property
+for name, count in EXAMPLES.items():
+    settings.register_profile(
+        name, deadline=None, derandomize=True, max_examples=count, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    )
 torch.set_num_threads(1)
 collect_ignore = list(LEFT_OUT)
 
@@ -30,6 +31,7 @@ def pytest_report_header() -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--accept"):
         os.environ["PAPR_FX_ACCEPT"] = "1"
+    settings.load_profile("all" if config.getoption("--all") else "quick")
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 
