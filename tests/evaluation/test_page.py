@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import papr_fx
 from papr_fx.evaluation import page, survey
@@ -14,7 +17,7 @@ from papr_fx.evaluation.zoo import LIBRARIES, architectures
 from papr_fx.planning.module import sibling
 from papr_fx.tracing.numerics import relative_error
 
-from ..models import Shape, ToyViT, enliven, toy_proposal
+from ..models import Shape, ToyViT, toy_proposal
 from ..versions import AS_LISTED, TIMM_ON_META
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -95,31 +98,38 @@ def test_every_row(row):
         assert (found.mode, found.sites, found.positions) == (row.mode, row.sites, row.positions), found.reason
 
 
-def computes_in_float64(graph):
-    """Whether no floating-point value from which the output is made is of another dtype; indices are made of the map's."""
-    waiting = [node for node in graph.nodes if node.op == "output"]
-    seen = set(waiting)
-    while waiting:
-        inputs = [node for node in waiting.pop().all_input_nodes if dtype_of(node).is_floating_point]
-        waiting += [node for node in inputs if node not in seen]
-        seen |= {*inputs}
-    return {dtype_of(node) for node in seen} == {torch.float64}
+class Rounding(TorchDispatchMode):
+    """Notes whether any operation gives floating-point numbers of less than float64."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        values = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+        self.seen |= any(value.is_floating_point() and value.dtype != torch.float64 for value in values)
+        return out
 
 
-def dtype_of(node):
-    """Of its value; sizes, tuples and the output have none, and are passed through."""
-    return node.meta.get("dtype") or torch.float64
+def computes_in_float64(gm, x):
+    """Whether the dense model does, all the way."""
+    dense = sibling(gm, z=1.0)  # runs no proposal, whose map is of float32
+    with Rounding() as noted:
+        dense(x)
+    return not noted.seen
 
 
 @pytest.mark.parametrize("rounds", [False, True])
+@torch.no_grad()
 def test_dtypes_inside_are_seen(rounds):
-    class Rounding(ToyViT):
-        def classify(self, x):
-            return super().classify(x.float().double() if rounds else x)
+    class Block(nn.Module):
+        def forward(self, x):
+            return x.float().double() if rounds else x
 
-    model = enliven(Rounding(Shape())).double().eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=torch.randn(2, 3, 8, 12).double(), verify=False)
-    assert computes_in_float64(gm.graph) == (not rounds)
+    model = ToyViT(Shape()).double().eval()
+    model.norm = nn.Sequential(model.norm, Block())
+    x = torch.randn(2, 3, 8, 12).double()
+    gm = papr_fx.transform(model, toy_proposal(), 0.5, example_input=x, verify=False)
+    assert computes_in_float64(gm, x) == (not rounds)
 
 
 PROVED = [row for row in ROWS if row.mode == "tokens" and row.proof.startswith("proved")]
@@ -133,5 +143,5 @@ def test_narrowed_models_compute_what_others_do(row):
     """One of each structure, in float64; a model that rounds to float32 inside differs by such roundings."""
     gm = pruned(row, 0.5, torch.float64)
     x = random_images(gm)
-    tolerance = 1e-12 if computes_in_float64(gm.graph) else 1e-5
+    tolerance = 1e-12 if computes_in_float64(gm, x) else 1e-5
     assert relative_error(gm(x), sibling(gm, narrow=False)(x)) < tolerance
