@@ -29,7 +29,7 @@ def loader(given: argparse.Namespace, split: str, config: dict[str, Any]) -> Bat
     """Batches of images (B, 3, H, W) and classes (B,); those for training in random order, cropped and flipped at random."""
     training = split == "train"
     prepare: Any = create_transform(**config, is_training=training)
-    folder = ImageFolder(given.data / split, prepare)
+    folder = ImageFolder(given.data / split, prepare, allow_empty=True)
     return DataLoader(folder, given.batch_size, shuffle=training, num_workers=given.workers)
 
 
@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options.add_argument("--output", type=Path, default=Path("out/finetuned.pt"))
     given = options.parse_args(arguments)
     torch.manual_seed(given.seed)
-    classes = ImageFolder(given.data / "train").classes
+    classes, others = (ImageFolder(given.data / split, allow_empty=True).classes for split in ("train", "val"))
+    if classes != others:
+        options.error(f"train/ has the classes {classes}, and val/ {others}: give both the same folders, empty or not")
     kwargs: dict[str, Any] = {"num_classes": len(classes), **given.model_kwargs}
     model = timm.create_model(given.model, pretrained=given.pretrained, checkpoint_path=given.checkpoint, **kwargs).eval()
     model = model.to(given.device)

@@ -136,11 +136,11 @@ def _by_drop(
     """The smallest ratio whose drop in accuracy is allowed."""
     dense: list[Tensor] = []
     right = total = 0
-    labelled = False
+    labelled = True
     for images, labels in _batches(loader, proved):
         answers = _answers(model, images)
         dense.append(answers)
-        labelled = labels is not None
+        labelled = labelled and labels is not None
         right += int((answers == (answers if labels is None else labels)).sum())
         total += len(answers)
     if not total:

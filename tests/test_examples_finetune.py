@@ -1,5 +1,6 @@
 """The finetuning of examples/finetune.py: the accuracy goes up, and what it writes is the model that it trained."""
 
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -54,3 +55,12 @@ def test_finetuning(tmp_path, capsys, monkeypatch):
         assert not torch.equal(loaded(images), trained(images))
         dense = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "tuned.pt"), **SMALL).eval()
         assert torch.equal(loaded(images), dense(images))
+
+
+def test_classes_of_both_folders_are_the_same(tmp_path, capsys):
+    """Else each folder would number its own."""
+    write_images(tmp_path, 1)
+    (tmp_path / "train" / "hot").mkdir()
+    with pytest.raises(SystemExit):
+        finetune.main([str(tmp_path), "--device", "cpu"])
+    assert "train/ has the classes ['cold', 'hot', 'warm'], and val/ ['cold', 'warm']" in capsys.readouterr().err

@@ -12,14 +12,15 @@ from torch import Tensor, fx
 from ..errors import VerifyError
 from ..ops import choose_tokens, match_tokens, most_attended, neighbour_graph
 from ..tracing.graphs import cut, leaves_of
-from .case import Case
+from .case import Case, ComparisonError
 
 
 def check(case: Case) -> None:
     """Runs the module's own graph on two images, and looks at each call that picks tokens, given what it got there.
 
     Raises:
-        VerifyError: It picks others, or looks at something else than the block's attention does.
+        ComparisonError: It picks others. In float32 two may be alike but for rounding.
+        VerifyError: It looks at something else than the block's attention does.
     """
     graph = case.own_graph
     calls = [node for node in graph.nodes if node.target in _PICKS]
@@ -33,7 +34,7 @@ def check(case: Case) -> None:
             raise VerifyError(f"merging: `{node.name}` looks at {asked}, which no attention has as queries, keys and values")
         arguments = fx.map_arg(given, lambda leaf: values[leaf])
         if not _PICKS[node.target](values[node], *arguments):
-            raise VerifyError(f"merging: `{node.name}` picks other tokens than `{node.target.__name__}` says")
+            raise ComparisonError(f"merging: `{node.name}` picks other tokens than `{node.target.__name__}` says")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -46,7 +47,8 @@ def _matches(found: Any, keys: Tensor, r: int, prefix: int, suffix: int = 0) -> 
     stay, merged, into = found
     total, count = keys.shape[2], keys.shape[2] - suffix
     mean = keys.double().mean(1)[:, :count]
-    likeness = F.cosine_similarity(mean.unsqueeze(2), mean.unsqueeze(1), dim=-1)  # (B, n, n)
+    unit = mean / mean.square().sum(-1, keepdim=True).sqrt()
+    likeness = torch.einsum("bnd,bmd->bnm", unit, unit)
     even = [place for place in range(prefix, count) if place % 2 == 0]
     odd = [place for place in range(prefix, count) if place % 2 == 1]
     r = min(r, (count - prefix) // 2)

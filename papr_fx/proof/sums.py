@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,12 +22,18 @@ from ..ops import (
     propagate_tokens,
     size_bias,
 )
+from ..passes.attend_tokens import AttentionPruning
+from ..passes.fuse_tokens import TokenFusion
+from ..passes.merge_tokens import Merge
+from ..passes.propagate_tokens import TokenPropagation
 from ..passes.reduction import Reduction
+from ..planning.modes import TokenPlan
 from ..planning.plan import keep_of
 from ..tracing.graphs import cut, leaves_of
-from .case import Case
+from .case import Case, ComparisonError
 
 Summed = tuple[Tensor, Tensor]
+_DEFINED = (Merge, TokenFusion, TokenPropagation, AttentionPruning)
 _PICKS = (match_tokens, most_attended, choose_tokens)
 _OTHERS = (neighbour_graph, size_bias, mean_by_size)
 _OPTIONS = ("prefix", "suffix", "grid", "strength", "edges")
@@ -36,26 +42,40 @@ _OPTIONS = ("prefix", "suffix", "grid", "strength", "edges")
 def check(case: Case) -> None:
     """Runs the module's own graph on two images, and follows tokens, their sizes and their places from block to block.
 
+    Only for the reductions that this project defines. One of a user may say anything.
+
     Raises:
-        VerifyError: A call gives other tokens than its definition, or is given other sizes, places or options.
+        ComparisonError: A call gives other tokens than its definition.
+        VerifyError: It is given other sizes, places or options, or is missing, or in another block.
     """
-    graph = case.own_graph
-    (choice,) = case.rewrite.choices
-    reduction = case.rewrite.plan.reduction
-    if reduction is None:
+    graph, mode, reduction = case.own_graph, case.rewrite.mode, case.rewrite.plan.reduction
+    if not isinstance(mode, TokenPlan) or reduction is None or type(reduction) not in _DEFINED:
         return
+    _check_blocks([site.block for site in mode.reduced.sites], case.rewrite.blocks, reduction)
+    (choice,) = case.rewrite.choices
     keep = keep_of(graph, choice)
+    attentions = {f"{name}{end}" for name, _ in mode.reduced.attentions for end in ("", "_mixed")}  # that of torch, opened
     calls = dict.fromkeys(node for node in graph.nodes if node.target in (*_PICKS, *_SUMS, *_OTHERS))
     needed = dict.fromkeys((keep, *_read(calls)))
     values = dict(zip(needed, case.run(cut(case.root, graph, *needed), case.images), strict=True))
     follower = _Follower(reduction, choice.rows.prefix, choice.rows.suffix, choice.rows.grid, values[keep])
     for node in graph.nodes:
-        if node.target is F.scaled_dot_product_attention:
+        if node.name in attentions:
             follower.attends(node)
         elif node in calls:
             given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             given.apply_defaults()
             follower.calls(node, fx.map_arg(given.arguments, lambda leaf: values[leaf]), values[node])
+    follower.ends(len(mode.reduced.sites))
+
+
+def _check_blocks(found: list[str], names: Sequence[str], reduction: Reduction) -> None:
+    """Whether the sites are in the blocks that the reduction names."""
+    half, count = (len(names) // 2, len(names))
+    words = {"all": [*range(count)], "second-half": [*range(half, count)]}
+    numbers = words[reduction.blocks] if isinstance(reduction.blocks, str) else sorted({n % count for n in reduction.blocks})
+    if found != [names[number] for number in numbers]:
+        raise VerifyError(f"merging: tokens are reduced in {found}, and blocks={reduction.blocks!r} of {list(names)}")
 
 
 def _read(calls: Iterable[fx.Node]) -> list[fx.Node]:
@@ -69,17 +89,17 @@ class _Follower:
 
     def __init__(self, reduction: Reduction, prefix: int, suffix: int, grid: tuple[int, ...], places: Tensor) -> None:
         self.options: dict[str, Any] = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
-        self.amounts = [number for number in reduction.numbers if number] if reduction.schedule == "constant" else []
-        self.one_amount = isinstance(reduction.r, int)
-        self.proportional = reduction.proportional
+        self.reduction = reduction
+        self.removed: dict[int, int] = {}  # by number among the chosen blocks; those that are cut off at half count as more
+        self.owes = ""  # a pick whose tokens are still to be summed
         self.sizes: Tensor | None = None
         self.places = places
         self.stay: Tensor | None = None
         self.weighted = True
 
     def attends(self, node: fx.Node) -> None:
-        """An attention: in proportion to sizes, if it is to be."""
-        if self.proportional and not self.weighted:
+        """An attention over the tokens: in proportion to sizes, if it is to be."""
+        if self.reduction.proportional and not self.weighted:
             raise VerifyError(f"merging: `{node.name}` does not weigh tokens by what they stand for")
 
     def calls(self, node: fx.Node, given: Mapping[str, Any], found: Any) -> None:
@@ -94,6 +114,8 @@ class _Follower:
         if node.target is neighbour_graph and not self._at(given["places"]):
             raise VerifyError(f"merging: `{node.name}` takes tokens for others in the image")
         if node.target is size_bias:
+            if not self.reduction.proportional:
+                raise VerifyError(f"merging: `{node.name}` weighs tokens, and proportional=False")
             self.weighted = True
         if node.target in _SUMS:
             self._sums(node, given, found)
@@ -103,11 +125,35 @@ class _Follower:
             self.places = self.places.gather(1, self.stay)
         total = self.places.shape[1]
         patches = total - self.options["prefix"] - self.options["suffix"]
-        if self.amounts:
-            wanted = self.amounts[0] if self.one_amount else self.amounts.pop(0)
-            if total - stay.shape[1] != min(wanted, patches // 2):
-                raise VerifyError(f"merging: `{node.name}` removes {total - stay.shape[1]} of {patches} patches, not {wanted}")
+        place, numbers = int(node.name.rpartition("_")[2]), self.reduction.numbers
+        removed = total - stay.shape[1]
+        if self.reduction.schedule == "constant":
+            wanted = numbers[0] if isinstance(self.reduction.r, int) else numbers[place]
+            if removed != min(wanted, patches // 2):
+                raise VerifyError(f"merging: `{node.name}` removes {removed} of {patches} patches, not {wanted}")
+        self.removed[place] = removed
+        self._is_paid()
+        drops = isinstance(self.reduction, TokenFusion) and place < self.reduction.linear_from
+        self.owes = "" if drops or isinstance(self.reduction, AttentionPruning) else node.name
         self.stay = stay
+
+    def _is_paid(self) -> None:
+        if self.owes:
+            raise VerifyError(f"merging: what `{self.owes}` picks is dropped, not merged")
+
+    def ends(self, sites: int) -> None:
+        """The end of the graph, with that many sites."""
+        self._is_paid()
+        numbers, one = self.reduction.numbers, isinstance(self.reduction.r, int)
+        wanted = [place for place in range(sites) if numbers[0 if one else place]]
+        found = [*self.removed]
+        late, amounts = self.reduction.schedule == "late", [*self.removed.values()]
+        if self.reduction.schedule == "constant" and found != wanted:
+            raise VerifyError(f"merging: tokens are reduced at the sites {found}, not {wanted}")
+        if self.reduction.schedule != "constant" and amounts[:2] != sorted(amounts[:2], reverse=not late):
+            raise VerifyError(
+                f"merging: {amounts} tokens are removed, block by block, which is not {self.reduction.schedule!r}"
+            )
 
     def _check_sizes(self, node: fx.Node, sizes: Tensor | None) -> None:
         right = sizes is None if self.sizes is None else sizes is not None and _close(sizes, self.sizes)
@@ -122,13 +168,16 @@ class _Follower:
         return torch.equal(places, self.places)
 
     def _sums(self, node: fx.Node, given: Mapping[str, Any], found: Summed) -> None:
+        if not self.owes:
+            raise VerifyError(f"merging: `{node.name}` merges what is to be dropped")
+        self.owes = ""
         tokens = cast(Tensor, given["tokens"]).double()
         sizes = torch.ones_like(tokens[:, :, 0]) if self.sizes is None else self.sizes.double()
         rest = [value for name, value in given.items() if name not in ("tokens", "sizes")]
         function = cast(Any, node.target)
         wanted = _SUMS[function](tokens, sizes, *rest)
         if not all(_close(one.double(), other) for one, other in zip(found, wanted, strict=True)):
-            raise VerifyError(f"merging: `{node.name}` gives other tokens than `{function.__name__}` says")
+            raise ComparisonError(f"merging: `{node.name}` gives other tokens than `{function.__name__}` says")
         self.sizes, self.weighted = wanted[1], False
 
 

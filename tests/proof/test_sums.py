@@ -1,5 +1,7 @@
 """What becomes of merged and dropped tokens, against the definitions of the papers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from papr_fx import ops, peers
 from papr_fx.proof import sums
 from papr_fx.proof.case import Case
 
-from ..models import Attention, Block, Shape, ToyViT, toy_proposal
+from ..models import Attention, Block, Shape, ToyViT, enliven, toy_proposal
 from ..models.traps import Behind
 
 REDUCTIONS = {
@@ -134,3 +136,54 @@ def test_attention_that_ignores_sizes():
     graph.erase_node(bias)
     with pytest.raises(papr_fx.VerifyError, match="does not weigh tokens"):
         sums.check(case)
+
+
+ALL = {"r": 2, "blocks": "all"}
+OTHERS = [
+    (papr_fx.Merge(**ALL), papr_fx.Merge(**ALL, proportional=False), "and proportional=False"),
+    (papr_fx.Merge(**ALL, proportional=False), papr_fx.Merge(**ALL), "does not weigh tokens"),
+    (papr_fx.Merge([1, 0, 1], "all"), papr_fx.Merge([1, 1, 1], "all"), "at the sites"),
+    (papr_fx.Merge(2, "all", schedule="late"), papr_fx.Merge(2, "all", schedule="share"), "which is not 'share'"),
+    (peers.TokenFusion(2, linear_from=1), peers.TokenFusion(2, linear_from=2), "merges what is to be dropped"),
+    (peers.TokenFusion(2, linear_from=3), peers.TokenFusion(2, linear_from=2), "is dropped, not merged"),
+]
+
+
+@pytest.mark.parametrize(("done", "asked", "said"), OTHERS)
+def test_another_reduction_than_asked_for(done, asked, said):
+    model = ToyViT(Shape(depth=3)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 0.9, merge=done, verify=False)
+    case = Case.of(model, gm, torch.float64)
+    case = replace(case, rewrite=replace(case.rewrite, plan=case.rewrite.plan.reducing(asked)))
+    with pytest.raises(papr_fx.VerifyError, match=said):
+        sums.check(case)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "right", "wrong"),
+    [("all", [0, 1, 2, 3, 4], [0, 1, 2, 3]), ("second-half", [2, 3, 4], [0, 1, 2]), ([0, -1], [0, 4], [0, 3])],
+)
+def test_other_blocks(blocks, right, wrong):
+    names = [f"blocks.{number}" for number in range(5)]
+    sums._check_blocks([names[number] for number in right], names, papr_fx.Merge(2, blocks))
+    with pytest.raises(papr_fx.VerifyError, match="and blocks="):
+        sums._check_blocks([names[number] for number in wrong], names, papr_fx.Merge(2, blocks))
+
+
+class Deciding(ToyViT):
+    """Asks its tokens by queries of its own, which attend to each other first."""
+
+    def __init__(self):
+        super().__init__(Shape(depth=3))
+        self.queries = nn.Parameter(torch.randn(1, 3, 8))
+
+    def classify(self, x):
+        queries, tokens = self.queries.expand(x.shape[0], -1, -1).unsqueeze(1), self.norm(x).unsqueeze(1)
+        asked = F.scaled_dot_product_attention(queries, queries, queries)
+        return self.head(F.scaled_dot_product_attention(asked, tokens, tokens).squeeze(1).mean(1))
+
+
+@pytest.mark.parametrize("name", ["merged", "fused", "propagated"])
+def test_attention_of_others_than_tokens(name):
+    model = enliven(Deciding()).eval()
+    papr_fx.transform(model, toy_proposal(), 0.9, merge=REDUCTIONS[name])
