@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -90,7 +91,7 @@ class _Follower:
     def __init__(self, reduction: Reduction, prefix: int, suffix: int, grid: tuple[int, ...], places: Tensor) -> None:
         self.options: dict[str, Any] = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
         self.reduction = reduction
-        self.removed: dict[int, int] = {}  # by number among the chosen blocks; those that are cut off at half count as more
+        self.removed: dict[int, tuple[int, bool]] = {}  # how many, and whether all that can, by number among the chosen blocks
         self.owes = ""  # a pick whose tokens are still to be summed
         self.sizes: Tensor | None = None
         self.places = places
@@ -131,7 +132,7 @@ class _Follower:
             wanted = numbers[0] if isinstance(self.reduction.r, int) else numbers[place]
             if removed != min(wanted, patches // 2):
                 raise VerifyError(f"merging: `{node.name}` removes {removed} of {patches} patches, not {wanted}")
-        self.removed[place] = removed
+        self.removed[place] = removed, removed == patches // 2
         self._is_paid()
         drops = isinstance(self.reduction, TokenFusion) and place < self.reduction.linear_from
         self.owes = "" if drops or isinstance(self.reduction, AttentionPruning) else node.name
@@ -147,13 +148,15 @@ class _Follower:
         numbers, one = self.reduction.numbers, isinstance(self.reduction.r, int)
         wanted = [place for place in range(sites) if numbers[0 if one else place]]
         found = [*self.removed]
-        late, amounts = self.reduction.schedule == "late", [*self.removed.values()]
         if self.reduction.schedule == "constant" and found != wanted:
             raise VerifyError(f"merging: tokens are reduced at the sites {found}, not {wanted}")
-        if self.reduction.schedule != "constant" and amounts[:2] != sorted(amounts[:2], reverse=not late):
-            raise VerifyError(
-                f"merging: {amounts} tokens are removed, block by block, which is not {self.reduction.schedule!r}"
-            )
+        for (one, _), (next_one, most) in pairwise(self.removed.values()):
+            fewer, more = next_one < one and not most, next_one > one
+            if {"late": fewer, "share": more}.get(self.reduction.schedule, False):
+                amounts = [amount for amount, _ in self.removed.values()]
+                raise VerifyError(
+                    f"merging: {amounts} tokens are removed, which is not the schedule {self.reduction.schedule!r}"
+                )
 
     def _check_sizes(self, node: fx.Node, sizes: Tensor | None) -> None:
         right = sizes is None if self.sizes is None else sizes is not None and _close(sizes, self.sizes)

@@ -1,6 +1,7 @@
 """Schedules of reductions: a number for each block, and more in late blocks for the same multiply-accumulates."""
 
 import copy
+import math
 import pickle
 from itertools import pairwise
 
@@ -94,13 +95,17 @@ def scaled(schedule, scale, patches, count):
     others=st.integers(0, 3),
     work=st.lists(st.builds(Work, st.floats(1, 50), st.floats(0, 0.3)), min_size=1, max_size=7),
 )
+@hypothesis.example(r=5, patches=33, others=0, work=[Work(1.0, 0.0)] * 3)  # at 1/6, 33 s is 5.5 and 27 s is 4.5
 @pytest.mark.parametrize("schedule", ["late", "share"])
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_the_work_is_the_nearest_of_all_scales(schedule, r, patches, others, work):
-    """Of all that rounding makes of s * 1, s * 4, s * 9, ..., or of s * n; s lies between any two places where it changes."""
+    """Of all that rounding makes of s * 1, s * 4, s * 9, ..., or of s * n; s lies between any two places where it changes, or at one:
+    there one amount may have changed and another not yet.
+    """
     factors = [i**2 for i in range(1, len(work) + 1)] if schedule == "late" else range(1, patches + 1)
     edges = sorted({0.0, *((m + 0.5) / factor for factor in factors for m in range(patches))})
     scales = [0.0, *((a + b) / 2 for a, b in pairwise(edges)), edges[-1] + 1]
+    scales += [near for edge in edges for near in (math.nextafter(edge, 0), edge, math.nextafter(edge, 2 * edge + 1))]
     goal = plain_total([r] * len(work), patches, others, work)
     tried = {scaled(schedule, s, patches, len(work)) for s in scales}
     best = min(abs(plain_total(amounts, patches, others, work) - goal) for amounts in tried)

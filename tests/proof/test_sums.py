@@ -58,9 +58,11 @@ def test_coarse_tokens_are_merged_too():
     sums.check(Case.of(model, gm, torch.float64))
 
 
-def test_half_of_the_patches_go_at_most():
+@pytest.mark.parametrize("schedule", ["constant", "late", "share"])
+def test_half_of_the_patches_go_at_most(schedule):
     model = ToyViT(Shape(depth=3)).eval()
-    gm = papr_fx.transform(model, toy_proposal(), 0.9, merge=papr_fx.Merge(5, "all"), verify=False)
+    reduction = papr_fx.Merge(7, "all", schedule=schedule)
+    gm = papr_fx.transform(model, toy_proposal(), 0.55, merge=reduction, verify=False)
     sums.check(Case.of(model, gm, torch.float64))
 
 
@@ -143,7 +145,8 @@ OTHERS = [
     (papr_fx.Merge(**ALL), papr_fx.Merge(**ALL, proportional=False), "and proportional=False"),
     (papr_fx.Merge(**ALL, proportional=False), papr_fx.Merge(**ALL), "does not weigh tokens"),
     (papr_fx.Merge([1, 0, 1], "all"), papr_fx.Merge([1, 1, 1], "all"), "at the sites"),
-    (papr_fx.Merge(2, "all", schedule="late"), papr_fx.Merge(2, "all", schedule="share"), "which is not 'share'"),
+    (papr_fx.Merge(2, "all", schedule="late"), papr_fx.Merge(2, "all", schedule="share"), "not the schedule 'share'"),
+    (papr_fx.Merge([3, 2, 1], "all"), papr_fx.Merge(2, "all", schedule="late"), "not the schedule 'late'"),
     (peers.TokenFusion(2, linear_from=1), peers.TokenFusion(2, linear_from=2), "merges what is to be dropped"),
     (peers.TokenFusion(2, linear_from=3), peers.TokenFusion(2, linear_from=2), "is dropped, not merged"),
 ]
