@@ -99,18 +99,19 @@ def scaled(schedule, scale, patches, count):
 @pytest.mark.parametrize("schedule", ["late", "share"])
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_the_work_is_the_nearest_of_all_scales(schedule, r, patches, others, work):
-    """Of all that rounding makes of s * 1, s * 4, s * 9, ..., or of s * n; s lies between any two places where it changes, or at one:
-    there one amount may have changed and another not yet.
+    """Of all that rounding makes of s * 1, s * 4, s * 9, ..., or of s * n; s lies between any two places where it changes.
+
+    At such a place itself, one amount may have changed and another not yet.
     """
     factors = [i**2 for i in range(1, len(work) + 1)] if schedule == "late" else range(1, patches + 1)
     edges = sorted({0.0, *((m + 0.5) / factor for factor in factors for m in range(patches))})
     scales = [0.0, *((a + b) / 2 for a, b in pairwise(edges)), edges[-1] + 1]
-    scales += [near for edge in edges for near in (math.nextafter(edge, 0), edge, math.nextafter(edge, 2 * edge + 1))]
+    at_edges = [near for edge in edges for near in (math.nextafter(edge, 0), edge, math.nextafter(edge, 2 * edge + 1))]
     goal = plain_total([r] * len(work), patches, others, work)
     tried = {scaled(schedule, s, patches, len(work)) for s in scales}
     best = min(abs(plain_total(amounts, patches, others, work) - goal) for amounts in tried)
     found = spread_amounts(schedule, r, Start(patches, others), work)
-    assert found in tried
+    assert found in tried | {scaled(schedule, s, patches, len(work)) for s in at_edges}
     assert abs(plain_total(found, patches, others, work) - goal) <= best + 1e-9 * goal
 
 
