@@ -84,7 +84,7 @@ def scaled(schedule, scale, patches, count):
     found = []
     for place in range(1, count + 1):
         wanted = scale * place**2 if schedule == "late" else scale * patches
-        found.append(min(int(wanted + 0.5), patches // 2))
+        found.append(min(round(wanted), patches // 2))
         patches -= found[-1]
     return tuple(found)
 
