@@ -72,8 +72,8 @@ def check(case: Case) -> None:
 
 def _check_blocks(found: list[str], names: Sequence[str], reduction: Reduction) -> None:
     """Whether the sites are in the blocks that the reduction names."""
-    half, count = (len(names) // 2, len(names))
-    words = {"all": [*range(count)], "second-half": [*range(half, count)]}
+    count = len(names)
+    words = {"all": [*range(count)], "second-half": [*range(count // 2, count)]}
     numbers = words[reduction.blocks] if isinstance(reduction.blocks, str) else sorted({n % count for n in reduction.blocks})
     if found != [names[number] for number in numbers]:
         raise VerifyError(f"merging: tokens are reduced in {found}, and blocks={reduction.blocks!r} of {list(names)}")
@@ -145,13 +145,12 @@ class _Follower:
     def ends(self, sites: int) -> None:
         """The end of the graph, with that many sites."""
         self._is_paid()
-        numbers, one = self.reduction.numbers, isinstance(self.reduction.r, int)
-        wanted = [place for place in range(sites) if numbers[0 if one else place]]
-        found = [*self.removed]
-        if self.reduction.schedule == "constant" and found != wanted:
-            raise VerifyError(f"merging: tokens are reduced at the sites {found}, not {wanted}")
-        for (one, _), (next_one, most) in pairwise(self.removed.values()):
-            fewer, more = next_one < one and not most, next_one > one
+        numbers = self.reduction.numbers
+        wanted = [place for place in range(sites) if numbers[0 if isinstance(self.reduction.r, int) else place]]
+        if self.reduction.schedule == "constant" and [*self.removed] != wanted:
+            raise VerifyError(f"merging: tokens are reduced at the sites {[*self.removed]}, not {wanted}")
+        for (amount, _), (later, most) in pairwise(self.removed.values()):
+            fewer, more = later < amount and not most, later > amount
             if {"late": fewer, "share": more}.get(self.reduction.schedule, False):
                 amounts = [amount for amount, _ in self.removed.values()]
                 raise VerifyError(
