@@ -8,12 +8,16 @@ OLDEST_PYTHON ?= python3.10
 
 setup: $(STAMP)
 
-# torch first, by its exact version: pip then takes the build that the file of constraints names and nothing newer.
-# Python compiles what is imported when it is: a small part of what is installed, and all of it takes a minute.
+# Where nothing is written, each of the suite's many processes would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# A new pip needs half the time of the one that Python brings. Then torch, by its exact version: pip takes the build that the
+# file of constraints names and nothing newer.
 define install
 $(1) -m venv $(@D)
-$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' $(2))
-$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(2) -e '.[dev]' 'setuptools>=77'
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=26'
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|torchvision)==' $(2))
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[dev]' 'setuptools>=77'
 touch $@
 endef
 
