@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
+from timm.models import load_checkpoint
 from timm.utils import ParseKwargs, freeze
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import papr_fx
+from papr_fx.evaluation.image_file import read_image
 
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
@@ -29,7 +31,7 @@ def loader(given: argparse.Namespace, split: str, config: dict[str, Any]) -> Bat
     """Batches of images (B, 3, H, W) and classes (B,); those for training in random order, cropped and flipped at random."""
     training = split == "train"
     prepare: Any = create_transform(**config, is_training=training)
-    folder = ImageFolder(given.data / split, prepare, allow_empty=True)
+    folder = ImageFolder(given.data / split, prepare, loader=read_image, allow_empty=True)
     return DataLoader(folder, given.batch_size, shuffle=training, num_workers=given.workers)
 
 
@@ -53,6 +55,15 @@ def train(model: nn.Module, batches: Batches, given: argparse.Namespace) -> None
             F.cross_entropy(model(images.to(given.device)), labels.to(given.device)).backward()
             optimiser.step()
             schedule.step()
+
+
+def fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights to load. A head for other classes is left as the model has it."""
+    classifier = model.pretrained_cfg["classifier"]  # a name, or several
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    own = model.state_dict()
+    other = {name for name, given in weights.items() if name.startswith(heads) and given.shape != own[name].shape}
+    return {name: own[name] if name in other else given for name, given in weights.items()}
 
 
 def load(path: Path) -> papr_fx.PrunedModule:
@@ -88,8 +99,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if classes != others:
         options.error(f"train/ has the classes {classes}, and val/ {others}: give both the same folders, empty or not")
     kwargs: dict[str, Any] = {"num_classes": len(classes), **given.model_kwargs}
-    model = timm.create_model(given.model, pretrained=given.pretrained, checkpoint_path=given.checkpoint, **kwargs).eval()
-    model = model.to(given.device)
+    model = timm.create_model(given.model, pretrained=given.pretrained, **kwargs).eval().to(given.device)
+    if given.checkpoint:
+        load_checkpoint(model, given.checkpoint, filter_fn=fitting)
     if given.freeze:
         freeze(model, given.freeze)
     config = resolve_data_config(given.model_kwargs, model=model)

@@ -5,18 +5,20 @@
     curl http://127.0.0.1:8000/health
 
 One thread owns the model: it gathers requests into batches, changes the keep ratio between two of them, and with `--busy-z`
-lowers it while many wait. Each answer names its ratio. Weights are random unless `--pretrained` or `--checkpoint` is given;
-those of the proposal `lite0` come with pip. docs/serve.md explains it.
+lowers it while many wait. Each answer names its ratio. All ratios are compiled at the start: `--ratios` names those that may
+be asked for. Weights are random unless `--pretrained` or `--checkpoint` is given; those of the proposal `lite0` come with
+pip. docs/serve.md explains it.
 """
 
 import argparse
 import io
 import json
+import os
 import signal
-import struct
+import sys
 import threading
 import time
-import zlib
+import warnings
 from collections import Counter
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -26,35 +28,37 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.utils import ParseKwargs
 from torch import Tensor
 
 import papr_fx
+from papr_fx.evaluation.image_file import read_image
 
-MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of an image, as it is sent and when it is decoded
+MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of an image, as it is sent and when it is decoded (Pillow refuses it)
 LONGEST = 50  # times the shorter side
-MOST_WAITING, SECONDS = 1024, 120.0  # images in the queue, and how long a request waits for its answer
-DAMAGED = (  # what Pillow raises
-    *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-CHANGE, CLASSIFY, STOP = range(3)  # what goes first
+MOST_WAITING, SECONDS, MOST_UPLOAD = 1024, 120.0, 30.0  # images in the queue; how long an answer, and a body, may take
+SIGNATURES = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how JPEG and PNG files begin
+CHANGE, CLASSIFY, STOP = "change", "classify", "stop"
+HEAD_STARTS = {CHANGE: 1.0, CLASSIFY: 0.0, STOP: -1e9}  # seconds by which a job goes before others: no flood of one holds all
 
 
 class RefusedError(Exception):
     """The status of an answer, and what is wrong with the request."""
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class Job:
     """An image (3, H, W) to classify, or a keep ratio to set, and the answer to come."""
 
-    urgency: int
-    given: Any = field(default=None, compare=False)
+    kind: str
+    given: Any = None
     since: float = field(default_factory=time.monotonic)
-    answer: futures.Future[Any] = field(default_factory=futures.Future[Any], compare=False)
+    answer: futures.Future[Any] = field(default_factory=futures.Future[Any])
+
+    def __lt__(self, other: "Job") -> bool:
+        return self.since - HEAD_STARTS[self.kind] < other.since - HEAD_STARTS[other.kind]
 
 
 class Worker(threading.Thread):
@@ -65,13 +69,16 @@ class Worker(threading.Thread):
         self.gm, self.size, self.given = gm, size, given
         self.model = gm if given.no_compile else torch.compile(gm, fullgraph=True, backend=given.backend)
         self.z = self.asked = given.z  # in force, and asked for
+        self.ratios = [given.z, *given.ratios, *([given.busy_z] if given.busy_z else [])]
         self.warm: set[float] = set()
         self.sizes: Counter[int] = Counter()  # how many batches of each size
         self.jobs: PriorityQueue[Job] = PriorityQueue()
 
     def ask(self, job: Job) -> futures.Future[Any]:
         """Hands a job in, from any thread; returns its answer to come."""
-        if job.urgency == CLASSIFY and self.jobs.qsize() >= MOST_WAITING:
+        if job.kind == CHANGE and not self.given.no_compile and job.given not in self.ratios:
+            raise RefusedError(400, f"z must be one of {self.ratios}, which are compiled; --ratios takes more")
+        if job.kind == CLASSIFY and self.jobs.qsize() >= MOST_WAITING:
             raise RefusedError(503, f"{MOST_WAITING} images are waiting: ask again later")
         self.jobs.put(job)
         return job.answer
@@ -80,7 +87,10 @@ class Worker(threading.Thread):
         """Works until it is told to stop; all images that came before have been answered then."""
         with futures.ThreadPoolExecutor(1, "model") as model:
             while jobs := self.gather():
-                done = model.submit(self.retarget if jobs[0].urgency == CHANGE else self.classify, jobs)
+                jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]  # nobody waits for the others
+                if not jobs:
+                    continue
+                done = model.submit(self.retarget if jobs[0].kind == CHANGE else self.classify, jobs)
                 error = done.exception()
                 for place, job in enumerate(jobs):
                     job.answer.set_exception(error) if error else job.answer.set_result(done.result()[place])
@@ -88,16 +98,16 @@ class Worker(threading.Thread):
     def gather(self) -> list[Job]:
         """The next batch: what comes within `--deadline` of its first image. Or a change of the ratio; or nothing, to stop."""
         jobs = [self.jobs.get()]
-        while jobs[0].urgency == CLASSIFY and len(jobs) < self.given.max_batch:
+        while jobs[0].kind == CLASSIFY and len(jobs) < self.given.max_batch:
             try:
                 job = self.jobs.get(timeout=max(0.0, jobs[0].since + self.given.deadline / 1e3 - time.monotonic()))
             except Empty:
                 break
-            if job.urgency != CLASSIFY:
+            if job.kind != CLASSIFY:
                 self.jobs.put(job)  # after this batch
                 break
             jobs.append(job)
-        return [job for job in jobs if job.urgency != STOP]
+        return [job for job in jobs if job.kind != STOP]
 
     def retarget(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """Sets the keep ratio that was asked for."""
@@ -138,6 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: "Server"  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = 10.0  # seconds without a byte
+    decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # so many images are decoded at a time
 
     def do_GET(self) -> None:
         """/health: the ratios in force and asked for, how many images wait, how many batches of each size there were."""
@@ -151,36 +162,56 @@ class Handler(BaseHTTPRequestHandler):
             read = {"/classify": self.image, "/keep-ratio": self.ratio}.get(self.path)
             if read is None:
                 raise RefusedError(404, "POST /classify or /keep-ratio")
-            answer = self.server.worker.ask(read(self.body()))
-            if error := answer.exception(SECONDS):
-                raise RefusedError(400 if isinstance(error, papr_fx.PaprError) else 500, f"{type(error).__name__}: {error}")
-            self.reply(200, answer.result())
+            self.reply(200, self.answer(self.server.worker.ask(read(self.body()))))
         except RefusedError as error:
             self.reply(error.args[0], {"error": error.args[1]})
-        except futures.TimeoutError:
-            self.reply(503, {"error": f"no answer within {SECONDS:g} s"})
+
+    def answer(self, answer: futures.Future[Any]) -> Any:
+        """Waits for an answer. A job that nobody waits for any more is not done."""
+        try:
+            error = answer.exception(SECONDS)
+        except futures.TimeoutError as late:
+            answer.cancel()
+            raise RefusedError(503, f"no answer within {SECONDS:g} s") from late
+        if error:
+            raise RefusedError(400 if isinstance(error, papr_fx.PaprError) else 500, f"{type(error).__name__}: {error}")
+        return answer.result()
 
     def body(self) -> bytes:
-        """What was sent."""
+        """What was sent, within `MOST_UPLOAD` seconds."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 20:
             raise RefusedError(411, "send a Content-Length")
         if int(length) > MOST_BYTES:
             raise RefusedError(413, f"the body has {length} bytes; at most {MOST_BYTES} are read")
-        return self.rfile.read(int(length))
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.handle_expect_100()
+        body, end = bytearray(), time.monotonic() + MOST_UPLOAD
+        while len(body) < int(length):
+            try:
+                part = self.rfile.read1(min(1 << 16, int(length) - len(body)))
+            except TimeoutError as late:
+                raise RefusedError(408, f"no byte within {self.timeout:g} s") from late
+            if time.monotonic() > end:
+                raise RefusedError(408, f"the body took more than {MOST_UPLOAD:g} s")
+            if not part:
+                raise RefusedError(400, f"the body ended after {len(body)} of {length} bytes")
+            body += part
+        return bytes(body)
 
     def image(self, body: bytes) -> Job:
         """A JPEG or PNG, prepared for the model."""
-        try:
-            with Image.open(io.BytesIO(body), formats=("JPEG", "PNG")) as opened:
-                short, long = sorted(opened.size)
-                if short * long > MOST_PIXELS or long > LONGEST * short:  # a long one grows when its shorter side is resized
-                    most = f"{MOST_PIXELS}, and sides of 1 to {LONGEST}"
-                    raise RefusedError(400, f"the image has {short} x {long} pixels; at most {most} are decoded")
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except DAMAGED as error:
-            raise RefusedError(400, f"no JPEG or PNG that can be read: {error}") from error
-        return Job(CLASSIFY, self.server.prepare(image))
+        if not body.startswith(SIGNATURES):
+            raise RefusedError(400, "the body is no JPEG or PNG")
+        with self.decoders:
+            try:
+                image = read_image(io.BytesIO(body))
+            except papr_fx.ArgumentError as error:
+                raise RefusedError(400, str(error)) from error
+            short, long = sorted(image.size)
+            if long > LONGEST * short:  # it grows when its shorter side is resized
+                raise RefusedError(400, f"the image has {short} x {long} pixels: one side is over {LONGEST} times the other")
+            return Job(CLASSIFY, self.server.prepare(image))
 
     def ratio(self, body: bytes) -> Job:
         """A keep ratio to set."""
@@ -214,9 +245,14 @@ class Server(ThreadingHTTPServer):
         self.prepare: Any = create_transform(**config)
         self.worker = Worker(gm, config["input_size"], given)
         self.worker.start()
-        for z in (given.busy_z or given.z, given.z):
+        for z in reversed(self.worker.ratios):
             self.worker.ask(Job(CHANGE, z)).result()
         super().__init__((given.host, given.port), Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that hang up."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def server_close(self) -> None:
         """Answers what is under way, and stops the worker."""
@@ -235,7 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--proposal", default="lite0", help="its weights are loaded")
     options.add_argument("--z", type=float, default=0.5, help="keep ratio")
     options.add_argument("--busy-z", type=float, help="keep ratio while more than a batch is waiting")
-    options.add_argument("--max-batch", type=int, default=32)
+    options.add_argument("--ratios", type=float, nargs="*", default=[], help="other keep ratios that may be asked for")
+    options.add_argument("--max-batch", type=int, choices=range(1, MOST_WAITING), default=32, metavar="IMAGES")
     options.add_argument("--deadline", type=float, default=5.0, help="ms that the first image of a batch waits for others")
     options.add_argument("--no-compile", action="store_true")
     options.add_argument("--backend", default="inductor")
@@ -243,6 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
     given = options.parse_args(arguments)
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
     weights = {"pretrained": given.pretrained, "checkpoint_path": given.checkpoint}
     model = timm.create_model(given.model, **weights, **given.model_kwargs).eval()
     gm = papr_fx.transform(model, given.proposal, given.z).to(given.device)

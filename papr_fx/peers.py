@@ -24,6 +24,7 @@ from .passes.reduction import Reduction
 from .passes.schedules import SCHEDULES, Schedule
 from .planning.module import PrunedModule, shell, sibling
 from .tracing.macs import count_macs_by_node
+from .tracing.results import shared_results
 from .tracing.roles import has_role
 from .tracing.sources import GraphModule
 
@@ -102,6 +103,7 @@ def kept_before(z: float) -> float:
     return min(1.0, z + 0.05)
 
 
+@shared_results()
 def at_macs(gm: PrunedModule, macs: int) -> PrunedModule:
     """The same module with the reduction's r chosen so that its MACs, the proposal included, are nearest to `macs`.
 

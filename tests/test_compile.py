@@ -81,7 +81,10 @@ def test_no_more_compilations_than_model_and_proposal(name, training):
     assert count <= compilations(Both(model).train(training), batches) <= 3
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if "ViT" in name else pytest.mark.slow) for name in MODELS])
+DYNAMIC = ("ViT", "ViT of any size")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in DYNAMIC else pytest.mark.slow) for name in MODELS])
 def test_one_compilation_for_a_dynamic_batch(name):
     _, gm, shape = pair(name)
     batches = [torch.randn(size, *shape) for size in (2, 7, 15)]
@@ -153,7 +156,7 @@ def test_modes(mode):
     assert relative_error(torch.compile(gm, mode=mode, fullgraph=True)(batch), gm(batch)) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["ViT", "ConvNeXt"])
 @torch.no_grad()
 def test_scores_are_float32_under_autocast(name, dtype):

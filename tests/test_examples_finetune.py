@@ -1,5 +1,7 @@
 """The finetuning of examples/finetune.py: the accuracy goes up, and what it writes is the model that it trained."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -55,6 +57,34 @@ def test_finetuning(tmp_path, capsys, monkeypatch):
         assert not torch.equal(loaded(images), trained(images))
         dense = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "tuned.pt"), **SMALL).eval()
         assert torch.equal(loaded(images), dense(images))
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_weights_whose_head_has_other_classes(tmp_path, classes):
+    """The head alone is left as it was."""
+    model, other = (timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": n}) for n in (2, classes))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    timm.models.load_checkpoint(model, tmp_path / "other.pt", filter_fn=finetune.fitting)
+    for name, value in model.state_dict().items():
+        kept = name.startswith("head.") and classes == 5
+        assert torch.equal(value, before[name] if kept else other.state_dict()[name])
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        torch.save({**other.state_dict(), "pos_embed": torch.zeros(1, 2, 48)}, tmp_path / "other.pt")
+        timm.models.load_checkpoint(model, tmp_path / "other.pt", filter_fn=finetune.fitting)
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    given = argparse.Namespace(data=tmp_path, batch_size=2, workers=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    pixels[:32] = 255
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / split / "a" / "turned.png", exif=exif)
+    ((images, _),) = finetune.loader(given, "val", {"input_size": (3, 64, 64), "crop_pct": 1.0})
+    assert images[0, :, :, 40:].amin() > images[0, :, :, :24].amax()  # the bright half is at the right
 
 
 def test_classes_of_both_folders_are_the_same(tmp_path, capsys):

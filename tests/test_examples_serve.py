@@ -1,15 +1,13 @@
 """The server of examples/serve.py under load: every answer is the model's own, at the keep ratio that the answer names."""
 
-import argparse
-import http.client
 import io
 import json
 import signal
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,61 +17,13 @@ import papr_fx
 from examples import serve
 
 from .models import Shape, ToyViT, enliven, toy_proposal
-
-SIDE, MOST = 16, 32
-CONFIG = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
-
-
-def vit(side, patch_size, classes=7):
-    options = {"depth": 1, "num_classes": classes, "embed_dim": 48, "img_size": side, "patch_size": patch_size}
-    return enliven(timm.create_model("vit_tiny_patch16_224", **options)).eval()
-
-
-def pruned():
-    return papr_fx.transform(vit(SIDE, 2), toy_proposal(), 0.5, verify=False)
-
-
-def options(**changed):
-    given = {"z": 0.5, "busy_z": None, "max_batch": MOST, "deadline": 5.0, "no_compile": True, "device": "cpu"}
-    return argparse.Namespace(**given | {"host": "127.0.0.1", "port": 0} | changed)
+from .served import CONFIG, MOST, agrees, options, png, pruned, running, send, vit
 
 
 @pytest.fixture(scope="module")
 def served():
-    """A server of a pruned model at 0.5, or 0.2 when busy."""
-    gm = pruned()
-    server = serve.Server(gm, CONFIG, options(busy_z=0.2))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def png(seed, height=40, width=40):
-    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-def odd_exif():
-    """A photograph that is to be turned, with a text among the numbers of its EXIF."""
-    file, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
-    Image.new("RGB", (16, 16)).save(file, "jpeg", exif=exif)
-    return file.getvalue().replace(b"\x01\x0f\x00\x02", b"\x01\x3f\x00\x02", 1)
-
-
-def send(server, path, body=None, method="POST", headers=()):
-    """The status and the JSON that the server answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    connection.request(method, path, body, dict(headers))
-    answer = connection.getresponse()
-    found = answer.status, json.loads(answer.read())
-    connection.close()
-    return found
+    with running() as server:
+        yield server
 
 
 def own_answers(server, bodies, ratios):
@@ -86,13 +36,6 @@ def own_answers(server, bodies, ratios):
         with torch.no_grad():
             found[z] = [gm(image[None])[0].softmax(-1).tolist() for image in prepared]
     return found
-
-
-def agrees(answer, scores):
-    best = sorted(range(len(scores)), key=lambda c: -scores[c])[:5]
-    return [found["class"] for found in answer["top5"]] == best and all(
-        abs(found["score"] - scores[found["class"]]) < 1e-5 for found in answer["top5"]
-    )
 
 
 def test_load(served):
@@ -126,7 +69,7 @@ def test_load(served):
     for number, status, found in answers:
         if number % 10 == 9:
             assert status == 400
-            assert "no JPEG or PNG" in found["error"]
+            assert "cannot read an image" in found["error"]
         else:
             assert status == 200
             assert agrees(found, known[found["z"]][number % len(bodies)]), found
@@ -150,6 +93,42 @@ def waiting(count):
     """Images in a row, as the worker gets them."""
     drawn = torch.randn(count, *CONFIG["input_size"], generator=torch.Generator().manual_seed(count))
     return [serve.Job(serve.CLASSIFY, image) for image in drawn]
+
+
+def test_a_compiled_server_takes_the_ratios_that_it_compiled():
+    """Each other one would hold all requests for a compilation, and a compiled model takes a limited number."""
+    worker = serve.Worker(pruned(), CONFIG["input_size"], options(no_compile=False, backend="eager", ratios=[0.3], busy_z=0.2))
+    worker.ask(serve.Job(serve.CHANGE, 0.3))
+    for z in (0.4, [0.3], {}, "0.3", None):
+        with pytest.raises(serve.RefusedError, match=r"z must be one of \[0.5, 0.3, 0.2\]"):
+            worker.ask(serve.Job(serve.CHANGE, z))
+
+
+def test_changes_hold_no_image_for_ever():
+    """A change goes before what came within the second before it."""
+    images, changes = (
+        waiting(2),
+        [serve.Job(serve.CHANGE, z, since=time.monotonic() + late) for z, late in ((0.3, 0.5), (0.2, 2))],
+    )
+    worker = serve.Worker(pruned(), CONFIG["input_size"], options(max_batch=1))
+    for job in (*changes, *images, serve.Job(serve.STOP)):
+        worker.jobs.put(job)
+    worker.run()
+    assert [job.answer.result(0)["z"] for job in images] == [0.3, 0.3]
+    assert worker.z == 0.2
+
+
+def test_what_nobody_waits_for_is_not_computed(served, monkeypatch):
+    worker = serve.Worker(pruned(), CONFIG["input_size"], options(max_batch=1))
+    jobs = waiting(3)
+    monkeypatch.setattr(serve, "SECONDS", 0.01)
+    with pytest.raises(serve.RefusedError, match=r"no answer within 0.01 s"):
+        serve.Handler.answer(None, worker.ask(jobs[0]))
+    assert jobs[0].answer.cancelled()
+    for job in (*jobs[1:], serve.Job(serve.STOP)):
+        worker.jobs.put(job)
+    worker.run()
+    assert worker.sizes == {1: 2}
 
 
 def test_the_ratio_falls_while_many_wait():
@@ -191,32 +170,6 @@ def test_a_batch_that_fails_harms_no_other(monkeypatch):
     worker.join(60)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "headers", "status", "said"),
-    [
-        ("/classify", b"", {}, 400, "no JPEG or PNG"),
-        ("/classify", png(0)[:-200], {}, 400, "no JPEG or PNG"),
-        ("/classify", odd_exif(), {}, 400, "no JPEG or PNG"),
-        ("/classify", png(0, 64, 64), {}, 400, "the image has 64 x 64 pixels; at most 4000, and"),
-        ("/classify", png(0, 300, 1), {}, 400, "the image has 1 x 300 pixels; at most 4000, and"),
-        ("/classify", b"few", {"Content-Length": "20000001"}, 413, "at most 20000000 are read"),
-        ("/classify", png(0), {"Content-Length": "-1"}, 411, "Content-Length"),
-        ("/classify", png(0), {"Content-Length": "9" * 5000}, 411, "Content-Length"),
-        ("/keep-ratio", b"[" * 200_000, {}, 400, '{"z": 0.3}'),
-        ("/keep-ratio", b"0.3", {}, 400, '{"z": 0.3}'),
-        ("/keep-ratio", b'{"z": 0}', {}, 400, "z must lie"),
-        ("/keep-ratio", b'{"z": "half"}', {}, 400, "must be a number"),
-        ("/none", b"", {}, 404, "POST /classify"),
-    ],
-)
-def test_what_is_refused(served, path, body, headers, status, said, monkeypatch):
-    monkeypatch.setattr(serve, "MOST_PIXELS", 4000)
-    found, answer = send(served, path, body, headers=headers)
-    assert found == status
-    assert said.replace("z must", "z (the share of tokens kept) must") in answer["error"]
-    assert send(served, "/classify", png(1))[0] == 200
-
-
 def test_nothing_is_compiled_after_the_warm_up():
     """Batches of 1 to 32, at both ratios: eager code stands in for what is compiled, with the same guards."""
     torch.compiler.reset()
@@ -246,6 +199,7 @@ def test_from_start_to_stop(tmp_path, capsys, monkeypatch):
     timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path)
     torch.save({"state_dict": vit(64, 16, 3).state_dict()}, tmp_path / "model.pt")
     answers, before = [], {*threading.enumerate()}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # as it was, afterwards
     monkeypatch.setattr(serve.Server, "serve_forever", watched(serve.Server.serve_forever, answers))
     arguments = ["--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "model.pt"), "--z", "0.25", "--port", "0"]
     arguments += ["--proposal", f"local-dir:{tmp_path}", "--no-compile", "--device", "cpu"]

@@ -74,7 +74,11 @@ def test_features_of_kept_tokens(name):
     assert torch.equal(gm(pixel_values=x).last_hidden_state, model(pixel_values=x).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+# The others are built of the same parts.
+QUICK = ("ViTForImageClassification", "DeiTForImageClassificationWithTeacher", "Data2VecVisionForImageClassification")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSIFIERS])
 @torch.no_grad()
 def test_classifiers(name):
     model = build(name, num_labels=7)

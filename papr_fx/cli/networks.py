@@ -41,7 +41,8 @@ def subject_of(arguments: argparse.Namespace, device: torch.device) -> Subject:
         checkpoint=arguments.checkpoint,
         preprocessing={name: vars(arguments)[name] for name in ("img_size", "crop_pct", "interpolation")},
         channels_last=arguments.channels_last,
-        options={"num_classes": arguments.num_classes} if arguments.num_classes else {},
+        options=arguments.model_kwargs,
+        classes=arguments.num_classes,
         views=views_of(arguments),
     )
     return named_subject(spec)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.utils import ParseKwargs
 
 from ..errors import ArgumentError
 from ..evaluation.classes import ORDERS
@@ -237,6 +238,14 @@ def add_networks(command: argparse.ArgumentParser) -> None:
     command.add_argument("--crop-pct", type=fraction, help="centre crop, as a fraction of the image (default: the model's)")
     command.add_argument("--interpolation", choices=_INTERPOLATIONS, default="", help="default: the model's")
     command.add_argument("--num-classes", type=positive_int, help="default: the model's")
+    command.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="further options of timm.create_model, such as depth=6 global_pool=avg",
+    )
 
 
 def add_run(command: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 _DAMAGED = (
     *(OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError),
     *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
+    Image.DecompressionBombWarning,  # where the user makes it an error
 )
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

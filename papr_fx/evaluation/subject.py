@@ -24,7 +24,7 @@ from .models import VIDEO_MODELS, image_model, video_model
 class ModelSpec:
     """Which model is evaluated, and how it is built.
 
-    `checkpoint`, `preprocessing`, `channels_last` and `options` are for models of timm only, `views` for video
+    `checkpoint`, `preprocessing`, `channels_last`, `classes` and `options` are for models of timm only, `views` for video
     classifiers only.
 
     Attributes:
@@ -35,6 +35,7 @@ class ModelSpec:
         preprocessing: What differs from timm's data configuration, with the names of timm's validate.py: `img_size`,
             `crop_pct` and so on. Empty values count as not given.
         channels_last: Memory layout.
+        classes: Number of classes, where it is not the model's own.
         options: Further options of `timm.create_model`.
         views: Which views of a video are evaluated.
     """
@@ -45,6 +46,7 @@ class ModelSpec:
     checkpoint: str = ""
     preprocessing: Mapping[str, Any] = field(default_factory=dict[str, Any])
     channels_last: bool = False
+    classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     views: Views = field(default_factory=Views)
 
@@ -89,7 +91,13 @@ def named_subject(spec: ModelSpec) -> Subject:
     """
     if is_timm_name(spec.name):
         return image_subject(spec)
-    given = {"checkpoint": spec.checkpoint, "channels_last": spec.channels_last, **spec.preprocessing, **spec.options}
+    given = {
+        "checkpoint": spec.checkpoint,
+        "channels_last": spec.channels_last,
+        "num_classes": spec.classes,
+        "model_kwargs": spec.options,
+        **spec.preprocessing,
+    }
     unused = [option for option, value in given.items() if value]
     if unused:
         raise ArgumentError(f"--{unused[0].replace('_', '-')} is for models of timm, and {spec.name!r} is not one")
@@ -102,8 +110,9 @@ def image_subject(spec: ModelSpec) -> Subject:
     Raises:
         ArgumentError: timm knows no such model, or its weights cannot be loaded.
     """
+    options = {**spec.options, **({"num_classes": spec.classes} if spec.classes else {})}
     with _weights_device(spec):
-        model = image_model(spec.name, pretrained=spec.pretrained, checkpoint=spec.checkpoint, **spec.options).to(spec.device)
+        model = image_model(spec.name, pretrained=spec.pretrained, checkpoint=spec.checkpoint, **options).to(spec.device)
     given = {key: value for key, value in spec.preprocessing.items() if value}
     if "img_size" in given and hasattr(model, "set_input_size"):
         try:
@@ -114,7 +123,7 @@ def image_subject(spec: ModelSpec) -> Subject:
             ) from error
     if spec.channels_last:
         cast(Any, model).to(memory_format=torch.channels_last)
-    resolved: Mapping[str, Any] = resolve_data_config(given, model=model)
+    resolved: Mapping[str, Any] = resolve_data_config({**spec.options, **given}, model=model)
     config: dict[str, Any] = {
         key: resolved[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     }

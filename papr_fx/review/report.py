@@ -16,6 +16,7 @@ from ..planning.modes import PixelPlan, TokenPlan
 from ..planning.module import PrunedModule, checked_module
 from ..tracing.graphs import ancestors, nodes_by_name, shape_of
 from ..tracing.macs import count_macs_by_node
+from ..tracing.results import shared_results
 from ..tracing.roles import find_all, number_of
 
 _SMALLER = "take a lighter proposal, a smaller proposal_size, or a smaller z"
@@ -172,6 +173,7 @@ class Report:
         return f"{self.model}: {self.mode}, z={self.z:g}\n{sites}\n\n{macs}{left}"
 
 
+@shared_results()
 def report(gm: fx.GraphModule) -> Report:
     """Counts what a transformed module does for one image of the traced size.
 

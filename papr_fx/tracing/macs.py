@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..versions import flop_formulas
-from .fakes import TRACED_BATCH, fake_like, faking, scratch_copy
+from .fakes import TRACED_BATCH, fake_images, fake_like, faking, scratch_copy
 from .graphs import Run
+from .results import LikeResults, ReshapedError, Result
 from .surroundings import SharedSetting
 
 
@@ -32,17 +34,22 @@ def _counter() -> FlopCounterMode:
 
 
 class _CountNodes(Run):
-    """Runs a graph and records the multiply-accumulates of every node."""
+    """Runs a graph and records the multiply-accumulates of every node; those of equal blocks are counted once."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, results: LikeResults) -> None:
         super().__init__(root, graph=graph)
+        self._results = results
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._results.of(n, self.env, lambda: self._counted(n))
+        self.counts[n.name] = result.meta["macs"]
+        return result.value
+
+    def _counted(self, node: fx.Node) -> Result:
         with _counter() as counter:
-            value = super().run_node(n)
-        self.counts[n.name] = counter.get_total_flops() // 2
-        return value
+            value = super().run_node(node)
+        return Result(value, {"macs": counter.get_total_flops() // 2})
 
 
 def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict[str, int]:
@@ -50,11 +57,13 @@ def count_macs_by_node(root: nn.Module, graph: fx.Graph, images: Tensor) -> dict
 
     Convolutions and matrix products count. `root` should be a scratch copy, as for `propagate`.
     """
-    mode, fake = fake_like(images, 1)
     _detach(root)
-    counting = _CountNodes(root, graph)
-    with faking(mode, root), _spelled_out():
-        counting.run(fake)
+    for shares in (True, False):
+        results = LikeResults(root, "macs", shares=shares)
+        counting = _CountNodes(root, graph, results)
+        with suppress(ReshapedError), faking(results.mode, root), _spelled_out():
+            counting.run(fake_images(results.mode, images, 1))
+            break
     return counting.counts
 
 

@@ -19,8 +19,8 @@ CHUNK = 20
 
 
 def chunk(first: int) -> object:
-    """A part of the numbers; the first twenty in each run."""
-    return pytest.param(first, marks=[pytest.mark.slow] if first >= 20 else [])
+    """A part of the numbers; the first sixty in each run."""
+    return pytest.param(first, marks=[pytest.mark.slow] if first >= 60 else [])
 
 
 @pytest.mark.parametrize("first", [chunk(first) for first in range(0, 300, CHUNK)])

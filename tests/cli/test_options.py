@@ -5,6 +5,9 @@ import argparse
 import pytest
 
 import papr_fx
+from papr_fx.choose import KeepRatio
+from papr_fx.cli import tune
+from papr_fx.cli.main import main
 from papr_fx.cli.options import merge_of, merging
 
 
@@ -38,3 +41,21 @@ def test_what_merge_takes(text, merge):
 def test_what_merge_refuses(text, reason):
     with pytest.raises(argparse.ArgumentTypeError, match=reason):
         merging(text)
+
+
+def test_model_kwargs(monkeypatch):
+    found = []
+    monkeypatch.setattr(tune, "choose_keep_ratio", lambda model, *_, **__: found.append(model) or KeepRatio(1, [(1, 1)]))
+    given = ["tune", "--gmacs", "1", "--model", "vit_tiny_patch16_224", "--proposal", "test_resnet", "--model-kwargs"]
+    assert main([*given, "depth=1", "img_size=64", "num_classes=3", "global_pool=avg"]) == 0
+    (model,) = found
+    assert (len(model.blocks), model.num_classes, model.global_pool, model.patch_embed.img_size) == (1, 3, "avg", (64, 64))
+
+
+def test_model_kwargs_that_a_model_does_not_take(capsys):
+    given = ["tune", "--gmacs", "1", "--model"]
+    assert main([*given, "vit_tiny_patch16_224", "--model-kwargs", "deep=1"]) == 2
+    assert "unexpected keyword argument 'deep'" in capsys.readouterr().err
+    for option, value in (("--model-kwargs", "depth=1"), ("--num-classes", "3")):
+        assert main([*given, "videomae_base", option, value]) == 2
+        assert f"{option} is for models of timm" in capsys.readouterr().err

@@ -39,9 +39,18 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[ROPE_IN_FLOAT64] * (name == "vit_small_patch16_rope_mixed_224")) for name in TIMM]
+# Their tables are like those of another.
+SLOW = (
+    *("eva02_tiny_patch14_224", "vit_small_patch16_rope_ape_224", "beitv2_base_patch16_224", "vit_relpos_small_patch16_224"),
+    "vit_pe_core_tiny_patch16_384",
 )
+
+
+def marks(name):
+    return [ROPE_IN_FLOAT64] * (name == "vit_small_patch16_rope_mixed_224") + [pytest.mark.slow] * (name in SLOW)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TIMM])
 def test_timm_models_with_positions_in_their_blocks(name):
     model = timm.create_model(name, **{**SMALL, **TIMM[name]})
     found = check(model, toy_proposal(), 0.5)

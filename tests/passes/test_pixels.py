@@ -23,12 +23,17 @@ from ..models.hierarchical import FAMILIES, Family, masked_run
 from ..oracles import count_by_hand
 from ..versions import SWIN_OF_TRANSFORMERS
 
+OTHER = ("ConvNeXt", "ConvNeXt V2, 1x1 convolutions", "Swin, padded windows", "torchvision SwinV2", "transformers Swin")
+
 
 def backgrounds():
-    """The background that a family has by itself, under its name too (the same graph, so slow), and the other one."""
+    """The background that a family has by itself, under its name too (the same graph, so slow), and the other one.
+
+    The other one is slow too but for one family of each kind: it changes one argument.
+    """
     for name, family in FAMILIES.items():
         for background in ("auto", "keep", "zero"):
-            marks = [pytest.mark.slow] * (background == family.natural)
+            marks = [pytest.mark.slow] * (background == family.natural or (background != "auto" and name not in OTHER))
             marks += [SWIN_OF_TRANSFORMERS] * name.startswith("transformers Swin")
             yield pytest.param(name, background, marks=marks, id=f"{name}-{background}")
 

@@ -133,11 +133,11 @@ def test_timm_vits(options):
     ("name", "options"),
     [
         ("deit_tiny_distilled_patch16_224", {}),
-        ("vit_base_patch16_siglip_224", {}),
+        ("vit_base_patch16_siglip_224", {"embed_dim": 96, "num_heads": 3}),
         ("vit_small_patch14_dinov2", {}),
         ("vit_small_patch14_reg4_dinov2", {}),
         ("flexivit_small", {}),
-        ("vit_base_patch16_clip_224", {}),
+        ("vit_base_patch16_clip_224", {"embed_dim": 96, "num_heads": 3}),
         ("vit_small_patch16_36x1_224", {}),
         ("eva_giant_patch14_224", {"embed_dim": 64, "num_heads": 2}),
         ("cait_xxs24_224", {}),
@@ -156,9 +156,9 @@ def test_distilled_model_counts_both_prefix_tokens():
     assert (site.prefix, site.dense, site.kept) == (2, 198, 2 + 99)
 
 
-@pytest.mark.parametrize(("patch", "width", "heads"), [(16, 768, 12), (32, 1024, 16), (14, 1280, 16)])
+@pytest.mark.parametrize(("patch", "width", "heads"), [(16, 96, 12), (32, 128, 16), (14, 80, 16)])
 def test_torchvision_vits(patch, width, heads):
-    """The five torchvision models with two blocks each: they differ only in patch, width and depth."""
+    """The five torchvision models with two narrow blocks each: they differ only in patch, width and depth."""
     model = torchvision.models.VisionTransformer(4 * patch, patch, 2, heads, width, 2 * width)
     assert check(model, toy_proposal(), 0.5).hidden_keys < 1e-9
 

@@ -55,7 +55,8 @@ def test_map_is_the_mean_of_the_features_before_pooling(name):
     with torch.no_grad():
         features = before_pooling(network, pool)(x) if pool != "function" else network.features(x)
         assert relative_error(net(x), features.mean(1)) < 1e-4
-    assert all(torch.equal(value, network.state_dict()[key]) for key, value in kept.items())
+    after = network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in kept.items())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     assert not [n for n in net.trunk.graph.nodes if n.target is F.batch_norm]
 

@@ -16,7 +16,11 @@ from ..models import Shape, ToyViT
 from ..models.clips import ClipViT, clip_proposal, huggingface
 
 
-@pytest.mark.parametrize("network", [r3d_18, mc3_18, r2plus1d_18, s3d], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "network",
+    [r3d_18, *(pytest.param(build, marks=pytest.mark.slow) for build in (mc3_18, r2plus1d_18, s3d))],
+    ids=lambda build: build.__name__,
+)
 @torch.no_grad()
 def test_proposals_of_torchvision(network):
     torch.manual_seed(0)

@@ -63,11 +63,13 @@ def test_a_proposal_without_classes_is_refused(saliency):
         papr_fx.transform(ToyViT(Shape()), flat, 0.5, saliency=saliency)
 
 
+QUICK = ("psm", "cam", "scorecam")  # a mean, and what needs a classifier, with and without another pass
+CAPTURED = [pytest.param(name, "aot_eager", marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 # Of those that are lowered, "scorecam" passes through the network again; tests/test_transform.py lowers "psm".
 LOWERED = pytest.param("scorecam", "inductor", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("saliency", "backend"), [*((name, "aot_eager") for name in NAMES), LOWERED])
+@pytest.mark.parametrize(("saliency", "backend"), [*CAPTURED, LOWERED])
 @torch.no_grad()
 def test_in_a_transformed_model(saliency, backend):
     """Compiled in one graph, in autocast, copied, and the tokens kept are those of the map's best."""

@@ -74,13 +74,17 @@ DENSE = {
 ALL = MODELS | MERGED | NARROWED | COARSE | DENSE
 
 
-# These take ten seconds or more each.
 # Their code was rewritten in timm and transformers since.
 REWRITTEN = (
     *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_coarse", "vit_small_patch16_224_merged"),
     *("transformers_vit", "transformers_videomae", "transformers_depth_anything"),
 )
-SLOW = ("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18")
+# Large ones, and those whose form another one shows.
+SLOW = (
+    *("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18", "torchvision_convnext_tiny"),
+    *("transformers_videomae", "transformers_vit", "vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"),
+    *("beit_base_patch16_224", "vit_small_patch16_dinov3", "deit_tiny_distilled_patch16_224", "torchvision_vit_b_32_merged"),
+)
 
 
 def marks(name):

@@ -45,7 +45,10 @@ def pruned(model: nn.Module, *, verify: bool = False) -> papr_fx.PrunedModule:
     return papr_fx.transform(model, nn.AvgPool2d(16), 0.5, **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("one block", "no class token, mean behind the last block", "torchvision")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS])
 def test_pruned_as_before_it_was_traced(name):
     model = MODELS[name]()
     expected, found = pruned(model), pruned(fx.symbolic_trace(model))

@@ -67,6 +67,14 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
+def surrounded():
+    """Each with a model of each kind; most of those by pixels, which take longest, in the slow sweep."""
+    for name in SURROUNDINGS:
+        yield pytest.param(name, lambda: ToyViT(Shape()).eval(), id=f"{name}-tokens")
+        marks = () if name in ("bfloat16", "default device") else pytest.mark.slow
+        yield pytest.param(name, small_convnext, id=f"{name}-pixels", marks=marks)
+
+
 SURROUNDINGS = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
@@ -77,8 +85,7 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("make", [lambda: ToyViT(Shape()).eval(), small_convnext], ids=["tokens", "pixels"])
-@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.parametrize(("name", "make"), [*surrounded()])
 def test_the_rewrite_is_the_same_in_every_context(name, make):
     model, proposal = make(), toy_proposal()
     example = torch.zeros(1, 3, 8, 12) if isinstance(model, ToyViT) else torch.zeros(1, 3, 64, 64)
