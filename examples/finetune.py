@@ -8,7 +8,7 @@ patch_embed blocks.0 blocks.1`. The file that is written holds the weights under
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -59,7 +59,7 @@ def train(model: nn.Module, batches: Batches, given: argparse.Namespace) -> None
 
 def fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights to load. A head for other classes is left as the model has it."""
-    classifier = model.pretrained_cfg["classifier"]  # a name, or several
+    classifier: Any = cast(Any, model).pretrained_cfg["classifier"]  # a name, or several
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     own = model.state_dict()
     other = {name for name, given in weights.items() if name.startswith(heads) and given.shape != own[name].shape}
