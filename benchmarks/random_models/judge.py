@@ -50,7 +50,7 @@ class Rewritten(NamedTuple):
     Attributes:
         gm: The model.
         mode: "tokens" or "pixels".
-        sites: The names of what was pruned.
+        sites: The names of the branches that were pruned by pixels.
     """
 
     gm: PrunedModule
@@ -90,10 +90,10 @@ def judge(spec: Spec, *, strict: bool = False) -> Result:
 
 def _compared(spec: Spec, built: Built, gm: PrunedModule) -> Result:
     """What becomes of a model that was rewritten."""
-    report = papr_fx.report(gm)
-    mode = report.mode
+    mode = gm.plan.kind
+    sites = [site.name for site in papr_fx.report(gm).sites] if mode == "pixels" else []
     try:
-        error = max(_errors(spec, built, Rewritten(gm, mode, [site.name for site in report.sites])))
+        error = max(_errors(spec, built, Rewritten(gm, mode, sites)))
     except UndefinedError as undefined:
         return Result("finding", f"accepted: {undefined}", mode=mode)
     except UnjudgedError as unjudged:

@@ -71,7 +71,7 @@ def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
     if z.random:
         headers += [f"{name}, random map", "map - random, points", "verdict"]
     if z.dense is not None:
-        print(f"dense model: {100 * z.dense:.2f} % top-1")
+        print(f"dense model: {100 * z.dense:.2f} % top-1{' of single views' if subject.views else ''}")
     print(tabulate(table, headers=headers, floatfmt=(".4f", ".3f", ".3f"), tablefmt="github"))
     for sentence, where in ratios.items():
         print(f"z={', '.join(where)}: {sentence}")

@@ -19,7 +19,7 @@ from ..tracing.macs import count_macs_by_node
 from ..tracing.results import shared_results
 from ..tracing.roles import find_all, number_of
 
-_SMALLER = "take a lighter proposal, a smaller proposal_size, or a smaller z"
+_LIGHTER = "take a lighter proposal, or a smaller proposal_size"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Report:
         )
         left = "".join(f"\nleft alone: {reason}" for reason in self.left_alone)
         if self.total_macs > self.dense_macs:
-            left = f"\nmore work than the dense model: {_SMALLER}{left}"
+            smaller = ", or a smaller z" if self.proposal_macs < self.dense_macs else ""
+            left = f"\nmore work than the dense model: {_LIGHTER}{smaller}{left}"
         for site in self.sites:
             if site.background == "coarse":
                 cells = f"{site.coarse} coarse tokens for a cell of 2 x 2 patches each, {site.dropped} cells dropped"

@@ -55,12 +55,13 @@ def test_tune_says_where_the_map_is_no_better(labelled, monkeypatch, capsys):
 def test_views_of_a_video_count_as_one_sample(capsys):
     """Six views of each of 50 videos: three hundred answers, of which at worst six are always alike."""
     subject = SimpleNamespace(views=True, shape=(6, 4, 3, 32, 32))
-    found = KeepRatio(0.5, [Point(0.5, 0.2)], [RandomPoint(0.5, 0.3, Versus(300, 60, 30))])
+    found = KeepRatio(0.5, [Point(0.5, 0.2)], [RandomPoint(0.5, 0.3, Versus(300, 60, 30))], 0.8125)
     assert found.random[0].versus.verdict == "better"
     tune._print_curve(found, "max drop", subject)
     printed = capsys.readouterr().out
     assert "z=0.5: too few videos to tell whether the map is better than chance" in printed
     assert "| +10.0 +- 8.0 " in printed
+    assert "dense model: 81.25 % top-1 of single views\n" in printed
 
 
 def test_tune_needs_no_data_for_macs(labelled, capsys):

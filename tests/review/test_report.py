@@ -1,5 +1,7 @@
 """MAC counts and tables of `report`: against arithmetic by hand, and against the figures of the paper."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 
@@ -73,6 +75,9 @@ def test_a_proposal_that_costs_more_than_it_saves_is_named(z):
     found = papr_fx.report(gm)
     assert (found.total_macs > found.dense_macs) == (z < 1)
     assert ("\nmore work than the dense model: take a lighter proposal" in str(found)) == (z < 1)
+    assert ("or a smaller z" in str(found)) == (z < 1 and found.proposal_macs < found.dense_macs)
+    lighter = replace(found, proposal_macs=found.dense_macs // 2, pruned_macs=found.dense_macs)
+    assert "proposal_size, or a smaller z" in str(lighter)
 
 
 def test_report_leaves_the_module_as_it_was():
