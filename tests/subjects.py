@@ -161,6 +161,7 @@ SUBJECTS = (
         options={"saliency": "expected-cam", "proposal_size": 128},
     ),
     Subject("timm ViT, any size", _vit("vit_tiny_patch16_224", dynamic_img_size=True), (3, 64, 64), sizes=(3, 80, 96)),
+    Subject("timm ViT, distilled", _vit("deit_tiny_distilled_patch16_224"), (3, 64, 64)),
     Subject("timm EVA-02", _timm("eva02_tiny_patch14_224", img_size=56, embed_dim=32, num_heads=2, depth=2), (3, 56, 56)),
     Subject("timm BEiT", _timm("beit_base_patch16_224", img_size=64, embed_dim=32, num_heads=2, depth=2), (3, 64, 64)),
     Subject(

@@ -116,9 +116,11 @@ def _drops(gm: nn.Module, x: Tensor) -> bool:
     return not _alike(_tensors(gm(x)), _tensors(gm(x)))
 
 
-def _numbers(report: Any) -> Tensor:
-    """How many positions there are at each site, and how many are kept."""
-    return torch.tensor([[site.dense, site.kept, site.prefix, site.suffix] for site in report.sites])
+def _numbers(report: Any) -> list[Tensor]:
+    """How many positions there are at each site, and how many are kept; what is rewritten besides; and the work."""
+    sites = [[site.dense, site.kept, site.prefix, site.suffix] for site in report.sites]
+    besides = [*(report.narrowed or ("", 0, 0))[1:], bool(report.embedding), report.fused, len(report.reduced)]
+    return [torch.tensor(sites), torch.tensor([*besides, report.pruned_macs])]
 
 
 def _hooked(gm: nn.Module, x: Tensor) -> Any:
