@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torchvision.models.maxvit import MaxVit
 
-from .models import Shape, ToyViT, attentions, branches, enliven, lengths, rows, toy_proposal, traps
+from .models import Shape, ToyViT, attentions, branches, embeddings, enliven, lengths, rows, toy_proposal, traps
 from .models.clips import ClipViT, JointViT, clip_proposal
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
@@ -199,6 +199,8 @@ SUBJECTS = (
     Subject("heads of torch with dropout, merged", _attending(attentions.Heads), _TOY, 0.9, options=_MERGED),
     Subject("means of channels, merged", lambda: traps.Averaging(Shape(depth=3)), _TOY, 0.9, options=_MERGED),
     Subject("attention written out, sums multiplied", _attending(lambda: attentions.Written("product")), _TOY),
+    Subject("attention written out, weights that are read", _attending(lambda: attentions.Written("told")), _TOY),
+    Subject("attention written out, keys that change", _attending(lambda: attentions.Written("changed")), _TOY),
     Subject("attention written out, dropout", _attending(lambda: attentions.Written("dropout")), _TOY),
     Subject(
         "attention with a mask of the tokens, merged",
@@ -219,6 +221,10 @@ SUBJECTS = (
     Subject("random numbers in training", lambda: traps.Drawing(Shape()), _TOY),
     Subject("a slice by number", lambda: traps.Sliced(Shape()), _TOY),
     Subject("overlapping patches, coarse", traps.Overlapping, _TOY, options=_COARSE),
+    Subject("tokens times whole numbers, coarse", _attending(lambda: attentions.Numbered(8, 2, True)), _TOY, options=_COARSE),
+    Subject("images changed in place, coarse", lambda: traps.Changing(Shape()), _TOY, options=_COARSE),
+    Subject("two embeddings, one of them averaged", lambda: embeddings.Twice(Shape(pool="cls")), _TOY),
+    Subject("skips past blocks, merged", lambda: embeddings.Skips(Shape()), _TOY, 1.0, options=_MERGED),
     Subject("patches normalised together", lambda: traps.Normalised(Shape()), _TOY),
     Subject("embeddings that are read twice", lambda: traps.Decoding(Shape()), _TOY),
     Subject("patches dropped in training", lambda: traps.Dropped(Shape()), _TOY),

@@ -13,7 +13,7 @@ from papr_fx.planning.module import sibling
 from papr_fx.tracing.numerics import relative_error
 
 from .coarse_by_hand import coarse_by_hand, groups_by_hand
-from .models import Attention, Shape, ToyViT, images, toy_proposal
+from .models import Shape, ToyViT, attentions, images, toy_proposal
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
 from .models.vits import BatchNormStem
@@ -143,21 +143,6 @@ class ConvStem(ToyViT):
         self.proj = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, (2, 3), (2, 3)))
 
 
-class CountsPositions(Attention):
-    """Multiplies its tokens by whole numbers, one for each."""
-
-    def forward(self, x):
-        numbers = torch.arange(x.shape[1], device=x.device)
-        return super().forward(x * numbers.unsqueeze(1))
-
-
-def counting() -> ToyViT:
-    model = ToyViT(Shape())
-    for block in model.blocks:
-        block.attn = CountsPositions(8, 2, True)
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
@@ -168,7 +153,11 @@ def counting() -> ToyViT:
         (ToyViT(Shape()), {"background": "rough"}, "background must be one of 'auto', 'keep', 'zero', 'drop', 'coarse'"),
         (ToyViT(Shape()), {"merge": TokenPropagation(2)}, "connects patches that touch in the image"),
         (ConvStem(), {}, r"the windows of `proj.0` overlap \(Conv2d"),
-        (counting(), {}, r"`unsqueeze` \(17, 1\) holds torch.int64, which has none"),
+        (
+            attentions.with_attention(lambda: attentions.Numbered(8, 2, True)),
+            {},
+            r"`unsqueeze` \(17, 1\) holds torch.int64, which has none",
+        ),
     ],
 )
 def test_what_has_no_coarse_background_says_why(model, options, reason):

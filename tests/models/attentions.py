@@ -58,7 +58,8 @@ class Written(Attention):
     """Attention that is written out, in a way that one call would change.
 
     Args:
-        kind: What is done: "product" of a sum, or "dropout".
+        kind: What is done: "product" of a sum, "dropout", "told" where another part reads its weights, or "changed" where the
+            keys change in place between the two products.
     """
 
     def __init__(self, kind: str) -> None:
@@ -72,7 +73,11 @@ class Written(Attention):
         scores = q @ k.transpose(-2, -1)
         if self.kind == "product":
             scores = (scores + k.sum(-1).unsqueeze(2)) * 0.3
-        return self.proj((self.drop(scores.softmax(-1)) @ v).transpose(1, 2).reshape(b, n, c))
+        weights = self.drop(scores.softmax(-1))
+        if self.kind == "changed":
+            k.mul_(0.3)
+        mixed = weights @ v if self.kind != "told" else weights @ v * weights.amax(-1, keepdim=True)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
 
 
 class Masked(Attention):
@@ -83,6 +88,14 @@ class Masked(Attention):
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, k.sum(-1).unsqueeze(2))
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class Numbered(Attention):
+    """Multiplies its tokens by whole numbers, one for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.arange(x.shape[1], device=x.device)
+        return super().forward(x * numbers.unsqueeze(1))
 
 
 class Heads(nn.Module):

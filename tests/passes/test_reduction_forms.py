@@ -13,22 +13,13 @@ from papr_fx.tracing.numerics import relative_error
 
 from .. import reducers
 from ..models import Attention, Block, Shape, ToyViT, enliven, images, toy_proposal
+from ..models.embeddings import Skips
 from .test_reduction import DEPTH, agree, small
 
 
 class Summed(ToyViT):
     def classify(self, x):
         return self.head(self.norm(x).sum(1))
-
-
-class Skips(ToyViT):
-    """Adds the input of the first block to the output of the last."""
-
-    def forward(self, x):
-        first = x = self.tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x + first)
 
 
 class Parallel(Block):

@@ -12,6 +12,7 @@ from papr_fx.planning.module import sibling
 from papr_fx.tracing.numerics import relative_error
 
 from ..models import Shape, ToyViT, enliven, images, toy_proposal
+from ..models.embeddings import Twice
 
 SHAPE = Shape(pool="cls")
 SMALL = {"depth": 1, "img_size": 64, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
@@ -111,23 +112,7 @@ def test_indices_on_the_meta_device_are_not_made_up():
     assert papr_fx.report(gm).embedding == ""
 
 
-class Twice(ToyViT):
-    """Patches are embedded by two convolutions; another part of the model reads what the last one makes."""
-
-    def __init__(self, shape) -> None:
-        super().__init__(shape)
-        self.other = torch.nn.Conv2d(3, self.proj.out_channels, self.proj.kernel_size, self.proj.stride)
-
-    def patches(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, other = super().patches(x), self.other(x)
-        self.mean = other.mean((2, 3))
-        return tokens + other.flatten(2).transpose(1, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.mean.mean(1, keepdim=True)
-
-
 def test_whichever_convolution_can_be_replaced_is():
-    model = enliven(Twice(SHAPE)).eval()
+    model = Twice(SHAPE).eval()
     gm = papr_fx.transform(model, toy_proposal(), 0.5)
     assert papr_fx.report(gm).embedding == "proj"
