@@ -14,6 +14,7 @@ from papr_fx.tracing.numerics import relative_error
 
 from .coarse_by_hand import coarse_by_hand, groups_by_hand
 from .models import Shape, ToyViT, attentions, images, toy_proposal
+from .models.embeddings import Rescaled
 from .models.hierarchical import FAMILIES
 from .models.positioned import positioned
 from .models.vits import BatchNormStem
@@ -152,6 +153,11 @@ class ConvStem(ToyViT):
         (ToyViT(Shape()), {"background": "drop", "mode": "pixels"}, "'drop' does not fit pixels"),
         (ToyViT(Shape()), {"background": "rough"}, "background must be one of 'auto', 'keep', 'zero', 'drop', 'coarse'"),
         (ToyViT(Shape()), {"merge": TokenPropagation(2)}, "connects patches that touch in the image"),
+        (
+            Rescaled(Shape()),
+            {},
+            r"`mul_` changes the images in place, so they cannot be embedded a second time. Write `x = x.mul",
+        ),
         (ConvStem(), {}, r"the windows of `proj.0` overlap \(Conv2d"),
         (
             attentions.with_attention(lambda: attentions.Numbered(8, 2, True)),

@@ -76,7 +76,9 @@ class Written(Attention):
         weights = self.drop(scores.softmax(-1))
         if self.kind == "changed":
             k.mul_(0.3)
-        mixed = weights @ v if self.kind != "told" else weights @ v * weights.amax(-1, keepdim=True)
+        mixed = weights @ v
+        if self.kind == "told":
+            mixed = mixed * weights.sum(-1, keepdim=True)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, c))
 
 

@@ -1,4 +1,4 @@
-"""Models in which other parts read what their patches become."""
+"""Models that change their images, or in which other parts read what their patches become."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class Twice(ToyViT):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.mean.mean(1, keepdim=True)
+
+
+class Rescaled(ToyViT):
+    """Changes the images that it is given."""
+
+    def patches(self, x: Tensor) -> Tensor:
+        x.mul_(0.5)
+        return super().patches(x)
 
 
 class Skips(ToyViT):
