@@ -60,9 +60,9 @@ def train(model: nn.Module, batches: Batches, given: argparse.Namespace) -> None
 def fitting(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights to load. A head for other classes is left as the model has it."""
     classifier: Any = cast(Any, model).pretrained_cfg["classifier"]  # a name, or several
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
     own = model.state_dict()
-    other = {name for name, given in weights.items() if name.startswith(heads) and given.shape != own[name].shape}
+    other = {name for name in weights.keys() & own.keys() if name.startswith(heads) and weights[name].shape != own[name].shape}
     return {name: own[name] if name in other else given for name, given in weights.items()}
 
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     kwargs: dict[str, Any] = {"num_classes": len(classes), **given.model_kwargs}
     model = timm.create_model(given.model, pretrained=given.pretrained, **kwargs).eval().to(given.device)
     if given.checkpoint:
-        load_checkpoint(model, given.checkpoint, filter_fn=fitting)
+        load_checkpoint(model, given.checkpoint, filter_fn=fitting, weights_only=True)
     if given.freeze:
         freeze(model, given.freeze)
     config = resolve_data_config(given.model_kwargs, model=model)

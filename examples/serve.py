@@ -15,12 +15,14 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 from collections import Counter
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, PriorityQueue
@@ -40,25 +42,21 @@ MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000  # of an image, as it is sent a
 LONGEST = 50  # times the shorter side
 MOST_WAITING, SECONDS, MOST_UPLOAD = 1024, 120.0, 30.0  # images in the queue; how long an answer, and a body, may take
 SIGNATURES = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how JPEG and PNG files begin
-CHANGE, CLASSIFY, STOP = "change", "classify", "stop"
-HEAD_STARTS = {CHANGE: 1.0, CLASSIFY: 0.0, STOP: -1e9}  # seconds by which a job goes before others: no flood of one holds all
+CHANGE, CLASSIFY, STOP = range(3)  # what goes first
 
 
 class RefusedError(Exception):
     """The status of an answer, and what is wrong with the request."""
 
 
-@dataclass(eq=False)
+@dataclass(order=True)
 class Job:
     """An image (3, H, W) to classify, or a keep ratio to set, and the answer to come."""
 
-    kind: str
-    given: Any = None
+    kind: int
+    given: Any = field(default=None, compare=False)
     since: float = field(default_factory=time.monotonic)
-    answer: futures.Future[Any] = field(default_factory=futures.Future[Any])
-
-    def __lt__(self, other: "Job") -> bool:
-        return self.since - HEAD_STARTS[self.kind] < other.since - HEAD_STARTS[other.kind]
+    answer: futures.Future[Any] = field(default_factory=futures.Future[Any], compare=False)
 
 
 class Worker(threading.Thread):
@@ -69,7 +67,7 @@ class Worker(threading.Thread):
         self.gm, self.size, self.given = gm, size, given
         self.model = gm if given.no_compile else torch.compile(gm, fullgraph=True, backend=given.backend)
         self.z = self.asked = given.z  # in force, and asked for
-        self.ratios = [given.z, *given.ratios, *([given.busy_z] if given.busy_z else [])]
+        self.ratios = [given.z, *given.ratios, *([] if given.busy_z is None else [given.busy_z])]
         self.warm: set[float] = set()
         self.sizes: Counter[int] = Counter()  # how many batches of each size
         self.jobs: PriorityQueue[Job] = PriorityQueue()
@@ -78,8 +76,8 @@ class Worker(threading.Thread):
         """Hands a job in, from any thread; returns its answer to come."""
         if job.kind == CHANGE and not self.given.no_compile and job.given not in self.ratios:
             raise RefusedError(400, f"z must be one of {self.ratios}, which are compiled; --ratios takes more")
-        if job.kind == CLASSIFY and self.jobs.qsize() >= MOST_WAITING:
-            raise RefusedError(503, f"{MOST_WAITING} images are waiting: ask again later")
+        if self.jobs.qsize() >= MOST_WAITING:
+            raise RefusedError(503, f"{MOST_WAITING} requests are waiting: ask again later")
         self.jobs.put(job)
         return job.answer
 
@@ -87,23 +85,24 @@ class Worker(threading.Thread):
         """Works until it is told to stop; all images that came before have been answered then."""
         with futures.ThreadPoolExecutor(1, "model") as model:
             while jobs := self.gather():
-                jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]  # nobody waits for the others
-                if not jobs:
-                    continue
-                done = model.submit(self.retarget if jobs[0].kind == CHANGE else self.classify, jobs)
-                error = done.exception()
-                for place, job in enumerate(jobs):
-                    job.answer.set_exception(error) if error else job.answer.set_result(done.result()[place])
+                wanted = [job for job in jobs if job.answer.set_running_or_notify_cancel()]  # nobody waits for the others
+                images = [job for job in wanted if job.kind == CLASSIFY]
+                for work in [*([job] for job in wanted if job.kind == CHANGE), *([images] if images else [])]:
+                    done = model.submit(self.retarget if work[0].kind == CHANGE else self.classify, work)
+                    error = done.exception()
+                    for place, job in enumerate(work):
+                        job.answer.set_exception(error) if error else job.answer.set_result(done.result()[place])
 
     def gather(self) -> list[Job]:
-        """The next batch: what comes within `--deadline` of its first image. Or a change of the ratio; or nothing, to stop."""
-        jobs = [self.jobs.get()]
-        while jobs[0].kind == CLASSIFY and len(jobs) < self.given.max_batch:
+        """Changes of the ratio, and a batch: what comes within `--deadline` of its first image. Nothing, to stop."""
+        jobs, images = [self.jobs.get()], list[Job]()
+        while jobs[0].kind != STOP and len(images := [job for job in jobs if job.kind == CLASSIFY]) < self.given.max_batch:
+            end = images[0].since + self.given.deadline / 1e3 if images else 0.0
             try:
-                job = self.jobs.get(timeout=max(0.0, jobs[0].since + self.given.deadline / 1e3 - time.monotonic()))
+                job = self.jobs.get(timeout=min(max(0.0, end - time.monotonic()), SECONDS))
             except Empty:
                 break
-            if job.kind != CLASSIFY:
+            if job.kind == STOP:
                 self.jobs.put(job)  # after this batch
                 break
             jobs.append(job)
@@ -128,7 +127,7 @@ class Worker(threading.Thread):
         """The five best classes of each image. The ratio falls if more than a batch is waiting, until nothing is."""
         waiting = self.jobs.qsize()
         busy = waiting > self.given.max_batch or (waiting > 0 and self.z < self.asked)
-        wanted = min(self.asked, self.given.busy_z) if busy and self.given.busy_z else self.asked
+        wanted = self.asked if not busy or self.given.busy_z is None else min(self.asked, self.given.busy_z)
         if wanted != self.z:
             self.follow(wanted)
         self.sizes[len(jobs)] += 1
@@ -148,7 +147,23 @@ class Handler(BaseHTTPRequestHandler):
 
     server: "Server"  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = 10.0  # seconds without a byte
+    unread, late = 0, False  # bytes of the body, and whether the time for them is over
     decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # so many images are decoded at a time
+
+    def setup(self) -> None:
+        super().setup()
+        self.clock = threading.Timer(MOST_UPLOAD, self.stop_reading)
+        self.clock.start()
+
+    def finish(self) -> None:
+        self.clock.cancel()
+        super().finish()
+
+    def stop_reading(self) -> None:
+        """To the reader, the request ends here."""
+        self.late = True
+        with suppress(OSError):  # it has ended already
+            self.connection.shutdown(socket.SHUT_RD)
 
     def do_GET(self) -> None:
         """/health: the ratios in force and asked for, how many images wait, how many batches of each size there were."""
@@ -159,6 +174,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """/classify, with an image; /keep-ratio, with {"z": a number}."""
         try:
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or len(length) > 20:
+                raise RefusedError(411, "send a Content-Length")
+            self.unread = int(length)
             read = {"/classify": self.image, "/keep-ratio": self.ratio}.get(self.path)
             if read is None:
                 raise RefusedError(404, "POST /classify or /keep-ratio")
@@ -179,25 +198,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         """What was sent, within `MOST_UPLOAD` seconds."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or len(length) > 20:
-            raise RefusedError(411, "send a Content-Length")
-        if int(length) > MOST_BYTES:
-            raise RefusedError(413, f"the body has {length} bytes; at most {MOST_BYTES} are read")
+        if self.unread > MOST_BYTES:
+            raise RefusedError(413, f"the body has {self.unread} bytes; at most {MOST_BYTES} are read")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.handle_expect_100()
-        body, end = bytearray(), time.monotonic() + MOST_UPLOAD
-        while len(body) < int(length):
-            try:
-                part = self.rfile.read1(min(1 << 16, int(length) - len(body)))
-            except TimeoutError as late:
-                raise RefusedError(408, f"no byte within {self.timeout:g} s") from late
-            if time.monotonic() > end:
-                raise RefusedError(408, f"the body took more than {MOST_UPLOAD:g} s")
-            if not part:
-                raise RefusedError(400, f"the body ended after {len(body)} of {length} bytes")
-            body += part
-        return bytes(body)
+        length, self.unread = self.unread, 0
+        try:
+            body = self.rfile.read(length)
+        except TimeoutError as late:
+            raise RefusedError(408, f"no byte within {self.timeout:g} s") from late
+        if len(body) < length:
+            status = 408 if self.late else 400
+            raise RefusedError(status, f"{len(body)} of {length} bytes came; a request may take {MOST_UPLOAD:g} s")
+        return body
 
     def image(self, body: bytes) -> Job:
         """A JPEG or PNG, prepared for the model."""
@@ -228,8 +241,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(written)))
         self.end_headers()
         self.wfile.write(written)
-        while status == 413 and self.rfile.read(1 << 16):  # to close over unread bytes would take the answer along
-            pass
+        with suppress(TimeoutError):  # to close over unread bytes would take the answer along
+            while self.unread > 0 and (part := self.rfile.read1(min(self.unread, 1 << 16))):
+                self.unread -= len(part)
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing of each request."""
@@ -272,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--z", type=float, default=0.5, help="keep ratio")
     options.add_argument("--busy-z", type=float, help="keep ratio while more than a batch is waiting")
     options.add_argument("--ratios", type=float, nargs="*", default=[], help="other keep ratios that may be asked for")
-    options.add_argument("--max-batch", type=int, choices=range(1, MOST_WAITING), default=32, metavar="IMAGES")
+    options.add_argument("--max-batch", type=int, default=32)
     options.add_argument("--deadline", type=float, default=5.0, help="ms that the first image of a batch waits for others")
     options.add_argument("--no-compile", action="store_true")
     options.add_argument("--backend", default="inductor")
@@ -280,6 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
     given = options.parse_args(arguments)
+    if given.max_batch < 1:
+        options.error("--max-batch must be at least 1")
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     weights = {"pretrained": given.pretrained, "checkpoint_path": given.checkpoint}

@@ -4,7 +4,7 @@ import io
 import json
 import signal
 import threading
-import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -104,18 +104,17 @@ def test_a_compiled_server_takes_the_ratios_that_it_compiled():
             worker.ask(serve.Job(serve.CHANGE, z))
 
 
-def test_changes_hold_no_image_for_ever():
-    """A change goes before what came within the second before it."""
-    images, changes = (
-        waiting(2),
-        [serve.Job(serve.CHANGE, z, since=time.monotonic() + late) for z, late in ((0.3, 0.5), (0.2, 2))],
-    )
+def test_changes_hold_no_image():
+    """Between two changes of a flood a batch is answered; each change goes before the images that wait."""
     worker = serve.Worker(pruned(), CONFIG["input_size"], options(max_batch=1))
-    for job in (*changes, *images, serve.Job(serve.STOP)):
+    images, changes = waiting(3), [serve.Job(serve.CHANGE, z) for z in (0.3, 0.2, 7.0)]
+    for job in (*images, *changes, serve.Job(serve.STOP)):
         worker.jobs.put(job)
+    more = serve.Job(serve.CHANGE, 0.4)
+    images[0].answer.add_done_callback(lambda _: worker.jobs.put(more))
     worker.run()
-    assert [job.answer.result(0)["z"] for job in images] == [0.3, 0.3]
-    assert worker.z == 0.2
+    assert [job.answer.result(0)["z"] for job in (*images, *changes[:2], more)] == [0.2, 0.4, 0.4, 0.3, 0.2, 0.4]
+    assert isinstance(changes[2].answer.exception(0), papr_fx.ArgumentError)
 
 
 def test_what_nobody_waits_for_is_not_computed(served, monkeypatch):
@@ -201,25 +200,31 @@ def test_from_start_to_stop(tmp_path, capsys, monkeypatch):
     answers, before = [], {*threading.enumerate()}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # as it was, afterwards
     monkeypatch.setattr(serve.Server, "serve_forever", watched(serve.Server.serve_forever, answers))
+    monkeypatch.setattr(serve, "MOST_PIXELS", 5000)
+    warnings.simplefilter("default")  # as without pytest
     arguments = ["--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "model.pt"), "--z", "0.25", "--port", "0"]
     arguments += ["--proposal", f"local-dir:{tmp_path}", "--no-compile", "--device", "cpu"]
     serve.main([*arguments, "--model-kwargs", "depth=1", "img_size=64", "num_classes=3", "embed_dim=48"])
     printed = capsys.readouterr().out
     assert printed.startswith("http://")
     assert printed.endswith("stops\n")
-    ((status, found),) = answers
+    (refusal, (status, found)) = answers
+    assert refusal[0] == 400
+    assert "Image size (6400 pixels) exceeds limit of 5000 pixels" in refusal[1]["error"]
     assert (status, found["z"]) == (200, 0.25)
     assert sorted(best["class"] for best in found["top5"]) == [0, 1, 2]
     assert {*threading.enumerate()} <= before
 
 
 def watched(forever, answers):
-    """Asks the server once, and then stops the process."""
+    """Asks the server twice, and then stops the process."""
 
     def serving(server):
         def visit():
-            answers.append(send(server, "/classify", png(3)))
-            signal.raise_signal(signal.SIGTERM)
+            try:
+                answers.extend(send(server, "/classify", png(3, side, side)) for side in (80, 40))
+            finally:
+                signal.raise_signal(signal.SIGTERM)
 
         threading.Thread(target=visit).start()
         forever(server, 0.01)

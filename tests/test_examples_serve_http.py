@@ -65,7 +65,7 @@ def talk(server, sent, *more):
         for part in more:
             client.sendall(part)
             lines += [line for line in answers if line.startswith(b"HTTP")]
-        return [line.split()[1] for line in lines]
+        return [line.split()[1] for line in lines if line]
 
 
 def test_slow_and_broken_uploads(served, monkeypatch, capsys):
@@ -73,11 +73,15 @@ def test_slow_and_broken_uploads(served, monkeypatch, capsys):
     body = png(0)
     expecting = head % (len(body), b"Expect: 100-continue\r\n")
     assert talk(served, expecting, body) == [b"100", b"200"]  # the client need not wait
-    monkeypatch.setattr(serve.Handler, "timeout", 0.1)
-    assert talk(served, head % (len(body), b"") + body[:-1]) == [b"408"]  # stalled
-    monkeypatch.setattr(serve, "MOST_UPLOAD", 0.0)
-    assert talk(served, head % (len(body), b"") + body) == [b"408"]
-    monkeypatch.setattr(serve, "MOST_UPLOAD", 30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(serve.Handler, "timeout", 0.1)
+        assert talk(served, head % (len(body), b"") + body[:-1]) == [b"408"]  # stalled
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "MOST_UPLOAD", 0.1)
+        assert talk(served, head % (len(body), b"") + body[:-1]) == [b"408"]  # too slow
+        assert talk(served, head % (20_000_001, b"") + body) == [b"413"]  # not drained for ever
+        assert talk(served, b"POST /classify HTTP/1.1\r\nContent-Length: 1\r\n") == [b"408"]  # nor its head read
+    assert send(served, "/none", bytes(8_000_000))[0] == 404  # the client hears it, although its body is not looked at
     with socket.create_connection(("127.0.0.1", served.server_port)) as client:
         client.sendall(head % (len(body), b"") + body[:-1])
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # hangs up at once
@@ -101,6 +105,7 @@ def test_slow_and_broken_uploads(served, monkeypatch, capsys):
         ("/keep-ratio", b"0.3", {}, 400, '{"z": 0.3}'),
         ("/keep-ratio", b'{"z": 0}', {}, 400, "z must lie"),
         ("/keep-ratio", b'{"z": "half"}', {}, 400, "must be a number"),
+        ("/keep-ratio", b'{"z": 1' + 400 * b"0" + b"}", {}, 400, "z must lie"),
         ("/none", b"", {}, 404, "POST /classify"),
     ],
 )

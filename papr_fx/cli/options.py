@@ -95,6 +95,16 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
 
 
+class _Options(ParseKwargs):
+    """As timm reads them, and names what is none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        try:
+            super().__call__(parser, namespace, values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, f"must be NAME=VALUE, such as depth=6, not {' '.join(values)}") from error
+
+
 class _Flattened(argparse.Action):
     """Joins several values of `ratios` to one, without duplicates."""
 
@@ -242,7 +252,7 @@ def add_networks(command: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=_Options,
         metavar="NAME=VALUE",
         help="further options of timm.create_model, such as depth=6 global_pool=avg",
     )

@@ -19,6 +19,8 @@ from ..video import pyav
 from .decoders import VIDEO_SUFFIXES, ClipDecoder, ImageDecoder, Views
 from .models import VIDEO_MODELS, image_model, video_model
 
+_OWN = frozenset({"name", "pretrained", "checkpoint", "checkpoint_path"})  # options of ours
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -111,6 +113,8 @@ def image_subject(spec: ModelSpec) -> Subject:
         ArgumentError: timm knows no such model, or its weights cannot be loaded.
     """
     options = {**spec.options, **({"num_classes": spec.classes} if spec.classes else {})}
+    if taken := _OWN & options.keys():
+        raise ArgumentError(f"{min(taken)} is no further option of timm.create_model here: it has one of its own")
     with _weights_device(spec):
         model = image_model(spec.name, pretrained=spec.pretrained, checkpoint=spec.checkpoint, **options).to(spec.device)
     given = {key: value for key, value in spec.preprocessing.items() if value}
@@ -123,7 +127,7 @@ def image_subject(spec: ModelSpec) -> Subject:
             ) from error
     if spec.channels_last:
         cast(Any, model).to(memory_format=torch.channels_last)
-    resolved: Mapping[str, Any] = resolve_data_config({**spec.options, **given}, model=model)
+    resolved: Mapping[str, Any] = resolve_data_config({**_image_size(spec.options), **given}, model=model)
     config: dict[str, Any] = {
         key: resolved[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     }
@@ -139,6 +143,14 @@ def image_subject(spec: ModelSpec) -> Subject:
         classes=int(getattr(model, "num_classes", 0)),
         loaded=spec.pretrained or bool(spec.checkpoint),
     )
+
+
+def _image_size(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of the images that a model was made for, in timm's words."""
+    size, channels = options.get("img_size"), options.get("in_chans", 3)
+    if isinstance(size, int):
+        size = size, size
+    return {"input_size": (channels, *size)} if size else {"in_chans": channels}
 
 
 def clip_subject(spec: ModelSpec) -> Subject:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection
 from numbers import Real
 from types import FunctionType
@@ -246,10 +245,9 @@ def checked_z(z: object) -> float:
     """Returns keep ratio `z` as a float, or raises `ArgumentError` unless it is a real number in (0, 1]."""
     if isinstance(z, bool) or not isinstance(z, Real):
         raise ArgumentError(f"z (the share of tokens kept) must be a number in (0, 1], not {z!r} ({type(z).__name__})")
-    ratio = float(z)
-    if not math.isfinite(ratio) or not 0 < ratio <= 1:
+    if not 0 < cast(float, z) <= 1:
         raise ArgumentError(f"z (the share of tokens kept) must lie in (0, 1], not {z!r}; z=0.5 keeps half of the tokens")
-    return ratio
+    return float(z)
 
 
 def checked_module(gm: object) -> PrunedModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from ..errors import TraceError
 from ..versions import FakeTensorMode
 from .likeness import form_of, kinds_of_modules
 
+_GROWING = list, dict, set, deque
 _FIXED = (type(None), bool, int, float, str, Tensor, torch.dtype, torch.device)
 
 
@@ -167,10 +169,12 @@ class LikeResults:
         return self._recorder, node.op, target, form_of((node.args, node.kwargs), self._forms)
 
 
-def _state(module: nn.Module | None) -> list[list[tuple[str, int]]]:
-    """What a module and its children hold, to see whether a call changes it."""
+def _state(module: nn.Module | None) -> list[list[tuple[str, int, int]]]:
+    """What a module and its children hold, and how much of it, to see whether a call changes it."""
     held = [part for m in (module.modules() if module else ()) for part in (vars(m), m._parameters, m._buffers)]
-    return [[(name, id(value)) for name, value in part.items()] for part in held]
+    return [
+        [(name, id(value), len(value) if isinstance(value, _GROWING) else 0) for name, value in part.items()] for part in held
+    ]
 
 
 def is_in_place(node: fx.Node) -> bool:

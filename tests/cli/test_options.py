@@ -1,14 +1,17 @@
 """The options of the command line: how their text is read."""
 
 import argparse
+import ast
 
 import pytest
+import torch
 
 import papr_fx
 from papr_fx.choose import KeepRatio
 from papr_fx.cli import tune
 from papr_fx.cli.main import main
 from papr_fx.cli.options import merge_of, merging
+from papr_fx.evaluation.subject import ModelSpec, image_subject
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,26 @@ def test_model_kwargs_that_a_model_does_not_take(capsys):
     for option, value in (("--model-kwargs", "depth=1"), ("--num-classes", "3")):
         assert main([*given, "videomae_base", option, value]) == 2
         assert f"{option} is for models of timm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["depth:6"], "argument --model-kwargs: must be NAME=VALUE, such as depth=6, not depth:6"),
+        (["depth=6", "folder"], "must be NAME=VALUE, such as depth=6, not depth=6 folder"),
+        (["pretrained=True"], "pretrained is no further option of timm.create_model here"),
+    ],
+)
+def test_model_kwargs_that_are_refused(given, said, capsys):
+    try:
+        status = main(["tune", "--gmacs", "1", "--model", "vit_tiny_patch16_224", "--model-kwargs", *given])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "shape"), [("64", (3, 64, 64)), ("(64,48)", (3, 64, 48))])
+def test_images_are_as_large_as_the_model_was_made_for(size, shape):
+    spec = ModelSpec("vit_tiny_patch16_224", torch.device("meta"), options={"img_size": ast.literal_eval(size), "depth": 1})
+    assert image_subject(spec).shape == shape

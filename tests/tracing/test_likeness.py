@@ -1,6 +1,7 @@
 """Like modules and nodes are run and judged once: what is found is what each would give by itself."""
 
 import copy
+from collections import deque
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import papr_fx
 from papr_fx.tracing.likeness import form_of, kinds_of_modules
+from papr_fx.tracing.macs import count_macs
 from papr_fx.tracing.results import shared_results
 from papr_fx.tracing.trace import trace
 
@@ -267,3 +269,32 @@ def test_modules_that_differ_in_a_plain_tensor_are_judged_by_themselves():
     model.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 1), Blur(kernel)) for kernel in kernels])
     gm = papr_fx.transform(model.eval(), toy_proposal(), 0.5, example_input=torch.zeros(1, 3, 32, 32))
     assert [site.addition for site in gm.plan.eval.sites] == ["add", "add_2"]
+
+
+class Alternating(nn.Module):
+    """Its layer runs once on odd calls and twice on even ones. It keeps its calls in a container."""
+
+    def __init__(self, calls) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(8, 8), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        getattr(self.calls, "append", getattr(self.calls, "add", None))(len(self.calls))
+        return self.layer(x) if len(self.calls) % 2 else self.layer(self.layer(x))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, calls) -> None:
+        super().__init__()
+        self.inner = Alternating(calls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+@pytest.mark.parametrize("calls", [list, set, deque])
+def test_a_module_whose_containers_grow_is_run_each_time(calls):
+    module = CalledTwice(calls())
+    opaque = trace(module, torch.zeros(1, 4, 8), lambda module, name: False).module(module)
+    assert [node.target for node in opaque.graph.find_nodes(op="call_module")] == ["inner", "inner"]
+    assert count_macs(opaque, torch.zeros(1, 4, 8)) == 3 * 4 * 8 * 8
