@@ -3,7 +3,8 @@
 WEIGHTS and FOLDER, k-NN and probe are those of `benchmarks.trained_vit`; +- is a standard error. Every method gets the
 multiply-accumulates of PaPr at z, its proposal (EfficientNet-Lite0) included; a coarse background takes a little less. Random
 patches are chosen beside the proposal's run, so that they cost the same. Then all take turns and are timed on one thread, eager
-and compiled. Memory is the largest sum of the bytes of activations alive at once, eager.
+and compiled. Memory is the largest sum of the bytes of activations alive at once, eager. What was measured is kept in out/ at
+once: the same command goes on where it was stopped, and a stage of timing starts again.
 
 All methods run as this project's passes, written from the papers (docs/reducers.md), not as their authors' releases.
 """
@@ -11,9 +12,10 @@ All methods run as this project's passes, written from the papers (docs/reducers
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from papr_fx.planning.module import sibling
 from papr_fx.proposals.named import LITE0_STATISTICS, lite0
 from papr_fx.tracing.macs import count_module_macs
 
-from .record import environment, peak_megabytes, write
+from .record import Run, environment, peak_megabytes
 from .saliency_vit import backbone, read_weights
 from .trained_vit import STATISTICS, Judges, Photographs, knn, outputs, probe, with_error
 
@@ -115,6 +117,7 @@ def onnx_export(module: nn.Module, images: Tensor) -> str:
     """Whether ONNX Runtime computes what the module does: "yes", or the reason why not."""
     import onnxruntime
 
+    errors: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # its classes are stated nowhere
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.onnx")
         try:
@@ -122,7 +125,10 @@ def onnx_export(module: nn.Module, images: Tensor) -> str:
             program.save(path)
         except torch.onnx.OnnxExporterError as error:
             return f"no: {first_line(error)}"
-        session: Any = onnxruntime.InferenceSession(path)
+        try:
+            session: Any = onnxruntime.InferenceSession(path)
+        except (errors.NotImplemented, errors.Fail, errors.InvalidGraph) as error:
+            return f"no: {first_line(error)}"
         found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
     expected = module(images)
     error = float((found - expected).abs().max() / expected.abs().max())
@@ -140,25 +146,58 @@ def judges_of(model: nn.Module, train: Photographs, test: Photographs) -> Judges
     return Judges(test.classes, features[:0], classify, features[:0])
 
 
+Row = dict[str, Any]
+
+
 def measure(
-    found: Mapping[str, Candidate], judges: Judges, test: Photographs, *, batch: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Rows: the dense model, and every method at each keep ratio."""
-    images = test.images[:batch]
-    rows: dict[str, dict[str, Any]] = {}
-    for (name, candidate), row in zip(found.items(), accuracies(found, judges, test), strict=True):
-        rows[name] = {"method": name, "GMACs": candidate.macs / 1e9, **row}
+    found: Mapping[str, Candidate],
+    judges: Callable[[], Judges],
+    test: Photographs,
+    how: Run,
+    known: Iterable[Row] = (),
+    save: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Measures the dense model, and every method at each keep ratio.
+
+    Args:
+        found: What is measured, by name.
+        judges: Fits the judges, where they are needed.
+        test: Photographs.
+        how: How many of them are in a batch that is timed, and for how many rounds.
+        known: Rows of a run that was stopped.
+        save: Called with the rows after each stage.
+
+    Returns:
+        A row each.
+    """
+    batch, rounds, images = how.batch, how.rounds, test.images[: how.batch]
+    rows: dict[str, Row] = {name: {"method": name, "GMACs": candidate.macs / 1e9} for name, candidate in found.items()}
+    for row in known:
+        rows[row["method"]] |= row
+
+    def lack(column: str) -> bool:
+        return any(column not in row for row in rows.values())
+
+    if lack("probe"):
+        for name, row in zip(found, accuracies(found, judges(), test), strict=True):
+            rows[name] |= row
+        save([*rows.values()])
     for compiled in (False, True):
         run = "compiled" if compiled else "eager"
+        if not lack(f"{run}, ms"):
+            continue
         settings = TimingSettings(batch_sizes=[batch], compiled=compiled, rounds=rounds)
         with torch.inference_mode(), tqdm(total=len(found) * (rounds + settings.warmup), desc=run, leave=False) as progress:
             for row in benchmark("", found, images, settings, progress=progress.update):
                 rows[row.variant] |= {f"{run}, ms": row.infer_step_time, f"{run}, times": row.speed_up}
+        save([*rows.values()])
     for name, candidate in found.items():
         module = candidate.module
-        rows[name] |= {"MB": peak_megabytes(lambda module=module: module(images)), "breaks": graph_breaks(module, images)}
-        rows[name]["ONNX"] = onnx_export(module, images)
-    return list(rows.values())
+        if "ONNX" not in rows[name]:
+            megabytes, breaks = peak_megabytes(lambda module=module: module(images)), graph_breaks(module, images)
+            rows[name] |= {"MB": megabytes, "breaks": breaks, "ONNX": onnx_export(module, images)}
+            save([*rows.values()])
+    return [*rows.values()]
 
 
 def main() -> None:
@@ -175,14 +214,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    given = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+    record: Row = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    known: list[Row] = record["rows"] if record.get("given") == given else []
+
+    def save(rows: list[Row]) -> None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"given": given, "environment": environment(0), "rows": rows}, indent=2) + "\n")
+
     model = backbone(read_weights(arguments.weights)[0])
     train, test = Photographs.of(arguments.folder / "train"), Photographs.of(arguments.folder / "val", arguments.images)
     found = dict(candidates(model, test.images[:1], arguments.methods, arguments.z))
-    judges = judges_of(model, train, test)
-    rows = measure(found, judges, test, batch=arguments.batch_size, rounds=arguments.rounds)
+    how = Run(arguments.batch_size, arguments.rounds, torch.device("cpu"))
+    rows = measure(found, lambda: judges_of(model, train, test), test, how, known, save)
     print(f"{len(test.images)} images, timed in batches of {arguments.batch_size}; {json.dumps(environment(0))}\n")
     print(tabulate(rows, headers="keys", floatfmt=_FORMATS, tablefmt="github", disable_numparse=[2, 3, 4]))
-    write(arguments.out, rows, seed=0)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import nn
 
 import papr_fx
 from benchmarks import comparison
 from benchmarks.comparison import METHODS, accuracies, candidates, graph_breaks, judges_of, measure, onnx_export
+from benchmarks.record import Run
 from benchmarks.trained_vit import STATISTICS, Photographs
 
 from ..models import Shape, ToyViT, enliven
@@ -100,15 +102,43 @@ def test_exports_are_judged(monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", Doubled)
     assert onnx_export(linear, images) == "no: outputs differ by 1.0e+00"
 
+    def refuse(path):
+        raise Fail("no operator")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    assert onnx_export(linear, images) == "no: Fail: no operator"
+
 
 @pytest.mark.slow
 def test_rows(vit):
     train, test = photographs(12), photographs(9)
     found = dict(candidates(vit, test.images[:1], ["token merging, late"], [0.5]))
-    rows = measure(found, judges_of(vit, train, test), test, batch=2, rounds=2)
+    how, saved = Run(2, 2, torch.device("cpu")), []
+    rows = measure(
+        found, lambda: judges_of(vit, train, test), test, how, save=lambda rows: saved.append([{**row} for row in rows])
+    )
     assert [row["method"] for row in rows] == ["dense", "PaPr, z=0.5", "token merging, late, z=0.5"]
     dense, papr, merged = rows
     assert dense["eager, times"] == dense["compiled, times"] == 1
     assert papr["MB"] < min(dense["MB"], merged["MB"])
     assert [row["breaks"] for row in rows] == [0, 0, 0]
     assert [row["ONNX"] for row in rows] == ["yes", "yes", "yes"]
+    assert "probe" in saved[0][0]
+    assert "eager, ms" not in saved[0][0]
+
+
+@torch.no_grad()
+def test_a_run_that_was_stopped_goes_on(vit, monkeypatch):
+    """Nothing is measured twice, apart from the exports that are missing."""
+    test = photographs(9)
+    found = dict(candidates(vit, test.images[:1], [], [0.5]))
+    measured = {"probe": "1.0", "eager, ms": 1.0, "compiled, ms": 2.0}
+    known = [{"method": "dense", **measured, "ONNX": "yes"}, {"method": "PaPr, z=0.5", **measured}]
+    monkeypatch.setattr(comparison, "graph_breaks", lambda *_: 3)
+    monkeypatch.setattr(comparison, "onnx_export", lambda *_: "no")
+    how, saved = Run(2, 2, torch.device("cpu")), []
+    rows = measure(found, lambda: pytest.fail("fitted again"), test, how, known, saved.append)
+    assert [row["ONNX"] for row in rows] == ["yes", "no"]
+    assert "breaks" not in rows[0]
+    assert rows[1].items() >= {**measured, "breaks": 3}.items()
+    assert len(saved) == 1
