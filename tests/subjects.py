@@ -100,6 +100,7 @@ _SQUARE: dict[str, Any] = {"image": (8, 8), "patch": (2, 2)}
 _PIXELS = {"mode": "pixels"}
 _COARSE = {"background": "coarse"}
 _MERGED = {"merge": _merge("Merge", r=2)}
+_ALL_MERGED = {"merge": _merge("Merge", r=2, blocks="all")}
 _CLIP = 3, 6, 12, 9
 
 SUBJECTS = (
@@ -133,7 +134,7 @@ SUBJECTS = (
         lambda: ToyViT(Shape(depth=4, pool="patches")),
         _TOY,
         0.8,
-        options={"merge": _merge("Merge", r=2, blocks="all")},
+        options=_ALL_MERGED,
     ),
     Subject(
         "ViT, fused tokens",
@@ -224,7 +225,7 @@ SUBJECTS = (
     Subject("tokens times whole numbers, coarse", _attending(lambda: attentions.Numbered(8, 2, True)), _TOY, options=_COARSE),
     Subject("images changed in place, coarse", lambda: embeddings.Rescaled(Shape()), _TOY, options=_COARSE),
     Subject("two embeddings, one of them averaged", lambda: embeddings.Twice(Shape(pool="cls")), _TOY),
-    Subject("rotary table, merged", lambda: positioned(Shape(prefix=1), "rotary"), _TOY, 1.0, options=_MERGED),
+    Subject("rotary table, merged", lambda: positioned(Shape(prefix=1), "rotary"), _TOY, 1.0, options=_ALL_MERGED),
     Subject(
         "ViT, merged late",
         lambda: ToyViT(Shape(depth=4)),
@@ -241,7 +242,7 @@ SUBJECTS = (
         lambda: embeddings.Skips(Shape()),
         _TOY,
         1.0,
-        options={"merge": _merge("Merge", r=2, blocks="all")},
+        options=_ALL_MERGED,
     ),
     Subject("patches normalised together", lambda: traps.Normalised(Shape()), _TOY),
     Subject("embeddings that are read twice", lambda: traps.Decoding(Shape()), _TOY),

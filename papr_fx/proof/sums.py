@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -91,7 +91,7 @@ class _Follower:
     def __init__(self, reduction: Reduction, prefix: int, suffix: int, grid: tuple[int, ...], places: Tensor) -> None:
         self.options: dict[str, Any] = {**vars(reduction), "prefix": prefix, "suffix": suffix, "grid": grid}
         self.reduction = reduction
-        self.removed: dict[int, tuple[int, bool]] = {}  # how many, and whether all that can, by number among the chosen blocks
+        self.removed: dict[int, tuple[int, int]] = {}  # how many, and of how many patches, by number among the chosen blocks
         self.owes = ""  # a pick whose tokens are still to be summed
         self.sizes: Tensor | None = None
         self.places = places
@@ -132,7 +132,7 @@ class _Follower:
             wanted = numbers[0] if isinstance(self.reduction.r, int) else numbers[place]
             if removed != min(wanted, patches // 2):
                 raise VerifyError(f"merging: `{node.name}` removes {removed} of {patches} patches, not {wanted}")
-        self.removed[place] = removed, removed == patches // 2
+        self.removed[place] = removed, patches
         self._is_paid()
         drops = isinstance(self.reduction, TokenFusion) and place < self.reduction.linear_from
         self.owes = "" if drops or isinstance(self.reduction, AttentionPruning) else node.name
@@ -149,13 +149,21 @@ class _Follower:
         wanted = [place for place in range(sites) if numbers[0 if isinstance(self.reduction.r, int) else place]]
         if self.reduction.schedule == "constant" and [*self.removed] != wanted:
             raise VerifyError(f"merging: tokens are reduced at the sites {[*self.removed]}, not {wanted}")
-        for (amount, _), (later, most) in pairwise(self.removed.values()):
-            fewer, more = later < amount and not most, later > amount
-            if {"late": fewer, "share": more}.get(self.reduction.schedule, False):
-                amounts = [amount for amount, _ in self.removed.values()]
-                raise VerifyError(
-                    f"merging: {amounts} tokens are removed, which is not the schedule {self.reduction.schedule!r}"
-                )
+        if self.reduction.schedule != "constant" and not self._is_spread(sites):
+            amounts = [amount for amount, _ in self.removed.values()]
+            raise VerifyError(f"merging: {amounts} tokens are removed, which is not the schedule {self.reduction.schedule!r}")
+
+    def _is_spread(self, sites: int) -> bool:
+        """Whether one factor gives all amounts, rounded: times the square of the place, or times the patches."""
+        late = self.reduction.schedule == "late"
+        low, high = 0.0, inf
+        for place in range(sites) if late else self.removed:
+            amount, patches = self.removed.get(place, (0, 2))
+            weight = (place + 1) ** 2 if late else patches
+            low = max(low, (amount - 0.5) / weight)
+            if amount < patches // 2:  # no block removes more
+                high = min(high, (amount + 0.5) / weight)
+        return low <= high
 
     def _check_sizes(self, node: fx.Node, sizes: Tensor | None) -> None:
         right = sizes is None if self.sizes is None else sizes is not None and _close(sizes, self.sizes)

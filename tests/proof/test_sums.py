@@ -146,6 +146,7 @@ OTHERS = [
     (papr_fx.Merge(**ALL, proportional=False), papr_fx.Merge(**ALL), "does not weigh tokens"),
     (papr_fx.Merge([1, 0, 1], "all"), papr_fx.Merge([1, 1, 1], "all"), "at the sites"),
     (papr_fx.Merge(2, "all", schedule="late"), papr_fx.Merge(2, "all", schedule="share"), "not the schedule 'share'"),
+    (papr_fx.Merge(2, "all"), papr_fx.Merge(2, "all", schedule="late"), "not the schedule 'late'"),
     (papr_fx.Merge([3, 2, 1], "all"), papr_fx.Merge(2, "all", schedule="late"), "not the schedule 'late'"),
     (peers.TokenFusion(2, linear_from=1), peers.TokenFusion(2, linear_from=2), "merges what is to be dropped"),
     (peers.TokenFusion(2, linear_from=3), peers.TokenFusion(2, linear_from=2), "is dropped, not merged"),
