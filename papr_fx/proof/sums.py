@@ -155,11 +155,12 @@ class _Follower:
 
     def _is_spread(self, sites: int) -> bool:
         """Whether one factor gives all amounts, rounded: times the square of the place, or times the patches."""
-        late = self.reduction.schedule == "late"
+        left = next((patches for _, patches in self.removed.values()), 0)
         low, high = 0.0, inf
-        for place in range(sites) if late else self.removed:
-            amount, patches = self.removed.get(place, (0, 2))
-            weight = (place + 1) ** 2 if late else patches
+        for place in range(sites):
+            amount, patches = self.removed.get(place, (0, left))
+            left = patches - amount
+            weight = (place + 1) ** 2 if self.reduction.schedule == "late" else max(1, patches)
             low = max(low, (amount - 0.5) / weight)
             if amount < patches // 2:  # no block removes more
                 high = min(high, (amount + 0.5) / weight)

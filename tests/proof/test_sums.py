@@ -1,14 +1,18 @@
 """What becomes of merged and dropped tokens, against the definitions of the papers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import papr_fx
 from papr_fx import ops, peers
+from papr_fx.passes.schedules import Start, Work, left_after, spread_amounts
 from papr_fx.proof import sums
 from papr_fx.proof.case import Case
 
@@ -191,3 +195,17 @@ class Deciding(ToyViT):
 def test_attention_of_others_than_tokens(name):
     model = enliven(Deciding()).eval()
     papr_fx.transform(model, toy_proposal(), 0.9, merge=REDUCTIONS[name])
+
+
+@given(
+    st.sampled_from(["late", "share"]),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.lists(st.builds(Work, st.floats(1, 1e4), st.floats(0, 50)), min_size=1, max_size=24),
+)
+def test_every_schedule_passes(schedule, r, patches, work):
+    amounts = spread_amounts(schedule, r, Start(patches, 1), work)
+    before = [patches, *left_after(amounts, patches)]
+    removed = {place: (amount, before[place]) for place, amount in enumerate(amounts) if amount}
+    run = SimpleNamespace(reduction=SimpleNamespace(schedule=schedule), removed=removed)
+    assert sums._Follower._is_spread(run, len(work))
