@@ -66,7 +66,7 @@ def build_map(saliency: Saliency, halves: Halves, sample: Tensor, name: str) -> 
     """
     axis = halves.channel_axis
     if saliency == "random":
-        return _Random(axis)
+        return Chance(axis)
     if axis is None:
         if saliency != "psm":
             raise ProposalError(f"saliency: the proposal ({name}) returns one map, so there are no features to weigh")
@@ -115,7 +115,7 @@ class Mean(nn.Module):
         return features.mean(self.axis, dtype=wide(features))
 
 
-class _Random(nn.Module):
+class Chance(nn.Module):
     """Scores that do not depend on what a position shows, the same at each call for the same image."""
 
     def __init__(self, axis: int | None) -> None:

@@ -114,16 +114,17 @@ def test_the_transform_itself_refuses(monkeypatch):
 
 def test_a_map_that_is_no_mean(monkeypatch):
     monkeypatch.setattr(saliency.Mean, "forward", lambda self, features, *_: features.amax(self.axis))
-    assert "the mean of the features" in failures(case_of(ToyViT(Shape())))["choice"]
+    assert "that of each image by itself" in failures(case_of(ToyViT(Shape())))["choice"]
 
 
 @pytest.mark.parametrize("size", [16, (12, 20)])
-def test_the_map_of_images_at_another_size_with_other_statistics(size, monkeypatch):
+@pytest.mark.parametrize("of_features", ["psm", lambda features: features.amax(1)], ids=["mean", "maximum"])
+def test_the_map_of_images_at_another_size_with_other_statistics(size, of_features, monkeypatch):
     stats = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), ((0.0, 0.1, 0.0), (1.0, 0.9, 0.8))
-    case = case_of(ToyViT(Shape()), proposal_size=size, input_stats=stats)
+    case = case_of(ToyViT(Shape()), proposal_size=size, input_stats=stats, saliency=of_features)
     choice.check(case)
     case.root.papr_proposal.shift = None
     choice.check(case)  # neither uses it
     case.root.papr_proposal.scale, real = None, network.SignificanceNet.forward
     monkeypatch.setattr(network.SignificanceNet, "forward", lambda self, images: real(self, images + 0.1 * images.square()))
-    assert "the mean of the features" in failures(case)["choice"]
+    assert "that of each image by itself" in failures(case)["choice"]
