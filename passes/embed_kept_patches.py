@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..dataflow.patch_probe import Stream, mixed_patches
-from ..ops import embed_patches, embed_quads, is_touching, kept_patches, patch_grid
+from ..ops import embed_patches, embed_quads, is_touching, patch_grid
 from ..tracing.checkpoints import regions_of
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import ancestors, descendants, nodes_by_name, shape_of
@@ -47,7 +47,7 @@ from ..tracing.roles import tag
 from ..tracing.trace import OpenError
 from .coarsen_background import Coarsened
 from .kinds import Kind
-from .prune_tokens import TokenSite
+from .prune_tokens import TokenSite, patches_of
 from .splice_proposal import Sizes, read_sizes
 
 
@@ -109,11 +109,8 @@ def runtime_grid(graph: fx.Graph, found: Embedding) -> Sizes:
 def rewrite(graph: fx.Graph, found: Embedding, site: TokenSite, keep: fx.Node, coarsened: Coarsened | None = None) -> None:
     """Puts the embedding of the kept patches in the convolution's place, and in that of its copy for a coarse background."""
     conv = nodes_by_name(graph)[found.node]
+    patches = patches_of(graph, site.rows, keep)
     with graph.inserting_before(conv):
-        patches = keep
-        if site.rows.others:
-            ends = (site.rows.prefix, site.rows.suffix) if site.rows.suffix else (site.rows.prefix,)
-            patches = graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_embedded")
         module = graph.create_node("get_attr", str(conv.target), name="papr_convolution")
         arguments = (_images(conv), patches, module)
         if coarsened is None:

@@ -42,7 +42,7 @@ from ..ops.rows import Span
 from ..tracing.graphs import nodes_by_name
 from ..tracing.roles import tag
 from .kinds import Kind
-from .prune_tokens import TokenSite
+from .prune_tokens import TokenSite, patches_of
 
 
 def find_sites(
@@ -91,13 +91,15 @@ def _kept_by_span(graph: fx.Graph, repairs: Repairs, site: TokenSite, keep: fx.N
     used |= {patches} if repairs.views else set()
     counted = {Span(): keep}
     for span in site.rows.spans:
-        if span in used and span not in counted:
-            name = "papr_patches" if span == patches else "papr_without_prefix" if span.first else "papr_without_suffix"
+        if span not in used or span in counted:
+            continue
+        if span == patches:
+            counted[span] = patches_of(graph, site.rows, keep)
+        else:
+            name = "papr_without_prefix" if span.first else "papr_without_suffix"
             ends = (span.first, span.behind) if span.behind else (span.first,)
             with graph.inserting_after(keep):
                 counted[span] = graph.create_node("call_function", kept_patches, (keep, *ends), name=name)
-            if span == patches:
-                tag(counted[span], Kind.PATCHES)
     return counted
 
 

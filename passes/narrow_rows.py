@@ -48,6 +48,8 @@ from .kinds import Kind
 from .prune_tokens import TokenSite
 from .split_layers import SplitSite
 
+_SLICES = frozenset({"getitem", "narrow", "select"})
+
 
 @dataclass(frozen=True)
 class NarrowSite:
@@ -113,7 +115,8 @@ def find_sites(
             raise OpenError(asked, f"`{min(asked)}` cannot be traced through")
         inside = [node for node in nodes.values() if found.holds_rows(node) and _in_block(node, blocks)]
         if inside:
-            sites = tuple(_site(found.readers[node]) for node in nodes.values() if node in found.readers)
+            readers = [found.readers[node] for node in nodes.values() if node in found.readers]
+            sites = tuple(_site(reader) for reader in readers if not _slices(reader, found))
             block = block_of(inside[0], blocks) or str(inside[0].target)
             return Narrowing(sites, count, block, splits=_splits(root, found, site.stream))
         reason = _reason(found, reason)
@@ -157,6 +160,14 @@ def rewrite(graph: fx.Graph, found: Narrowing) -> None:
 
 def _site(reader: RowReader) -> NarrowSite:
     return NarrowSite(reader.node.name, reader.arguments, reader.axis is not None, reader.place)
+
+
+def _slices(reader: RowReader, found: RowsRead) -> bool:
+    """Whether a node takes a slice itself, of a value that stays whole: one in front of it would spare nothing."""
+    values = leaves_of((reader.node.args, reader.node.kwargs))
+    return called(reader.node) in _SLICES and not any(
+        isinstance(value := values[place], fx.Node) and found.holds_rows(value) for place, _ in reader.arguments
+    )
 
 
 def _splits(root: nn.Module, found: RowsRead, stream: fx.Node) -> tuple[SplitSite, ...]:

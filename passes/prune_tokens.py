@@ -32,11 +32,11 @@ from torch import fx
 
 from ..dataflow.grids import Flattening, flattening_of, image_rank
 from ..errors import NoSiteError
-from ..ops import TokenRows, count_windows, gather_tokens
+from ..ops import TokenRows, count_windows, gather_tokens, kept_patches
 from ..tracing.blocks import block_calls
 from ..tracing.fakes import TRACED_BATCH
 from ..tracing.graphs import descendants, shape_of
-from ..tracing.roles import has_role
+from ..tracing.roles import find_all, has_role, tag
 from ..tracing.sequence_first import batch_first
 from .kinds import Kind
 from .splice_proposal import read_sizes
@@ -181,6 +181,17 @@ def rewrite(graph: fx.Graph, site: TokenSite, keep: fx.Node, joined: fx.Node | N
         return user not in (tokens, joined) and not has_role(user, Kind.DENSE_COUNT)
 
     site.stream.replace_all_uses_with(tokens, delete_user_cb=reads_later)
+
+
+def patches_of(graph: fx.Graph, rows: TokenRows, keep: fx.Node) -> fx.Node:
+    """The kept patches (B, k) among the kept tokens, from 0 on: one node, whichever pass asks first."""
+    if not rows.others:
+        return keep
+    if known := find_all(graph, Kind.PATCHES):
+        return known[0]
+    ends = (rows.prefix, rows.suffix) if rows.suffix else (rows.prefix,)
+    with graph.inserting_after(keep):
+        return tag(graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_patches"), Kind.PATCHES)
 
 
 def no_tokens(nearest_miss: str) -> NoSiteError:

@@ -32,11 +32,12 @@ from torch import fx
 
 from ..dataflow.layouts import set_grid
 from ..dataflow.repairs import PlaceSite
-from ..ops import TokenRows, fill_nearest, kept_patches, map_places, restore_places, token_places
+from ..ops import TokenRows, fill_nearest, map_places, restore_places, token_places
 from ..tracing.checkpoints import lay_inside, regions_of
 from ..tracing.graphs import called, nodes_by_name
-from ..tracing.roles import find_all, tag
+from ..tracing.roles import tag
 from .kinds import Kind
+from .prune_tokens import patches_of
 from .splice_proposal import Sizes
 
 # What dropped places hold.
@@ -89,11 +90,7 @@ def rewrite(graph: fx.Graph, sites: tuple[PlaceSite, ...], places: Places) -> No
 def _index(graph: fx.Graph, places: Places) -> fx.Node:
     """The token of each place of the grid, (B, n)."""
     rows, grid, keep = places.rows, places.grid, places.keep
-    (patches,) = find_all(graph, Kind.PATCHES) or ((keep,) if not rows.others else (None,))
-    with graph.inserting_after(patches or keep):
-        if patches is None:
-            ends = (rows.prefix, rows.suffix) if rows.suffix else (rows.prefix,)
-            patches = graph.create_node("call_function", kept_patches, (keep, *ends), name="papr_patches")
+    patches = patches_of(graph, rows, keep)
     place, ends = (token_places, (rows.suffix,)) if places.coarse else (map_places, ())
     with graph.inserting_after(patches):
         index = tag(graph.create_node("call_function", place, (patches, grid, *ends), name="papr_places"), Kind.PLACES)

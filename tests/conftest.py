@@ -1,6 +1,7 @@
 """Settings of the suite: one thread a worker, repeatable hypothesis runs, `--accept` for golden files."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ collect_ignore = list(LEFT_OUT)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--accept", action="store_true", help="rewrite the golden files")
+    parser.addoption("--accept", action="store_true", help="rewrite the golden files, all of them")
     parser.addoption("--all", action="store_true", help="run slow sweeps too")
 
 
@@ -37,10 +38,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--all"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    if config.getoption("--all") or config.getoption("--accept"):
+        return
+    counts: Counter[str] = Counter()
+    left = [item for item in items if not _is_quick(item, counts)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in {*left}]
+
+
+def _is_quick(item: pytest.Item, counts: Counter[str]) -> bool:
+    """Whether a test runs without `--all`. Of those marked `one_in(n)` the first, the n-th after it, and so on do."""
+    if item.get_closest_marker("slow"):
+        return False
+    sampled = item.get_closest_marker("one_in")
+    if not sampled:
+        return True
+    name = item.nodeid.partition("[")[0]
+    counts[name] += 1
+    return counts[name] % sampled.args[0] == 1
 
 
 @pytest.fixture(autouse=True)

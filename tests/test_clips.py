@@ -20,6 +20,7 @@ from .oracles import at_first_block, attention_without, kept_by_hand, kept_token
 PREFIX = {"VideoMAEForVideoClassification": 0, "VivitForVideoClassification": 1}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PREFIX)
 @pytest.mark.parametrize("proposal", [clip_proposal, toy_proposal], ids=["whole clips", "each frame"])
 @torch.no_grad()

@@ -129,6 +129,7 @@ def built(make, size: tuple[int, int]) -> tuple[nn.Module, Tensor]:
     return enliven(make()).double().eval(), torch.randn(2, 3, *size, dtype=torch.float64)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
 @torch.no_grad()
 def test_token_models(name):
@@ -183,6 +184,7 @@ PIXELS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if "Swin" in n else []) for n in PIXELS])
 @torch.no_grad()
 def test_pixel_models(name):

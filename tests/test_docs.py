@@ -176,7 +176,7 @@ def small_tables(monkeypatch):
     monkeypatch.setitem(paper.TABLES, "mae-b-small", table)
 
 
-SLOW = ("evaluation.md", "models.md", "reading-diffs.md", "training.md", "video.md")
+SLOW = ("evaluation.md", "models.md", "reading-diffs.md", "training.md", "video.md", "your-model.md")
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's reader

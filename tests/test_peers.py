@@ -12,6 +12,7 @@ from .models import Shape, ToyViT, images, toy_proposal
 from .passes.test_pixels import FAMILIES
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("background", ["keep", "zero"])
 @pytest.mark.parametrize("name", ["ConvNeXt", "ConvNeXt, 1x1 convolutions", "Swin", "torchvision Swin"])
 @torch.no_grad()

@@ -14,7 +14,18 @@ import papr_fx
 from .site import Site
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("index", "serve", "dense", "video", "training", "evaluation", "deployment", "reading-diffs", "write-a-pass")
+TASKS = (
+    "index",
+    "your-model",
+    "serve",
+    "dense",
+    "video",
+    "training",
+    "evaluation",
+    "deployment",
+    "reading-diffs",
+    "write-a-pass",
+)
 
 
 def build(folder, *options):

@@ -49,6 +49,7 @@ def build(name: str, **options: object) -> nn.Module:
     return enliven(kind._from_config(kind.config_class(**SMALL, **PATCH_16, **options))).double().eval()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_features_of_kept_tokens(name):
@@ -78,6 +79,7 @@ def test_features_of_kept_tokens(name):
 QUICK = ("ViTForImageClassification", "DeiTForImageClassificationWithTeacher", "Data2VecVisionForImageClassification")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSIFIERS])
 @torch.no_grad()
 def test_classifiers(name):
@@ -115,6 +117,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("argument", OTHERS)
 @torch.no_grad()
 def test_arguments_of_a_graph(argument):

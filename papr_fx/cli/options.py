@@ -201,7 +201,7 @@ def add_data(command: argparse.ArgumentParser, *, optional: bool = False) -> Non
         "--workers",
         "-j",
         type=nonnegative_int,
-        default=min(4, os.cpu_count() or 1),
+        default=min(4, _cores()),
         help="processes that read samples (default: %(default)s)",
     )
     command.add_argument("--channels-last", action="store_true", help="use the channels-last memory layout")
@@ -282,3 +282,8 @@ def add_random(command: argparse.ArgumentParser) -> None:
         help="do not measure a random map beside the chosen one; that tells whether the map helps on these data (tune: with "
         "--max-drop) and costs one more run of the pruned model for each image and keep ratio",
     )
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -57,6 +57,8 @@ def run_tune(arguments: argparse.Namespace) -> None:
         print(UNLEARNT)
     print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
     if isinstance(loader, _Subsample):
+        if arguments.max_drop is not None and arguments.max_drop * loader.count < 1:
+            print(_too_fine(arguments.max_drop, loader.count))
         print_failed(sorted(loader.failed))
 
 
@@ -77,6 +79,14 @@ def _print_curve(z: KeepRatio, name: str, subject: Subject) -> None:
         print(f"z={', '.join(where)}: {sentence}")
 
 
+def _too_fine(drop: float, count: int) -> str:
+    """Says that so few samples cannot show a drop as small as that."""
+    return (
+        f"note: of {count} samples one is {100 / count:.2f} points, more than the {100 * drop:g} of --max-drop: z holds for "
+        "these samples, and says little of others; try more of them (--samples)"
+    )
+
+
 def _of_samples(versus: Versus, subject: Subject) -> Versus:
     """Views of one video tell no more than one of them in the worst case, so they count as one sample together."""
     views = subject.shape[0] if subject.views else 1
@@ -88,7 +98,7 @@ class _Subsample:
 
     def __init__(self, arguments: argparse.Namespace, subject: Subject) -> None:
         data = samples_of(arguments, subject)
-        count = min(len(data), arguments.samples)
+        self.count = count = min(len(data), arguments.samples)
         indices = [place * (len(data) - 1) // max(1, count - 1) for place in range(count)]
         self.batches = DataLoader(Subset(data, indices), batch_size(arguments, subject), num_workers=arguments.workers)
         self.views = subject.views

@@ -15,7 +15,7 @@ from timm.models import load_checkpoint
 from torch import nn
 
 from ..errors import ArgumentError, PaprError, ProposalError
-from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, is_timm_name, lite0
+from ..proposals.named import LITE0, LITE0_STATISTICS, create_network, is_timm_name, lite0, near_names
 from ..proposals.statistics import InputStats, Statistics, statistics_of
 
 VIDEO_MODELS = {
@@ -29,6 +29,7 @@ VIDEO_MODELS = {
 }
 
 _UNPACKED, _SMALL = 20, 100_000_000  # times, and bytes
+_LONG = 500  # characters of a message
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def image_model(name: str, *, pretrained: bool, checkpoint: str = "", **options:
     if not is_timm_name(name):
         raise ArgumentError(
             f"timm knows no model named {name!r}; `python -c 'import timm; print(timm.list_models())'` lists them, and "
-            "hf-hub:OWNER/NAME or local-dir:FOLDER names one that timm saved"
+            f"hf-hub:OWNER/NAME or local-dir:FOLDER names one that timm saved{near_names(name)}"
         )
     if checkpoint and not Path(checkpoint).is_file():
         raise ArgumentError(f"there is no checkpoint {checkpoint}")
@@ -93,7 +94,15 @@ def _loading(failed: str, kind: type[PaprError] = ArgumentError) -> Generator[No
     except PaprError:
         raise
     except Exception as error:
-        raise kind(f"{failed}: {type(error).__name__} {error}") from error
+        raise kind(f"{failed}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without long lists of names."""
+    if "weights_only" in str(error) and "global" in str(error):  # of torch, or of timm around it
+        return "it holds more than tensors, as a saved module does, and its code is not run: save module.state_dict() instead"
+    said = f"{type(error).__name__} {error}"
+    return said if len(said) <= _LONG else f"{said[:_LONG].rsplit(maxsplit=1)[0]} ..."
 
 
 def video_model(name: str, *, pretrained: bool) -> VideoModel:

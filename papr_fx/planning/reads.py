@@ -37,7 +37,7 @@ def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
     try:
         propagate(traced.scratch_root(model), graph, images, batch=batch)
     except TraceError as error:
-        names = ", ".join(f"`{node.name}`" for node in reads)
+        names = ", ".join(map(_named, reads))
         raise TraceError(
             f"the forward of {name} does not run on {batch} images as it does on {TRACED_BATCH}. It reads {names} as a Python "
             f"number or length, {_HINT}: {error}"
@@ -46,7 +46,7 @@ def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
     for node in reads:
         if changed[node.name] != fixed_value(node):
             raise TraceError(
-                f"the forward of {name} reads `{node.name}` as a Python number or length ({fixed_value(node)} for "
+                f"the forward of {name} reads {_named(node)} as a Python number or length ({fixed_value(node)} for "
                 f"{TRACED_BATCH} images, {changed[node.name]} for {batch}), {_HINT}"
             )
 
@@ -72,12 +72,17 @@ def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[
             remove_dead_code(pruned, lambda node, names=names: node.name in names)  # blocks whose tokens nobody reads too
             propagate(root, pruned, gm.example())
         except TraceError as error:
-            names = ", ".join(f"`{node.name}`" for node in reads)
+            names = ", ".join(map(_named, reads))
             raise NoSiteError(f"the forward of {gm.plan.name} reads {names} as a Python number or length, {_HINT}") from error
         after = {node.name: fixed_value(node) for node in pruned.nodes}
         for node, value in before.items():
             if after.get(node.name, value) != value:  # a pass may have replaced it
                 raise NoSiteError(
-                    f"the forward of {gm.plan.name} reads `{node.name}` as a Python number or length ({value} with all tokens, "
-                    f"{after[node.name]} pruned), {_HINT}"
+                    f"the forward of {gm.plan.name} reads {_named(node)} as a Python number or length "
+                    f"({value} with all tokens, {after[node.name]} pruned), {_HINT}"
                 )
+
+
+def _named(node: fx.Node) -> str:
+    """A node, and where code reads its value."""
+    return f"`{node.name}` ({node.meta['read']})"

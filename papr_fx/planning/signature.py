@@ -123,8 +123,12 @@ class Signature:
 
     def check_size(self, images: object) -> None:
         """Raises `ArgumentError` for images of another size than the graph holds for."""
-        if not self.sides or not isinstance(images, Tensor) or images.ndim <= max(self.axes):  # the model says what is wrong
+        if not self.sides or not isinstance(images, Tensor):
             return
+        if images.ndim != 1 + max(self.axes):
+            raise ArgumentError(
+                f"{self.model} takes a batch of images with {1 + max(self.axes)} axes, not a tensor {tuple(images.shape)}"
+            )
         sides = tuple(images.shape[axis] for axis in self.axes)
         if not self._takes(sides):
             others = f" and others of {math.prod(self.grid)} patches" if self.grid else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -68,9 +69,16 @@ def create_network(name: str, *, pretrained: bool) -> nn.Module:
 
         if name in _PYTORCHVIDEO and (build := getattr(hub, name, None)):
             return _with_statistics(build(pretrained=pretrained), *PYTORCHVIDEO_STATISTICS)
-    near = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise ProposalError(f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{hint}")
+    raise ProposalError(
+        f"proposal: timm, torchvision and pytorchvideo, where installed, know no network named {name!r}{near_names(name)}"
+    )
+
+
+def near_names(name: str) -> str:
+    """Models of timm whose names hold this one, or are spelt much like it, to be added to a message."""
+    start, known = name.partition(".")[0], timm.list_models()
+    near = [other for other in known if start and start in other][:5] or get_close_matches(start, known, 3, 0.8)
+    return f"; near: {', '.join(near)}" if near else ""
 
 
 def lite0() -> nn.Module:

@@ -8,7 +8,10 @@ that the caller can refuse it.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor, fx
@@ -70,8 +73,8 @@ class ValueProxy(fx.Proxy):
         return self // other, self % other
 
     def _read(self) -> None:
-        """Marks that Python code reads this value: whatever it computes from it is a constant of the graph."""
-        self.node.meta["read"] = True
+        """Marks where Python code reads this value: whatever it computes from it is a constant of the graph."""
+        self.node.meta["read"] = place()
 
     def _number(self) -> float:
         self._read()
@@ -99,3 +102,11 @@ class ValueAttribute(ValueProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
+
+
+def place() -> str:
+    """Where the model's code is that runs now: file and line."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("papr_fx", "torch"):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame else "unknown"

@@ -26,7 +26,7 @@ from .graphs import annotate, attribute, leaves_of
 from .joins import RecordJoins
 from .opened_modules import opened_modules
 from .own_names import OwnNames
-from .proxies import ValueProxy
+from .proxies import ValueProxy, place
 from .results import LikeResults, Result, is_in_place
 from .whole_numbers import stand_in
 
@@ -76,7 +76,7 @@ class ValueTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         known = cast(ValueProxy, obj).known
-        obj.node.meta["read"] = True
+        obj.node.meta["read"] = place()
         if isinstance(known, Tensor):
             raise TraceError(f"a branch depends on the content of the image: `if {obj.node.name}` (a tensor)")
         return bool(known)
@@ -115,7 +115,7 @@ class ValueTracer(fx.Tracer):
         proxies: dict[str, fx.Proxy] = {}
         kinds = {kind.__name__: stand_in(kind, partial(self._converted, kind)) for kind in (int, float)}
         self._kinds = {kinds[kind.__name__]: kind for kind in (int, float)}
-        own = OwnNames(self._named, kinds)
+        own = OwnNames(self._named, {**kinds, "len": self._length})
         modules = opened_modules(model, self._called, lambda name, t: self.getattr(name, t, proxies), own)
         with symbolic_tracing(), self._checkpoints.watched(), modules:
             forward, args = self.create_args_for_root(
@@ -155,6 +155,12 @@ class ValueTracer(fx.Tracer):
         if not isinstance(value, ValueProxy) or isinstance(value.known, Tensor) or self.evaluating:
             return None
         return self.create_proxy("call_function", kind, (value,), {})
+
+    def _length(self, value: Any) -> Any:
+        """`len` of a traced tensor is its first size, recorded: Python would ask for a number. Of other values it is `len`."""
+        if isinstance(value, ValueProxy) and isinstance(value.known, Tensor) and value.known.ndim and not self.evaluating:
+            return value.size(0)
+        return len(value)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.evaluating:

@@ -79,6 +79,7 @@ def test_files_that_hold_no_image(write, reason, model, tmp_path, capsys):
     assert re.search(f"cannot read an image from {path}: .*{reason}", capsys.readouterr().err)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_an_image_model_is_shown_the_first_frame_of_an_animation(suffix, tmp_path, capsys):
     path, out = tmp_path / f"animated.{suffix}", tmp_path / "shown.png"
@@ -147,6 +148,7 @@ def test_photographs_are_shown_upright(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["diff", "vit_of_my_own"], "timm knows no model named 'vit_of_my_own'"),
+        (["diff", "vit_smal_patch16_224"], "that timm saved; near: vit_small_patch16_224"),
         (["diff", "vit_tiny_patch16_224", "--proposal", "net_of_my_own"], "know no network named 'net_of_my_own'"),
         (["diff", "vit_tiny_patch16_224", "--z", "1.5"], "must lie in (0, 1]"),
         (["diff", "vit_tiny_patch16_224", "--proposal", "vit_tiny_patch16_224"], "no significance map"),

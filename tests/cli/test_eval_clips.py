@@ -15,6 +15,7 @@ from papr_fx.video import average_views
 from ..labelled_clips import MEAN, STD, WORDS, views_of
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_videos_are_counted_by_the_mean_of_their_views(labelled_clips, tmp_path, batch_size, capsys):
     torch.save(timm_state(), tmp_path / "proposal.pth")

@@ -50,6 +50,9 @@ def test_tune_says_where_the_map_is_no_better(labelled, monkeypatch, capsys):
     assert asked["random"]
     assert main([*given, "--no-random"]) == 0
     assert not asked["random"]
+    assert "note: of" not in capsys.readouterr().out
+    assert main([*given[:-1], "0.02"]) == 0
+    assert "note: of 41 samples one is 2.44 points, more than the 2 of --max-drop: z holds for" in capsys.readouterr().out
 
 
 def test_views_of_a_video_count_as_one_sample(capsys):
@@ -83,6 +86,7 @@ def test_tune_names_what_it_left_out(damaged, capsys, monkeypatch):
     assert "tune runs on one process" in capsys.readouterr().err
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("target", [["--gmacs", "0.02"], ["--max-drop", "0.5"], ["--max-drop", "0.9", "--no-labels"]])
 def test_tune(labelled, target, capsys):
     given = ["tune", labelled, *weights(labelled), "--workers", 0, "--batch-size", 4, "--samples", 9, *target]

@@ -50,6 +50,7 @@ def marks(name):
     return [ROPE_IN_FLOAT64] * (name == "vit_small_patch16_rope_mixed_224") + [pytest.mark.slow] * (name in SLOW)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TIMM])
 def test_timm_models_with_positions_in_their_blocks(name):
     model = timm.create_model(name, **{**SMALL, **TIMM[name]})

@@ -41,6 +41,17 @@ def test_archives_that_fill_the_memory(tmp_path, monkeypatch):
             load()
 
 
+def test_files_that_hold_something_else_are_named_shortly(tmp_path):
+    checkpoint = str(tmp_path / "a.pth")
+    torch.save(timm.create_model("test_vit"), checkpoint)
+    with pytest.raises(papr_fx.ArgumentError, match=r"a\.pth: it holds more than tensors, .* save module\.state_dict\(\)"):
+        models.image_model("test_vit", pretrained=False, checkpoint=checkpoint)
+    torch.save(timm.create_model("test_resnet").state_dict(), checkpoint)
+    with pytest.raises(papr_fx.ArgumentError, match=r"(?s)a\.pth: RuntimeError Error.* Missing key.* \.\.\.$") as refusal:
+        models.image_model("test_vit", pretrained=False, checkpoint=checkpoint)
+    assert len(str(refusal.value)) < 700
+
+
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b"\xff" * 8 + content[8:], lambda _: b""])
 def test_a_folder_of_timm_with_damaged_weights(damage, tmp_path):
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path, safe_serialization=True)
@@ -94,6 +105,6 @@ def test_a_damaged_folder_of_transformers(file, content, saved_video_model, tmp_
 def test_checkpoints_run_no_code(tmp_path):
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save({"a": Evil(tmp_path / "mark")}, tmp_path / "a.pth", **options)
-        with pytest.raises(papr_fx.ArgumentError, match="weights_only"):
+        with pytest.raises(papr_fx.ArgumentError, match="its code is not run|weights_only"):
             models.image_model("test_vit", pretrained=False, checkpoint=str(tmp_path / "a.pth"))
     assert not (tmp_path / "mark").exists()

@@ -83,6 +83,7 @@ def marks(name):
     return [TIMM_ON_META] * name.startswith("timm") + [pytest.mark.slow] * (name not in QUICK)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("row", [pytest.param(row, id=name, marks=marks(name)) for name, row in FIRST.items()])
 def test_one_of_every_family(row):
     found = again(row)

@@ -24,6 +24,7 @@ def swin() -> nn.Module:
     return enliven(model).double().eval()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("background", ["keep", "zero"])
 @torch.no_grad()
 def test_pixel_operators_equal_the_masked_model(background):

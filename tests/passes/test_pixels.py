@@ -38,6 +38,7 @@ def backgrounds():
             yield pytest.param(name, background, marks=marks, id=f"{name}-{background}")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "background"), [*backgrounds()])
 @torch.no_grad()
 def test_masked_branch(name, background):

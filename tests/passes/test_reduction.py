@@ -87,6 +87,7 @@ PEERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("z", [1, 0.6])
 @pytest.mark.parametrize(
     ("name", "prefix"),
@@ -172,6 +173,7 @@ MODELS = {
 QUICK = ("class token", "average", "registers", "attention pooling", "torchvision", "transformers DINOv2")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS])
 @torch.no_grad()
 def test_models(name):

@@ -152,6 +152,7 @@ MEANS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", MEANS)
 @torch.no_grad()
 def test_ways_to_average(name):

@@ -43,6 +43,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
 def test_layouts(name):

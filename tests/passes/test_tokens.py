@@ -122,6 +122,7 @@ TIMM = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", TIMM.values(), ids=TIMM.keys())
 def test_timm_vits(options):
     model = timm.create_model("vit_tiny_patch16_224", **{"depth": 2, "img_size": 64, **options})
@@ -129,6 +130,7 @@ def test_timm_vits(options):
     assert found.hidden_keys < 1e-9
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -156,6 +158,7 @@ def test_distilled_model_counts_both_prefix_tokens():
     assert (site.prefix, site.dense, site.kept) == (2, 198, 2 + 99)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("patch", "width", "heads"), [(16, 96, 12), (32, 128, 16), (14, 80, 16)])
 def test_torchvision_vits(patch, width, heads):
     """The five torchvision models with two narrow blocks each: they differ only in patch, width and depth."""

@@ -1,5 +1,7 @@
 """Models whose code computes with the batch size: it stays a value of the graph, or is refused by name."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,13 +64,15 @@ class OneByOne(AnySize):
         return torch.stack([super(OneByOne, self).forward(x[i : i + 1])[0] for i in range(x.shape[0])])
 
 
-class Counted(AnySize):
+class EachImage(AnySize):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(len(x), 3, 16, 16))
+        return torch.stack([super(EachImage, self).forward(image[None])[0] for image in x])
 
 
 @pytest.mark.parametrize("mode", ["auto", "tokens"])
-@pytest.mark.parametrize(("build", "name"), [(OneByOne, "getitem"), (Counted, "x")])
+@pytest.mark.parametrize(("build", "name"), [(OneByOne, "getitem"), (EachImage, "x")])
 def test_a_batch_size_that_is_read_is_refused(build, name, mode):
-    with pytest.raises(papr_fx.TraceError, match=f"reads .*`{name}` as a Python number or length"):
+    line = inspect.getsourcelines(build.forward)[1] + 1
+    place = rf"`{name}` \(test_batch_sizes.py, line {line}\)"
+    with pytest.raises(papr_fx.TraceError, match=f"reads .*{place} as a Python number or length"):
         papr_fx.transform(build().eval(), toy_proposal(), 0.5, mode=mode, verify=False)

@@ -56,6 +56,7 @@ def case(request):
     return build().eval(), torch.randn(2, 3, *size)
 
 
+@pytest.mark.one_in(2)
 @torch.no_grad()
 def test_the_result_follows_to(case):
     model, x = case
@@ -74,6 +75,7 @@ def test_the_result_follows_to(case):
     assert {t.device.type for t in tensors_of(there(x.to("meta")))} == {"meta"}
 
 
+@pytest.mark.one_in(2)
 @torch.no_grad()
 def test_a_model_of_half_precision(case):
     model, x = case
@@ -147,6 +149,7 @@ CASTING = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", CASTING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()

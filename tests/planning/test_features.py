@@ -11,6 +11,7 @@ from ..models import Shape, ToyViT, toy_proposal
 from ..oracles import attention_without
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "prefix"), [("vit_tiny_patch16_224", 1), ("eva02_tiny_patch14_224", 1), ("vit_small_patch16_dinov3", 5)]
 )

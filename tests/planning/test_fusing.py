@@ -108,7 +108,7 @@ class ReadsTheBatch(WindowAttention):
     """Its code reads the number of windows as a Python number, which a graph would keep."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(len(x), 4, 6))
+        return super().forward(x.reshape(len(range(x.shape[0])), 4, 6))
 
 
 def test_code_that_only_fusing_needs_stays_whole_if_it_cannot_be_recorded():
@@ -125,7 +125,7 @@ class WholeGrid(WindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         x = x.flatten(1, 2)  # (B, n, 6)
-        q, k, v = self.qkv(x).reshape(x.shape[0], len(x[0]), 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).reshape(x.shape[0], len(range(x.shape[1])), 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = ((q @ k.transpose(-2, -1)) * 0.7).softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).flatten(-2)).reshape(shape)
 

@@ -266,6 +266,7 @@ class Pooled(nn.Module):
         return x.mean((2, 3))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("build", "shape"),
     [(Rearranging, (8, 32)), (Interpolating, (32, 32)), (Wide, (16, 32)), (Tall, (32, 16)), (Pooled, (32, 32))],
@@ -281,6 +282,8 @@ def test_a_size_that_a_graph_does_not_hold_for_is_refused(build, shape, z):
     for module in (gm, copy.deepcopy(gm)):
         with pytest.raises(papr_fx.ArgumentError, match=wrong):
             module(torch.randn(2, 3, *shape))
+        with pytest.raises(papr_fx.ArgumentError, match=r"takes a batch of images with 4 axes, not a tensor \(3, 16, 16\)"):
+            module(torch.randn(3, 16, 16))
 
 
 def test_memory_that_runs_out_is_not_an_answer(monkeypatch):

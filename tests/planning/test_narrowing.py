@@ -181,6 +181,7 @@ MODELS = {
 SLOW = ("biased", "registers", "merging", "attention pool")  # like others
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS])
 @torch.no_grad()
 def test_outputs_are_those_of_all_rows(name):
@@ -264,7 +265,7 @@ class Reading(ToyViT):
             self.block = block
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.block(x) if len(x[0]) != 12 else x
+            return self.block(x) if len(range(x.shape[1])) != 12 else x
 
 
 def test_a_block_that_cannot_be_traced_through_stays_whole():

@@ -156,6 +156,7 @@ def test_a_step_changes_the_model_and_an_average_follows(name):
     assert logits(average.module.eval()(x)).shape[0] == 4
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", MAKERS)
 def test_checkpoints_are_those_of_the_dense_model(name):
     model, gm, x = transformed(name)

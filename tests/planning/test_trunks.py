@@ -136,6 +136,7 @@ FIRST_BLOCKS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FIRST_BLOCKS)
 @torch.no_grad()
 def test_trunk(name):

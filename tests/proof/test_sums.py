@@ -36,6 +36,7 @@ def reduced(name: str, pool: str = "avg", z: float = 0.9) -> Case:
     return Case.of(model, gm, torch.float64)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("z", [0.8, 1])
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_right_sums_pass(name, z):
@@ -125,6 +126,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "target", "place", "value", "said"), FAULTS)
 def test_other_arguments(name, target, place, value, said):
     case = reduced(name)

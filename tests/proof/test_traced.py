@@ -55,7 +55,6 @@ class CountsTokens(ToyViT):
 
 READS = {
     "index": lambda x: len(range(x.shape[1])),
-    "len": lambda x: len(x[0]),
     "branch": lambda x: 1 if x.shape[1] > 12 else 3,
     "min": lambda x: min(x.shape[1], 12),
     "loop": lambda x: sum(1 for _ in x[0]),
@@ -75,6 +74,7 @@ def test_a_number_of_tokens_frozen_by_tracing_is_refused(read, verify):
         *(lambda x: x.shape[1], lambda x: x.ndim, lambda x: int(x.shape[2]), lambda x: math.sqrt(x.shape[1])),
         *(lambda x: int(x.shape[1]), lambda x: float(x.shape[1]), lambda x: round(x.shape[1] / 3), lambda x: abs(-x.shape[1])),
         *(lambda x: divmod(x.shape[1], 4)[0], lambda x: int("3") * float(2) if isinstance(x.ndim, int) else None),
+        lambda x: len(x[0]),
     ],
 )
 def test_sizes_that_stay_in_the_graph_are_not(read):

@@ -43,6 +43,7 @@ CLASSIFIERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "101" in name or "152" in name else ()) for name in CLASSIFIERS]
 )
@@ -129,6 +130,7 @@ class Pair(nn.Module):
 REFUSED = {
     "none": (lambda: None, "not NoneType"),
     "unknown name": (lambda: "resnet_of_my_own", "know no network named 'resnet_of_my_own'"),
+    "misspelt name": (lambda: "mobilone_s0", "no network named 'mobilone_s0'; near: mobileone_s0"),
     "tuple": (Pair, "returns a tuple, not one tensor"),
     "no map": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 96 * 128, 4)), "no spatial map"),
     "channels": (lambda: nn.Conv2d(1, 4, 3), r"refused images \(2, 3, 96, 128\).*1 channels"),

@@ -53,6 +53,7 @@ def test_expected_cam_weighs_by_probability(x):
     assert relative_error(maps_of("cam", net, x), expected) > 1e-2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["resnet10t", "mobileone_s0", "lcnet_035", "efficientnet_lite0", "mobilenetv3_small_050"])
 def test_networks(name):
     net = timm.create_model(name, num_classes=7).eval()

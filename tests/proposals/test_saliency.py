@@ -69,6 +69,7 @@ CAPTURED = [pytest.param(name, "aot_eager", marks=() if name in QUICK else pytes
 LOWERED = pytest.param("scorecam", "inductor", marks=pytest.mark.slow)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("saliency", "backend"), [*CAPTURED, LOWERED])
 @torch.no_grad()
 def test_in_a_transformed_model(saliency, backend):
@@ -97,6 +98,7 @@ def test_a_users_module_is_not_changed():
     assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("saliency", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()

@@ -84,6 +84,7 @@ SLOW = (
     *("torchvision_swin3d_t", "torchvision_maxvit_t", "torchvision_swin_v2_t", "caformer_s18", "torchvision_convnext_tiny"),
     *("transformers_videomae", "transformers_vit", "vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"),
     *("beit_base_patch16_224", "vit_small_patch16_dinov3", "deit_tiny_distilled_patch16_224", "torchvision_vit_b_32_merged"),
+    *("vit_small_patch16_dinov3_coarse", "torchvision_vit_b_32_narrowed"),
 )
 
 

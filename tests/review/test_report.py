@@ -28,6 +28,7 @@ def test_counts_of_a_timm_vit(fused):
     assert found.proposal_macs == 224 * 224 * 9 * (3 * 4 + 4 * 5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "z", "dense", "pruned"), [("vit_small_patch16_224", 0.45, 4.61, 2.29), ("vit_base_patch16_224", 0.5, 17.59, 8.98)]
 )

@@ -107,6 +107,14 @@ class Asking(nn.Module):
         return ramp(x) if known and isinstance(torch, type(math)) else x
 
 
+class Counting(nn.Module):
+    """Takes the length of tensors, and of what is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = len([x, x]) == 2 and len(x.shape) == 3 and list(map(len, ("a", "bc"))) == [1, 2]
+        return (ramp(x) + torch.arange(len(x))[:, None, None]).expand(len(x), len(x[0]), -1) if known else x
+
+
 class Looking(nn.Module):
     """Reads globals by name, in the body of a class, and through a partial; passes types for dtypes."""
 
@@ -136,7 +144,7 @@ class Model(ToyViT):
         return super().tokens(x) + 0.1 * self.part(x.flatten(1)[:, None])
 
 
-@pytest.mark.parametrize("kind", [Derived, Static, Held, Importing, Nested, Cached, Asking, Looking])
+@pytest.mark.parametrize("kind", [Derived, Static, Held, Importing, Nested, Cached, Asking, Counting, Looking])
 @torch.no_grad()
 def test_code_follows_the_batch_wherever_it_is(kind):
     """Where a name were left out, the batch size would be a constant."""
@@ -147,6 +155,19 @@ def test_code_follows_the_batch_wherever_it_is(kind):
     for batch in (1, 3, 5):
         x = torch.randn(batch, 3, 8, 12)
         assert torch.equal(gm(x), model(x))
+
+
+class Prompted(ToyViT):
+    """Asks for the batch size, and for the number of tokens of an image, by `len`."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        tokens = super().tokens(x)
+        return tokens + 0.1 * torch.ones_like(tokens[0]).mean() * torch.ones(len(tokens), len(tokens[0]), 1)
+
+
+def test_a_model_that_takes_the_length_of_tensors_is_pruned():
+    model = enliven(Prompted(Shape(prefix=1, pool="cls"))).double().eval()
+    papr_fx.testing.check(model, toy_proposal().double(), 0.5, example_input=torch.zeros(1, 3, 8, 12, dtype=torch.float64))
 
 
 class Warns(nn.Module):
