@@ -44,7 +44,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --threads 2
 
 bench: setup
 	$(PYTHON) -m benchmarks.tokens

@@ -18,12 +18,7 @@ from papr_fx.ops import gather_positions, gather_tokens, halve_quads, match_toke
 CHUNK = 20
 
 
-def chunk(first: int) -> object:
-    """A part of the numbers; the first sixty in each run."""
-    return pytest.param(first, marks=[pytest.mark.slow] if first >= 60 else [])
-
-
-@pytest.mark.parametrize("first", [chunk(first) for first in range(0, 300, CHUNK)])
+@pytest.mark.parametrize("first", range(0, 300, CHUNK))
 def test_models_are_refused_or_equal_their_oracles(first):
     results = {number: judge(draw(number)) for number in range(first, first + CHUNK)}
     wrong = {number: result for number, result in results.items() if result.verdict in ("finding", "broken", "needless")}
