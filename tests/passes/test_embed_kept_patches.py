@@ -113,9 +113,10 @@ class ExpectedQuads(Before):
     def forward(self, x: Tensor) -> Tensor:
         psm = resize_map(self.papr_proposal(x), (2, 3))
         keep = choose_quads(psm, 0.5, 1)
+        kept = kept_patches(keep, 1)
         quads = quad_members((2, 3), keep)
         halved = halve_quads(x, (2, 3), (2, 2))
-        both = embed_quads(x, kept_patches(keep, 1), self.embed, halved, quads)
+        both = embed_quads(x, kept, self.embed, halved, quads)
         patches, copies = both[0], both[1]
         first = self.first.expand(patches.shape[0], -1, -1)
         stream = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
