@@ -25,6 +25,7 @@ Left alone:
     2. What mixes rows, and everything in front of it: it is read whole. Only modules of the blocks are traced through for this.
     3. A node that changes its argument in place, and rows that something computes with as a number.
     4. A reduction of tokens, which needs all of them.
+    5. A slice of a value that stays whole: it takes its rows itself.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from .kinds import Kind
 from .prune_tokens import TokenSite
 from .split_layers import SplitSite
 
-_SLICES = frozenset({"getitem", "narrow", "select"})
+_TAKES_SLICE = frozenset({"getitem", "narrow", "select"})
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def find_sites(
         inside = [node for node in nodes.values() if found.holds_rows(node) and _in_block(node, blocks)]
         if inside:
             readers = [found.readers[node] for node in nodes.values() if node in found.readers]
-            sites = tuple(_site(reader) for reader in readers if not _slices(reader, found))
+            sites = tuple(_site(reader) for reader in readers if not _is_slice(reader, found))
             block = block_of(inside[0], blocks) or str(inside[0].target)
             return Narrowing(sites, count, block, splits=_splits(root, found, site.stream))
         reason = _reason(found, reason)
@@ -162,10 +163,10 @@ def _site(reader: RowReader) -> NarrowSite:
     return NarrowSite(reader.node.name, reader.arguments, reader.axis is not None, reader.place)
 
 
-def _slices(reader: RowReader, found: RowsRead) -> bool:
+def _is_slice(reader: RowReader, found: RowsRead) -> bool:
     """Whether a node takes a slice itself, of a value that stays whole: one in front of it would spare nothing."""
     values = leaves_of((reader.node.args, reader.node.kwargs))
-    return called(reader.node) in _SLICES and not any(
+    return called(reader.node) in _TAKES_SLICE and not any(
         isinstance(value := values[place], fx.Node) and found.holds_rows(value) for place, _ in reader.arguments
     )
 

@@ -1,7 +1,7 @@
 """Settings of the suite: one thread a worker, repeatable hypothesis runs, `--accept` for golden files."""
 
 import os
-from collections import Counter
+import random
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ collect_ignore = list(LEFT_OUT)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite the golden files, all of them")
-    parser.addoption("--all", action="store_true", help="run slow sweeps too")
+    parser.addoption("--all", action="store_true", help="run slow sweeps too, and all cases of tests that are sampled")
 
 
 def pytest_report_header() -> list[str]:
@@ -40,22 +40,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--all") or config.getoption("--accept"):
         return
-    counts: Counter[str] = Counter()
-    left = [item for item in items if not _is_quick(item, counts)]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in {*left}]
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    cases: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("one_in")) and item not in slow:
+            cases.setdefault((item.nodeid.partition("[")[0], mark.args[0]), []).append(item)
+    left = slow.union(*({*found} - {*sampled(found, n)} for (_, n), found in cases.items()))
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
 
 
-def _is_quick(item: pytest.Item, counts: Counter[str]) -> bool:
-    """Whether a test runs without `--all`. Of those marked `one_in(n)` the first, the n-th after it, and so on do."""
-    if item.get_closest_marker("slow"):
-        return False
-    sampled = item.get_closest_marker("one_in")
-    if not sampled:
-        return True
-    name = item.nodeid.partition("[")[0]
-    counts[name] += 1
-    return counts[name] % sampled.args[0] == 1
+def sampled(items: list[pytest.Item], n: int) -> list[pytest.Item]:
+    """One in n of them, the same in each run; not every n-th, which might leave out a whole value of some parameter."""
+    return random.Random(len(items)).sample(items, -(-len(items) // n))
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def run_tune(arguments: argparse.Namespace) -> None:
         print(UNLEARNT)
     print(f"{described(arguments, subject, arguments.model, arguments.proposal)}\nz = {z:.4f}")
     if isinstance(loader, _Subsample):
-        if arguments.max_drop is not None and arguments.max_drop * loader.count < 1:
+        if arguments.max_drop and arguments.max_drop * loader.count < 1:
             print(_too_fine(arguments.max_drop, loader.count))
         print_failed(sorted(loader.failed))
 
@@ -83,7 +83,7 @@ def _too_fine(drop: float, count: int) -> str:
     """Says that so few samples cannot show a drop as small as that."""
     return (
         f"note: of {count} samples one is {100 / count:.2f} points, more than the {100 * drop:g} of --max-drop: z holds for "
-        "these samples, and says little of others; try more of them (--samples)"
+        "these samples, and says little of others; more of them would (--samples)"
     )
 
 

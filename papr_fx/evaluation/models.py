@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -100,7 +101,9 @@ def _loading(failed: str, kind: type[PaprError] = ArgumentError) -> Generator[No
 def _reason(error: Exception) -> str:
     """What an error says, without long lists of names."""
     if "weights_only" in str(error) and "global" in str(error):  # of torch, or of timm around it
-        return "it holds more than tensors, as a saved module does, and its code is not run: save module.state_dict() instead"
+        names = re.findall(r"(?:GLOBAL|globals:) ([\w.]+)", str(error))
+        held = f" ({names[0]})" if names else ""
+        return f"it holds more than tensors{held}, whose code is not run: save the state_dict of the model alone"
     said = f"{type(error).__name__} {error}"
     return said if len(said) <= _LONG else f"{said[:_LONG].rsplit(maxsplit=1)[0]} ..."
 

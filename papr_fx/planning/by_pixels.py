@@ -33,7 +33,7 @@ from .example import Example
 from .modes import PixelPlan, Refused, Target
 from .module import PrunedModule
 from .plan import Plan
-from .reads import check_batch_reads
+from .reads import check_batch_reads, named_read
 from .signature import Signature
 from .sizes import grids_follow, taken_sizes
 
@@ -199,7 +199,7 @@ def _find(request: inputs.Request, traced: Traced, cache: VerdictCache, *, train
         except NoSiteError as error:
             skipped = (*skipped, Skipped(site.addition, f"`{site.name}`: {error}"))
     fixed = {site: read for site in sites if (read := _read_inside(traced.recorded, site))}
-    refused = tuple(Skipped(s.addition, f"`{read}` is read there as a Python number or length") for s, read in fixed.items())
+    refused = tuple(Skipped(s.addition, f"{read} is read there as a Python number or length") for s, read in fixed.items())
     return _Found(tuple(site for site in sites if site not in fixed), (*skipped, *refused))
 
 
@@ -218,13 +218,13 @@ def _with_ends(site: PixelSite, model: nn.Module, traced: Traced, images: Tensor
 
 
 def _read_inside(recorded: fx.Graph, site: PixelSite) -> str | None:
-    """The name of a value in the site's region that code read as a number, if any."""
+    """A value in the site's region that code read as a number, and where, if any."""
     inside = set(site.region)
     for node in recorded.nodes:
         if node.name in inside or (node.name != site.addition and any(n.name in inside for n in node.all_input_nodes)):
             inside.add(node.name)
             if "read" in node.meta:
-                return node.name
+                return named_read(node)
     return None
 
 

@@ -126,9 +126,8 @@ class Signature:
         if not self.sides or not isinstance(images, Tensor):
             return
         if images.ndim != 1 + max(self.axes):
-            raise ArgumentError(
-                f"{self.model} takes a batch of images with {1 + max(self.axes)} axes, not a tensor {tuple(images.shape)}"
-            )
+            axes, shape = 1 + max(self.axes), tuple(images.shape)
+            raise ArgumentError(f"{self.model} takes a batch, {axes} axes, not a tensor {shape}; one image is x[None]")
         sides = tuple(images.shape[axis] for axis in self.axes)
         if not self._takes(sides):
             others = f" and others of {math.prod(self.grid)} patches" if self.grid else ""

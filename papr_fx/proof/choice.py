@@ -88,13 +88,13 @@ def _check_maps(case: Case, maps: Tensor, images: Tensor, part: fx.GraphModule) 
     network = cast(SignificanceNet, case.root.papr_proposal)
     if type(network) is SignificanceNet and not isinstance(network.saliency, Chance):
         expected = case.run(_PlainMap(network, case.rewrite.image_layout), images)
-    else:  # an image that differs by rounding has other scores by chance; motion is not asked for otherwise
+    else:  # by chance an image that differs by rounding has other scores, and motion is of the images as they are
         expected = torch.cat([tensors_of(case.run(part, image))[0] for image in images.split(1)])
     error = relative_error(maps, expected)
     if not error <= case.tolerance:
         raise ComparisonError(
             f"choice: the map is off by {error:.1e} (relative; {case.tolerance:.0e} is allowed) from "
-            "that of each image by itself"
+            "that of each image by itself, normalised and resized for the proposal"
         )
 
 

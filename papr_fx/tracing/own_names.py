@@ -31,16 +31,16 @@ class OwnNames:
 
     Args:
         replace: Replaces the values of global names, and of attributes of Python modules.
-        kinds: Replaces builtins, by name.
+        given: Replaces builtins, by name.
     """
 
-    def __init__(self, replace: Replace, kinds: dict[str, Any]) -> None:
+    def __init__(self, replace: Replace, given: dict[str, Any]) -> None:
         self._replace = replace
         self._functions: dict[FunctionType, FunctionType] = {}
         self._globals: dict[int, _Globals] = {}
         self._methods: dict[type, dict[str, Any]] = {}
         self._views: dict[ModuleType, ModuleType] = {}
-        self._builtins = {**vars(builtins), **kinds, "super": self._super, "__import__": self._import}
+        self._builtins = {**vars(builtins), **given, "super": self._super, "__import__": self._import}
 
     def function(self, function: FunctionType) -> FunctionType:
         """The same function over other names, and the functions that it closes over too; itself if it is of torch.

@@ -22,6 +22,8 @@ from ..errors import TraceError
 _FIXED_ATTRIBUTES = frozenset(
     {"dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "is_meta"}
 )
+# What calls the code of a model, or is called by it.
+_NOT_THE_MODELS = sys.stdlib_module_names | {"papr_fx", "torch", "einops"}
 
 
 class ValueProxy(fx.Proxy):
@@ -58,6 +60,12 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self._number())
+
+    def __hash__(self) -> int:
+        """A number is found among the keys of a dictionary by its value, which is then read."""
+        if isinstance(self.known, int | float):
+            return hash(self._number())
+        return object.__hash__(self)
 
     def __format__(self, spec: str) -> str:
         """For messages. An assertion may stay in the graph: its message must not show the traced value as the current one."""
@@ -105,8 +113,15 @@ class ValueAttribute(ValueProxy):
 
 
 def place() -> str:
-    """Where the model's code is that runs now: file and line."""
+    """Where the model's code is that runs now: folder, file and line."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("papr_fx", "torch"):
+    while frame is not None and _package(frame) in _NOT_THE_MODELS:
+        if frame.f_code.co_name == "trace" and _package(frame) == "papr_fx":  # all of it is PyTorch's
+            frame = None
+            break
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}" if frame else "unknown"
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}, line {frame.f_lineno}" if frame else "in torch"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -157,10 +157,10 @@ class ValueTracer(fx.Tracer):
         return self.create_proxy("call_function", kind, (value,), {})
 
     def _length(self, value: Any) -> Any:
-        """`len` of a traced tensor is its first size, recorded: Python would ask for a number. Of other values it is `len`."""
-        if isinstance(value, ValueProxy) and isinstance(value.known, Tensor) and value.known.ndim and not self.evaluating:
-            return value.size(0)
-        return len(value)
+        """`len` of a tensor that follows the images is its first size, recorded: Python would ask for a number."""
+        if self.evaluating or not isinstance(value, ValueProxy) or not isinstance(value.known, Tensor):
+            return len(value)
+        return value.size(0) if value.known.ndim and value.node.op != "get_attr" else len(value.known)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.evaluating:

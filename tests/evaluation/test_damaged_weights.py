@@ -44,7 +44,7 @@ def test_archives_that_fill_the_memory(tmp_path, monkeypatch):
 def test_files_that_hold_something_else_are_named_shortly(tmp_path):
     checkpoint = str(tmp_path / "a.pth")
     torch.save(timm.create_model("test_vit"), checkpoint)
-    with pytest.raises(papr_fx.ArgumentError, match=r"a\.pth: it holds more than tensors, .* save module\.state_dict\(\)"):
+    with pytest.raises(papr_fx.ArgumentError, match=r"a\.pth: it holds more than tensors \((timm|torch).*\), .* state_dict"):
         models.image_model("test_vit", pretrained=False, checkpoint=checkpoint)
     torch.save(timm.create_model("test_resnet").state_dict(), checkpoint)
     with pytest.raises(papr_fx.ArgumentError, match=r"(?s)a\.pth: RuntimeError Error.*Missing key.* \.\.\.$") as refusal:
@@ -105,6 +105,6 @@ def test_a_damaged_folder_of_transformers(file, content, saved_video_model, tmp_
 def test_checkpoints_run_no_code(tmp_path):
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save({"a": Evil(tmp_path / "mark")}, tmp_path / "a.pth", **options)
-        with pytest.raises(papr_fx.ArgumentError, match="its code is not run|weights_only"):
+        with pytest.raises(papr_fx.ArgumentError, match="whose code is not run|weights_only"):
             models.image_model("test_vit", pretrained=False, checkpoint=str(tmp_path / "a.pth"))
     assert not (tmp_path / "mark").exists()

@@ -69,10 +69,58 @@ class EachImage(AnySize):
         return torch.stack([super(EachImage, self).forward(image[None])[0] for image in x])
 
 
+class Branching(AnySize):
+    """Doubles its output where a condition on the images holds."""
+
+    def __init__(self, condition) -> None:
+        super().__init__()
+        self.condition = condition
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return 2 * out if self.condition(self, x) else out
+
+
+# All of them are as false for two images as for three.
+BRANCHES = {
+    "one": lambda model, x: x.shape[0] == 1,
+    "many": lambda model, x: len(x) > 4,
+    "maximum": lambda model, x: max(len(x), 8) > 8,
+    "steps": lambda model, x: len(range(0, max(len(x), 4), 4)) > 1,
+    "quotient": lambda model, x: x.shape[0] // 4,
+    "remainder": lambda model, x: len(x) % 7 == 0,
+    "set": lambda model, x: len(x) in {8, 16},
+    "dictionary": lambda model, x: {8: True}.get(x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("condition", BRANCHES.values(), ids=BRANCHES)
+def test_a_branch_on_a_batch_size_is_refused_whatever_the_size(condition):
+    with pytest.raises(papr_fx.TraceError, match=r"reads .*\(planning/test_batch_sizes.py, line \d+\)"):
+        papr_fx.transform(enliven(Branching(condition)).eval(), toy_proposal(), 0.5, verify=False)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda model, x: x.shape[0] > 0 and len(x) == x.flatten(1).shape[0],
+        lambda model, x: [False] * len(model.table) == [False] * 4 and isinstance(len(model.table), int),
+        lambda model, x: {4: True}[len(model.table)] and {3: True}[x.shape[1]],
+    ],
+)
+def test_what_is_the_same_for_all_batch_sizes_is_not(condition):
+    model = enliven(Branching(condition)).eval()
+    gm = papr_fx.transform(model, toy_proposal(), 1.0, verify=False)
+    for batch in (1, 5, 8):
+        x = torch.randn(batch, 3, 16, 16)
+        assert torch.equal(gm(x), model(x))
+
+
 @pytest.mark.parametrize("mode", ["auto", "tokens"])
 @pytest.mark.parametrize(("build", "name"), [(OneByOne, "getitem"), (EachImage, "x")])
 def test_a_batch_size_that_is_read_is_refused(build, name, mode):
     line = inspect.getsourcelines(build.forward)[1] + 1
-    place = rf"`{name}` \(test_batch_sizes.py, line {line}\)"
+    place = rf"`{name}` \(planning/test_batch_sizes.py, line {line}\)"
     with pytest.raises(papr_fx.TraceError, match=f"reads .*{place} as a Python number or length"):
         papr_fx.transform(build().eval(), toy_proposal(), 0.5, mode=mode, verify=False)

@@ -282,7 +282,9 @@ def test_a_size_that_a_graph_does_not_hold_for_is_refused(build, shape, z):
     for module in (gm, copy.deepcopy(gm)):
         with pytest.raises(papr_fx.ArgumentError, match=wrong):
             module(torch.randn(2, 3, *shape))
-        with pytest.raises(papr_fx.ArgumentError, match=r"takes a batch of images with 4 axes, not a tensor \(3, 16, 16\)"):
+        with pytest.raises(
+            papr_fx.ArgumentError, match=r"takes a batch, 4 axes, not a tensor \(3, 16, 16\); one image is x\[None\]"
+        ):
             module(torch.randn(3, 16, 16))
 
 

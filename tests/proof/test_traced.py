@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import papr_fx
+from papr_fx.planning import token_planner
 
 from ..models import Shape, ToyViT, toy_proposal
 from .parts import case_of, failures
@@ -26,19 +27,17 @@ class FrozenBatch(ToyViT):
         return torch.cat([first, self.patches(x)[:batch]], dim=1) + self.pos if batch == 2 else super().tokens(x) * 2
 
 
-def test_only_tracing_finds_a_branch_on_the_batch_size():
+def test_only_tracing_finds_a_branch_on_the_batch_size(monkeypatch):
     """The part compares a batch of one: the others compare the graph with itself there."""
+    monkeypatch.setattr(token_planner, "check_batch_reads", lambda *_: None)
     found = failures(case_of(FrozenAtOne(Shape())))
     assert list(found) == ["tracing"]
     assert "the graph of FrozenAtOne differs from the model by" in found["tracing"]
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "reason"),
-    [(FrozenAtOne, papr_fx.VerifyError, "tracing: the graph of Frozen"), (FrozenBatch, papr_fx.TraceError, "reads `eq`")],
-)
-def test_frozen_batch_sizes_are_caught(make, error, reason):
-    with pytest.raises(error, match=reason):
+@pytest.mark.parametrize("make", [FrozenAtOne, FrozenBatch])
+def test_frozen_batch_sizes_are_caught(make):
+    with pytest.raises(papr_fx.TraceError, match="reads `eq`"):
         papr_fx.transform(make(Shape()), toy_proposal(), 0.5)
 
 
