@@ -58,11 +58,11 @@ class Head(nn.Module):
         """The output, where `read` reads tokens by their places."""
         kind = self.kind
         if kind in ("tuple", "dictionary", "dataclass"):
-            first, mean = read.one(x, 0), read.patches(x).mean(dim=1)
+            mean = read.patches(x).mean(dim=1)
             if kind == "tuple":
-                return self.fc(first), (self.other(mean), x)
+                return self.fc(read.one(x, 0)), (self.other(mean), x)
             if kind == "dictionary":
-                return {"logits": self.fc(first), "more": [self.other(mean)]}
+                return {"logits": self.fc(read.one(x, 0)), "more": [self.other(mean)]}
             return Answer(self.fc(mean), x)
         if kind == "sequence":
             return x

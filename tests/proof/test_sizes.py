@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import papr_fx
 from papr_fx import ops
@@ -9,7 +10,7 @@ from papr_fx.passes import embed_kept_patches, prune_tokens, splice_proposal
 from papr_fx.proof import sizes
 from papr_fx.proof.case import Case
 
-from ..models import toy_proposal
+from ..models import Shape, ToyViT, toy_proposal
 from ..models.hierarchical import FAMILIES
 from ..models.traps import Sized
 from .parts import failures
@@ -71,3 +72,19 @@ def test_a_model_whose_graph_holds_for_the_traced_size_alone(monkeypatch):
     assert torch.equal(gm(x), right(x))
     with pytest.raises(papr_fx.ArgumentError, match="was transformed for images of 8 x 12, not 12 x 18"):
         gm(torch.randn(2, 3, 12, 18, dtype=torch.float64))
+
+
+class Maps(ToyViT):
+    """Lays its tokens out as a grid that it knows."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], 3, 3)
+
+
+def test_a_single_patch_to_which_a_whole_table_is_added():
+    """On a smaller image one patch becomes nine tokens, by broadcasting. The graph does not run there, and refuses it."""
+    model = Maps(Shape(image=(6, 9), prefix=0)).double().eval()
+    assert model(torch.zeros(1, 3, 3, 4, dtype=torch.float64)).shape == (1, 8, 3, 3)
+    gm = papr_fx.transform(model, toy_proposal(), 0.5)
+    with pytest.raises(papr_fx.ArgumentError, match="was transformed for images of 6 x 9, not 3 x 4"):
+        gm(torch.zeros(1, 3, 3, 4, dtype=torch.float64))
