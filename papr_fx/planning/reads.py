@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
@@ -54,14 +54,17 @@ def check_batch_reads(traced: Traced, model: nn.Module, images: Tensor) -> None:
 
     after = values_at(TRACED_BATCH + 1)
     following = {node for node in before if _is_number(node) and after[node] != before[node]}
-    risky = [node for node in reads if _follows(node, following)]
-    for node in risky:
+    risky = {*following}
+    for node in before:  # in order: what is computed from such numbers, by way of numbers alone
+        if _is_number(node) and not risky.isdisjoint(node.all_input_nodes):
+            risky.add(node)
+    for node in risky.intersection(reads):
         if node.target in _EQUALITY and len(following.intersection(node.all_input_nodes)) == 1:
             raise TraceError(
                 f"the forward of {name} reads {named_read(node)} as a Python number or length: it compares one that follows "
                 f"the number of images with a constant, {_HINT}"
             )
-    for batch in (1, _MANY) if risky else ():
+    for batch in () if risky.isdisjoint(reads) else (1, _MANY):
         values_at(batch)
 
 
@@ -80,11 +83,6 @@ def _values_at(batch: int, traced: Traced, model: nn.Module, images: Tensor, rea
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("value"), int | float)
-
-
-def _follows(node: fx.Node, following: Collection[fx.Node]) -> bool:
-    """Whether a number is among these, or is computed from one of them by way of numbers alone."""
-    return node in following or any(_is_number(n) and _follows(n, following) for n in node.all_input_nodes)
 
 
 def check_token_reads(gm: PrunedModule, blocks: tuple[str, ...], recorded: list[fx.Graph]) -> None:
