@@ -35,6 +35,9 @@ class Built(NamedTuple):
     images: Tensor
 
 
+FOR_IMAGES = "a head for images"
+
+
 def draw(number: int) -> Spec:
     """The description of that number: the same on every machine."""
     rng = random.Random(number)
@@ -53,9 +56,9 @@ def _on_tokens(rng: random.Random, spec: Spec) -> Spec:
     clip = spec.trunk == "clip"
     grid = (rng.randint(2, 3), rng.randint(2, 3), rng.randint(2, 3)) if clip else (rng.randint(2, 5), rng.randint(2, 5))
     prefix, suffix = rng.choice([0, 1, 1, 1, 2, 3]), _mostly(rng, 0, 1, 2, share=0.2)
-    fitting = [
-        kind for kind in heads.KINDS if not unfit_head(replace(spec, prefix=prefix, suffix=suffix, head=kind, grid=grid))
-    ]
+    unfit = {kind: unfit_head(replace(spec, prefix=prefix, suffix=suffix, head=kind, grid=grid)) for kind in heads.KINDS}
+    fitting = [kind for kind, why in unfit.items() if not why]
+    running = [kind for kind, why in unfit.items() if why != FOR_IMAGES]
     spec = replace(
         spec,
         grid=grid,
@@ -65,7 +68,7 @@ def _on_tokens(rng: random.Random, spec: Spec) -> Spec:
         suffix=suffix,
         embed="convolution" if clip else _mostly(rng, "convolution", "reshape", "unfold", "overlap", "stem", "column-major"),
         positions=_mostly(rng, "table", "table of patches", "axes", "waves", "none", share=0.6),
-        head=rng.choice(fitting if rng.random() < 0.9 else heads.KINDS),
+        head=rng.choice(fitting if rng.random() < 0.9 else running),
         images=_mostly(rng, "", "each normalised", "constants", share=0.15),
         body=_mostly(rng, "list", "sequential", "named", "two parts", "called twice", "sequence first", share=0.4),
         early=rng.random() < 0.1,
@@ -183,7 +186,7 @@ def unfit_head(spec: Spec) -> str:
     if spec.head in ("picked", "flat", "mean of fixed rows", "last rows"):
         return "the head reads tokens by their index"
     if spec.head in ("dense", "upsampled", "pooled grid") and len(spec.grid) == 3:
-        return "a head for images"
+        return FOR_IMAGES
     return ""
 
 
