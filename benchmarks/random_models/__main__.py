@@ -5,28 +5,18 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .draw import draw
 from .judge import judge
-from .records import append, read, record, table
+from .judged import judged
+from .records import append, read, table
 from .shrink import as_code, shrink
 
 FAULTS = ("finding", "broken", "needless")
-
-
-def judged(number: int) -> dict[str, Any]:
-    """The line of the record for one model."""
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    result = judge(draw(number))
-    return record(number, result, time.perf_counter() - start)
 
 
 def run(numbers: Iterable[int], out: Path, workers: int) -> None:

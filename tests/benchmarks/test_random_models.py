@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from benchmarks.random_models.spec import Spec
 from papr_fx.ops import gather_positions, gather_tokens, halve_quads, match_tokens, restore_places, write_pixels
 
 CHUNK = 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("first", range(0, 300, CHUNK))
@@ -24,6 +28,13 @@ def test_models_are_refused_or_equal_their_oracles(first):
     wrong = {number: result for number, result in results.items() if result.verdict in ("finding", "broken", "needless")}
     assert not wrong
     assert sum(result.verdict == "equal" for result in results.values()) >= 3
+
+
+@pytest.mark.slow
+def test_two_processes_judge_models(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.random_models", "--count", "3", "--workers", "2", "--out", tmp_path / "a.json"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert sorted(line["number"] for line in read(tmp_path / "a.json")) == [0, 1, 2]
 
 
 def rolled_gather(tokens, keep):
